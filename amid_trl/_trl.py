@@ -1,0 +1,92 @@
+"""Everything we need from trl and transformers that is not their public interface, each with its reason.
+
+A test lists these names, so that an upgrade which moves one fails there and nowhere else.
+"""
+
+import inspect
+from contextlib import AbstractContextManager
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL's own names: zero2, multi_gpu, …
+from trl.models.utils import (
+    _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
+    prepare_deepspeed,  # shards the teacher like the student under ZeRO-3
+    prepare_fsdp,
+    unwrap_model_for_generation,  # gathers ZeRO-3 parameters and suspends gradient checkpointing
+)
+from trl.trainer.utils import (
+    create_model_from_path,  # picks the architecture and the dtype as TRL's own trainers do
+    global_then_local_main_first,  # one process tokenises, the others read its cache
+    maybe_gather_lm_head_ctx,  # materialises heads that ZeRO-3 has sharded
+    print_prompt_completions_sample,
+)
+
+from amid_trl.linear import Head
+
+
+__all__ = [
+    "accelerate_launch",
+    "backbone_states",
+    "causal_lm",
+    "create_model_from_path",
+    "forward_redirection",
+    "gathered_heads",
+    "global_then_local_main_first",
+    "language_model_head",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+    "print_prompt_completions_sample",
+    "unwrap_model_for_generation",
+]
+
+forward_redirection = _ForwardRedirection()
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below a PEFT wrapper: adapters live inside its layers, so nothing is lost."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states (batch, tokens, dim), with positions that follow the padding on either side."""
+    backbone = model.base_model
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return backbone(**inputs).last_hidden_state
+
+
+def language_model_head(model: PreTrainedModel) -> Head:
+    """The head as transformers applies it; configurations have several names for its scale."""
+    config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "
+            "weight, so it must be a plain torch.nn.Linear: not quantised, and without an adapter"
+        )
+    return Head(layer.weight, layer.bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _logit_scale(config) -> float:
+    # Cohere and MPT; Muse Glimmer; Falcon-H1: three names for one multiplier, None where the model does not scale.
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
+
+
+def gathered_heads(*heads: Head) -> AbstractContextManager:
+    """The heads' whole weights for the time of a direct product (ZeRO-3); nothing elsewhere."""
+    return maybe_gather_lm_head_ctx(*(tensor for head in heads for tensor in (head.weight, head.bias)))
+
+
+def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
+    """`accelerate launch … -m module …`, with TRL's `--accelerate_config zero2` for `--config_file`."""
+    launch_args = resolve_accelerate_config_argument(launch_args)
+    launch_command(launch_command_parser().parse_args([*launch_args, "-m", module, *script_args]))

@@ -1,0 +1,198 @@
+"""The teacher (and the loading both models share): load, compare vocabularies, freeze, place."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, is_peft_model
+from torch import nn
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import is_peft_available
+
+from amid_trl._trl import causal_lm, create_model_from_path, prepare_deepspeed, prepare_fsdp
+from amid_trl.config import AMiDConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_student(
+    model: str | nn.Module, args: AMiDConfig, quantization_config: BitsAndBytesConfig | None = None
+) -> nn.Module:
+    """The student from a name, the path of a model, or the path of an adapter, which stays trainable.
+
+    A model is passed through. `args` is the trainer's own copy: its `model_init_kwargs` are used up here.
+    """
+    if not isinstance(model, str):
+        return model
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        if init_kwargs.get("quantization_config") is not None:
+            raise ValueError("quantization_config is given twice: as an argument and in args.model_init_kwargs")
+        init_kwargs["quantization_config"] = quantization_config
+    args.model_init_kwargs = None
+    return load_causal_lm(model, init_kwargs, distributed=_is_distributed(args), trainable_adapter=True)
+
+
+def load_teacher(teacher: str | nn.Module, args: AMiDConfig) -> nn.Module:
+    """The teacher from a name or path, in the dtype of its weights unless `teacher_model_init_kwargs` says otherwise.
+
+    An adapter is kept beside its base. A model is passed through.
+    """
+    init_kwargs = dict(args.teacher_model_init_kwargs or {})
+    if not isinstance(teacher, str):
+        if init_kwargs:
+            raise ValueError("teacher_model_init_kwargs are for a teacher given by name; teacher_model is a model")
+        return teacher
+    init_kwargs.setdefault("dtype", "auto")
+    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if args.teacher_model_revision is not None:
+        init_kwargs["revision"] = args.teacher_model_revision
+    return load_causal_lm(teacher, init_kwargs, distributed=_is_distributed(args))
+
+
+def _is_distributed(args: AMiDConfig) -> bool:
+    return args.distributed_state is not None and args.distributed_state.distributed_type != DistributedType.NO
+
+
+def load_causal_lm(
+    name: str, init_kwargs: dict[str, Any], *, distributed: bool, trainable_adapter: bool = False
+) -> nn.Module:
+    """A causal LM from a name or path; an adapter's path gives a PeftModel, whose adapter is kept, not merged.
+
+    `init_kwargs` are those of `from_pretrained`, with `dtype` as a torch.dtype or its name. `distributed` runs place
+    the model themselves, so that `device_map` is left out.
+    """
+    init_kwargs = dict(init_kwargs)
+    if distributed:
+        init_kwargs["device_map"] = None
+    if not os.path.exists(os.path.join(name, "adapter_config.json")):
+        return create_model_from_path(name, **init_kwargs)
+    if not is_peft_available():
+        raise ImportError(f"{name} is an adapter; install peft to load it")
+    from peft import AutoPeftModelForCausalLM
+
+    if isinstance(init_kwargs.get("dtype"), str) and init_kwargs["dtype"] != "auto":
+        init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable_adapter, **init_kwargs)
+
+
+def load_tokenizer(model: nn.Module, *, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer that lies beside the model's weights, or None where there is none to load."""
+    name = causal_lm(model).config._name_or_path
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        logger.info("No tokenizer could be loaded from %s: %s", name, error)
+        return None
+
+
+def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens that both models and the tokenizer know: what lies behind is padding of the weight matrices.
+
+    Raises a ValueError if a model has fewer rows than the tokenizer has tokens.
+    """
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    for role, model in (("student", student), ("teacher", teacher)):
+        rows = causal_lm(model).config.get_text_config().vocab_size
+        if rows < tokens:
+            raise ValueError(
+                f"the tokenizer has token ids up to {tokens - 1} but the {role}'s vocab_size is {rows}; resize the "
+                f"{role}'s embeddings, or give processing_class the tokenizer it was trained with"
+            )
+    return tokens
+
+
+def common_positions(student: nn.Module, teacher: nn.Module) -> int | None:
+    """The longest sequence, in tokens, that both models have positions for; None if neither declares a bound."""
+    configs = [causal_lm(model).config.get_text_config() for model in (student, teacher)]
+    bounds = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((bound for bound in bounds if bound), default=None)
+
+
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse a teacher whose tokenizer gives a token another id: its distribution would be read wrongly.
+
+    Tokens added on one side only (a padding token, chat markers) are legal, and a warning names them.
+    """
+    if teacher_tokenizer is None:
+        return
+    student_ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    moved = [token for token, i in student_ids.items() if teacher_ids.get(token, i) != i]
+    missing = [token for token in student_ids if token not in teacher_ids]
+    added = tokenizer.get_added_vocab()
+    if moved or any(token not in added for token in missing):
+        example = (moved or missing)[0]
+        names = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
+        raise ValueError(
+            f"student and teacher need the same tokenizer; {' and '.join(names)} differ in {len(moved) + len(missing)} "
+            f"tokens (for instance {example!r}: id {student_ids[example]} and {teacher_ids.get(example)}). For different "
+            "tokenizers see TRL's GOLDTrainer."
+        )
+    if missing:
+        logger.warning("The teacher's tokenizer does not know %s; its probability for them is untrained.", missing)
+
+
+def check_models(student: nn.Module, teacher: nn.Module, tokenizer: Any) -> None:
+    """Refuse, before anything is trained, a pair of models that the loss could not compare."""
+    if tokenizer is None:
+        raise ValueError("processing_class is missing, and no tokenizer lies beside the student's weights")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class must be a tokenizer; got a {type(tokenizer).__name__}: only text is trained"
+        )
+    check_text_only(student, "student")
+    check_text_only(teacher, "teacher")
+    if causal_lm(teacher) is causal_lm(student):
+        raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")
+    check_same_tokenizer(tokenizer, load_tokenizer(teacher))
+
+
+def check_text_only(model: nn.Module, role: str) -> None:
+    """Refuse what the loss cannot read: multimodal models, virtual tokens, models without a head."""
+    if is_peft_model(model):
+        from peft import PromptLearningConfig
+
+        if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
+            raise ValueError(
+                f"the {role} uses a prompt-learning adapter, whose virtual tokens the loss would not see; use a "
+                "weight-based one such as LoRA"
+            )
+    base = causal_lm(model)
+    if (
+        getattr(base.config, "vision_config", None) is not None
+        or getattr(base.config, "audio_config", None) is not None
+    ):
+        raise ValueError(f"the {role} ({type(base).__name__}) is a multimodal model; AMiDTrainer trains text models")
+    if base.get_output_embeddings() is None:
+        raise ValueError(f"the {role} ({type(base).__name__}) has no language-model head; pass a causal LM")
+
+
+def freeze(teacher: nn.Module) -> nn.Module:
+    """No gradient, no dropout."""
+    return teacher.requires_grad_(False).eval()
+
+
+def place(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The teacher where the student is: sharded with it under ZeRO-3 and FSDP, on each device otherwise."""
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(teacher, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(teacher, accelerator)
+    base = causal_lm(teacher)
+    if getattr(base, "hf_device_map", None) is None and not getattr(base, "is_quantized", False):
+        teacher.to(accelerator.device)
+    return teacher
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Turn off a student's dropout layers but LoRA's own, which regularise the adapter and were asked for by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0

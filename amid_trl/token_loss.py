@@ -1,0 +1,44 @@
+"""What one trained token contributes: the objective, the cross-entropy beside it, and the figures that are logged."""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from amid_trl.divergences import kl
+from amid_trl.linear import TokenLoss
+from amid_trl.objective import Objective
+
+
+# Columns of the figures, per token: nats, but for the agreement (0 or 1) and the student's most likely token (an id).
+FIGURES = ("objective", "nll", "kl", "top1_agreement", "student_entropy", "teacher_entropy", "student_top1")
+
+
+def distillation_token_loss(objective: Objective, labels: Int[Tensor, " tokens"], sft_weight: float) -> TokenLoss:
+    """Objective(p, q) + sft_weight · (-log q(label)), and `FIGURES` of the same logits.
+
+    The objective sees its own temperature; the cross-entropy and the figures see the models as they are, at 1.
+    """
+    plain = dataclasses.replace(objective, temperature=1.0)
+
+    def token_loss(student_logits: Tensor, teacher_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p, log_q = objective.log_probs(teacher_logits), objective.log_probs(student_logits)
+        distilled = objective.from_log_probs(log_p, log_q)
+        if objective.temperature != 1.0:
+            log_p, log_q = plain.log_probs(teacher_logits), plain.log_probs(student_logits)
+        nll = -log_q.gather(-1, labels[rows, None]).squeeze(-1)
+        with torch.no_grad():
+            figures = torch.stack([distilled, nll, *_comparison(log_p, log_q)], dim=-1)
+        return (distilled + sft_weight * nll if sft_weight else distilled), figures
+
+    return token_loss
+
+
+def _comparison(
+    log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]
+) -> tuple[Float[Tensor, " tokens"], ...]:
+    student_top1 = log_q.argmax(-1)
+    agreement = student_top1 == log_p.argmax(-1)
+    entropies = [-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1) for log_probs in (log_q, log_p)]
+    return kl(log_p, log_q), agreement.to(log_q), *entropies, student_top1.to(log_q)

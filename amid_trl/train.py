@@ -1,0 +1,69 @@
+"""The training script behind `amid-trl train`; also `accelerate launch -m amid_trl train …`."""
+
+from typing import Any
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """A TrlParser for (script, training, model, dataset-mixture) arguments: flags, or YAML with `--config`."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from amid_trl import AMiDConfig
+
+    return TrlParser((ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Train, save, and push if asked to."""
+    from trl import get_peft_config, get_quantization_config
+
+    from amid_trl import AMiDTrainer
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name the student with --model_name_or_path")
+    shared = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = {
+        **shared,
+        "revision": model_args.model_revision,
+        **(training_args.model_init_kwargs or {}),
+    }
+    training_args.teacher_model_init_kwargs = {**shared, **(training_args.teacher_model_init_kwargs or {})}
+
+    dataset = load_splits(script_args, dataset_args)
+    trainer = AMiDTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def load_splits(script_args: Any, dataset_args: Any) -> Any:
+    """The dataset of `dataset_name`, or the mixture `datasets`; a ValueError for both or none."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
+        raise ValueError(
+            "give the data either as dataset_name or as a datasets mixture; got "
+            f"dataset_name={script_args.dataset_name!r}, datasets={dataset_args.datasets!r}"
+        )
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

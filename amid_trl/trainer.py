@@ -1,0 +1,358 @@
+"""AMiDTrainer: TRL's trainer around an Objective.
+
+It is a GKDTrainer to every script that asks, but runs none of GKDTrainer's code (docs/trainer.md says why): PEFT,
+saving and logging are SFTTrainer's, and what distillation adds lives in the modules that are wired together here.
+"""
+
+import textwrap
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from trl import SFTTrainer
+from trl.experimental.gkd import GKDTrainer
+
+from amid_trl import _trl
+from amid_trl.completions import CompletionLog
+from amid_trl.config import AMiDConfig, build_objective, data_settings, objective_card, own_copy
+from amid_trl.data import DistillationCollator, completion_batch, prepare_dataset
+from amid_trl.generation import eos_token_ids, generate_completions, sampling_config
+from amid_trl.linear import linear_token_loss
+from amid_trl.metrics import Means
+from amid_trl.sampling import Source, completion_seed, next_source, window_draw
+from amid_trl.teacher import (
+    check_models,
+    common_positions,
+    common_vocabulary,
+    disable_dropout,
+    freeze,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    place,
+)
+from amid_trl.token_loss import FIGURES, distillation_token_loss
+
+
+# Figures that are averages of interest; the last column, the student's token, is a prediction.
+LOGGED = FIGURES[:-1]
+
+
+class AMiDTrainer(GKDTrainer):
+    """Distil a teacher into a student through an α-mixture assistant (AMiD, arXiv 2510.15982).
+
+    Args:
+        model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`):
+            The student: a name, a path (of a model or of an adapter, which is trained further), or a model.
+        teacher_model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`, *optional*):
+            The teacher, likewise; an adapter is kept beside its base, not merged. By default
+            `args.teacher_model_name_or_path`. Frozen in place.
+        args ([`AMiDConfig`], *optional*):
+            The settings. Never changed: the trainer works on a copy, `trainer.args`.
+        data_collator (`DataCollator`, *optional*):
+            By default rows are prepared by `amid_trl.data`. A collator of your own gets the raw rows and returns
+            `input_ids`, `attention_mask`, `labels` (-100 = not trained) and, for generated text, left-padded `prompts`
+            and `prompt_attention_mask`.
+        train_dataset, eval_dataset:
+            Any of TRL's text formats (docs/data.md).
+        processing_class (`~transformers.PreTrainedTokenizerBase`, *optional*):
+            The tokenizer, by default the student's.
+        compute_metrics (`Callable`, *optional*):
+            Gets the student's most likely token ids as `predictions` (batch, tokens), -100 where nothing is trained,
+            never logits.
+        callbacks, optimizers, peft_config, formatting_func, quantization_config:
+            As in [`~trl.SFTTrainer`].
+    """
+
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "amid"]
+    _name = "AMiD"
+    _paper = {
+        "title": "AMiD: Knowledge Distillation for LLMs with α-mixture Assistant Distribution",
+        "id": "2510.15982",
+        "citation": textwrap.dedent("""\
+            @inproceedings{shin2026amid,
+                title        = {{AMiD: Knowledge Distillation for LLMs with $\\alpha$-mixture Assistant Distribution}},
+                year         = 2026,
+                booktitle    = {The Fourteenth International Conference on Learning Representations, {ICLR} 2026},
+                eprint       = {2510.15982},
+                archiveprefix = {arXiv},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: AMiDConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: Any | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+    ):
+        args = own_copy(args, model)
+        if preprocess_logits_for_metrics is not None:
+            raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
+        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if model is None or teacher_model is None:
+            missing = "model" if model is None else "teacher_model (or args.teacher_model_name_or_path)"
+            raise ValueError(f"{missing} is missing: pass a name, a path or a model")
+
+        set_seed(args.seed)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        student = load_student(model, args, quantization_config)
+        teacher = load_teacher(teacher_model, args)
+        tokenizer = processing_class or load_tokenizer(
+            student, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+        check_models(student, teacher, tokenizer)
+
+        self.objective = build_objective(args)
+        self.vocabulary = common_vocabulary(student, teacher, tokenizer)
+        self._student_generation_config = _trl.causal_lm(student).generation_config
+        self._positions = common_positions(student, teacher)
+        if data_collator is not None:
+            args.remove_unused_columns = False
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+
+        super(GKDTrainer, self).__init__(
+            student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        if data_collator is None:
+            self.data_collator = DistillationCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
+        self._loss_shifts_labels = True
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        self.teacher_model = place(freeze(teacher), self.accelerator)
+
+        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self._means = {"train": Means(), "eval": Means()}
+        self._completion_log = (
+            CompletionLog(args.output_dir, tokenizer, args.num_completions_to_print) if args.log_completions else None
+        )
+
+    # ---- Before training ----
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        settings = data_settings(
+            args,
+            positions=self._positions,
+            evaluates=dataset_name != "train",
+            eos_token_ids=eos_token_ids(processing_class, self._student_generation_config),
+            formatting_func=formatting_func,
+        )
+        with _trl.global_then_local_main_first():
+            rows = prepare_dataset(dataset, processing_class, settings, name=dataset_name)
+            return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "prompt_ids"]
+
+    # ---- A window: the micro-batches of one optimizer step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Fetch a window, let its source write the completions, then count the trained tokens of all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        source = next_source(window_draw(self.args.seed, self.state.global_step), lmbda=self.lmbda, seq_kd=self.seq_kd)
+        if source != "dataset" and batches:
+            batches = self._written_by(source, batches)
+        for batch in batches:
+            batch["source"] = source
+        self._means["train"].add("on_policy_share", float(source == "student"), 1.0)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _written_by(self, source: Source, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        prompts = [
+            ids[mask.bool()]
+            for batch in batches
+            for ids, mask in zip(batch["prompts"], batch["prompt_attention_mask"], strict=True)
+        ]
+        config = self._sampling_config(source)
+        completions = self._generate(source, prompts, config)
+        self._log_completions(source, prompts, completions, config)
+        window, start = [], 0
+        for batch in batches:
+            rows = slice(start, start := start + len(batch["prompts"]))
+            pad = (config.pad_token_id, self.args.pad_to_multiple_of)
+            window.append(self._prepare_inputs(completion_batch(prompts[rows], completions[rows], *pad)))
+        return window
+
+    def _generate(self, source: Source, prompts: list[Tensor], config) -> list[Tensor]:
+        wrapped = self.model_wrapped if source == "student" else self.teacher_model
+        device = self.accelerator.device
+        seed = completion_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            _trl.unwrap_model_for_generation(
+                wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            torch.manual_seed(seed)
+            return generate_completions(_trl.causal_lm(model), prompts, config, self.args.generation_batch_size)
+
+    def _sampling_config(self, source: Source):
+        model = self.model if source == "student" else self.teacher_model
+        base = _trl.causal_lm(self.accelerator.unwrap_model(model))
+        return sampling_config(
+            max_new_tokens=self.args.max_new_tokens,
+            eos_token_ids=eos_token_ids(self._tokenizer, self._student_generation_config, base.generation_config),
+            pad_token_id=self._tokenizer.pad_token_id,
+            padded_ids=range(self.vocabulary, base.config.get_text_config().vocab_size),
+            temperature=self.args.temperature,
+            top_p=self.args.top_p,
+            top_k=self.args.top_k,
+            min_p=self.args.min_p,
+            repetition_penalty=self.args.repetition_penalty,
+            cache_implementation=self.args.cache_implementation,
+            generation_kwargs=self.args.generation_kwargs,
+        )
+
+    # ---- The loss ----
+
+    def training_step(self, *args, **kwargs):
+        """SFTTrainer's step: the window has been written already."""
+        return SFTTrainer.training_step(self, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Σ over trained tokens / the trained tokens of the window on all processes.
+
+        Multiplied by the number of processes where the count is global, because their gradients are averaged.
+        """
+        student = self.accelerator.unwrap_model(model)
+        total, row_figures, predictions = _trl.forward_redirection(model, student, self._loss, student, inputs)
+        if model.training:
+            self._record("train", row_figures)
+        else:
+            self._record("eval", self.accelerator.gather_for_metrics(row_figures))
+        if num_items_in_batch is None:
+            loss = total / row_figures[:, -1].sum().clamp(min=1).to(total)
+        else:
+            loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, {"predictions": predictions}) if return_outputs else loss
+
+    def _loss(self, student: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, per-row sums of `FIGURES` with the token count as last column, predictions (batch, tokens)."""
+        targets = inputs["labels"][:, 1:]
+        trained = targets != -100
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                teacher_hidden, teacher_head = self._teacher_states(inputs)
+            base = _trl.causal_lm(student)
+            student_hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"])
+            student_head = _trl.language_model_head(base)
+            with _trl.gathered_heads(student_head, teacher_head):
+                total, figures = linear_token_loss(
+                    student_hidden[:, :-1][trained],
+                    student_head.cut(self.vocabulary),
+                    teacher_hidden[:, :-1][trained].to(student_hidden.device),
+                    teacher_head.cut(self.vocabulary),
+                    distillation_token_loss(
+                        self.objective,
+                        targets[trained],
+                        self.args.sft_weight if inputs.get("source", "dataset") != "student" else 0.0,
+                    ),
+                    self.args.logits_chunk_size,
+                )
+        predictions = torch.full_like(targets, -100).masked_scatter(trained, figures[:, -1].long())
+        columns = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1).double()
+        rows = trained.nonzero()[:, 0]
+        return total, columns.new_zeros(len(targets), columns.shape[1]).index_add(0, rows, columns), predictions
+
+    def _teacher_states(self, inputs):
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        base = _trl.causal_lm(teacher)
+        hidden = _trl.forward_redirection(
+            self.teacher_model, teacher, _trl.backbone_states, base, inputs["input_ids"], inputs["attention_mask"]
+        )
+        return hidden, _trl.language_model_head(base)
+
+    # ---- Evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss and, where metrics want them, the student's most likely tokens: never logits."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["predictions"], inputs["labels"][:, 1:].contiguous()
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The loss and the figures of the evaluation set, every trained token with the same weight."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Rows were gathered when they were recorded, so that every process holds all of them already.
+        means = self._means["eval"].pop(lambda sums: sums, self.accelerator.device)
+        means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    # ---- Logs, checkpoints, cards ----
+
+    def _record(self, mode: str, row_figures: Tensor) -> None:
+        *sums, tokens = row_figures.sum(0)
+        for name, total in zip(LOGGED, sums, strict=True):
+            self._means[mode].add(name, total, tokens)
+
+    def _log_completions(self, source, prompts, completions, config) -> None:
+        means, count = self._means["train"], float(len(completions))
+        lengths = [len(ids) for ids in completions]
+        ends = set(config.eos_token_id or ())
+        clipped = [not len(ids) or int(ids[-1]) not in ends for ids in completions]
+        means.add("completions/mean_length", float(sum(lengths)), count)
+        means.add("completions/clipped_ratio", float(sum(clipped)), count)
+        if self._completion_log is not None:
+            self._completion_log.remember(source, prompts, completions)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log; print the table of completions if asked to."""
+        if self.model.training:
+            reduce = lambda sums: self.accelerator.reduce(sums, reduction="sum")  # noqa: E731
+            logs.update(self._means["train"].pop(reduce, self.accelerator.device))
+            if self._completion_log is not None and self.accelerator.is_main_process:
+                self._completion_log.write(self.state.global_step)
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card, followed by the objective's settings."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(objective_card(self.args, self.objective))

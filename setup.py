@@ -1,0 +1,59 @@
+"""Package metadata of amid_trl; tool settings are in pyproject.toml, tested pins in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.19"],
+    "vllm": ["vllm<=0.31"],
+    "quantization": ["bitsandbytes"],
+    "eval": ["rouge-score"],
+    "sweep": ["optuna", "ray[tune]"],
+    "plot": ["matplotlib"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
+}
+TEST = [
+    "beartype",
+    "hypothesis",
+    "jaxtyping",
+    "mpmath",
+    "pyright",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    *EXTRAS["eval"],
+    *EXTRAS["plot"],
+]
+# What the demo reads besides the two data wheels, which the Makefile installs without their own dependencies.
+DEMO = ["gguf", "pyyaml", *EXTRAS["eval"], *EXTRAS["plot"]]
+
+setup(
+    name="amid_trl",
+    version="0.1.0",
+    description="Distil language models with TRL through an α-mixture assistant distribution (AMiD, ICLR 2026).",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["amid_trl", "amid_trl.*"]),
+    package_data={"amid_trl": ["py.typed"]},
+    install_requires=[
+        "torch>=2.7",
+        "transformers>=5.19,<6",
+        "trl>=1.16,<1.17",  # trl.experimental, which holds GKDTrainer, moves between minor versions
+        "accelerate>=1.10.1",
+        "datasets>=4.7",
+        "peft>=0.18",
+        "jaxtyping",
+    ],
+    extras_require={**EXTRAS, "demo": DEMO, "test": TEST, "dev": sorted({*TEST, *DEMO})},
+    entry_points={"console_scripts": ["amid-trl=amid_trl.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
