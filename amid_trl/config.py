@@ -11,8 +11,8 @@ from typing import Any, Literal
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.experimental.gkd import GKDConfig
 
-from amid_trl.data import DataSettings
 from amid_trl.objective import OBJECTIVES, Objective
+from amid_trl.rows import DataSettings
 
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class AMiDConfig(GKDConfig):
     log_completions: bool = _option(False, "Print and save a table of completions at each log.")
     num_completions_to_print: int | None = _option(None, "Rows of that table; all of the last window if unset.")
 
-    include_num_input_tokens_seen: str | bool = _option(
+    include_num_input_tokens_seen: str = _option(
         "non_padding", "Count the tokens seen: all, non_padding or no. Gives tokens per second in the logs."
     )
 
@@ -180,9 +180,7 @@ class AMiDConfig(GKDConfig):
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
         ):
-            raise ValueError(
-                "AMiDTrainer does not support context or sequence parallelism; set both sizes to 1"
-            )
+            raise ValueError("AMiDTrainer does not support context or sequence parallelism; set both sizes to 1")
         if self.objective != "gkd" and self.beta != GKDConfig.beta:
             # Not an error, because a GKD script must run with the two names swapped.
             logger.warning(

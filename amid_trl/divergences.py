@@ -68,38 +68,12 @@ def alpha_beta(
 
     Source: Cichocki, Cruces and Amari (2011), Entropy 13, 134-170; as a distillation loss ABKD (arXiv 2505.04560).
     """
-    total = alpha + beta
-    # With d = log(a / b) the formula is sum b^s f[0, alpha, s], the second divided difference of f(t) = exp(t d): it
-    # is symmetric in its three nodes, and its limits for nodes that meet are the special cases. Sorted nodes put the
-    # one subtraction that can cancel over the widest gap.
-    nodes = sorted((0.0, alpha, total))
-    low, middle, high = nodes
-    at_origin = high - low < AB_ORIGIN
-
-    in_a, in_b = has_mass(log_a), has_mass(log_b)
-    infinite = torch.zeros_like(in_a)
-    if at_origin or min(alpha, total) <= 0:
-        infinite = infinite | (in_b & ~in_a)
-    if at_origin or min(beta, total) <= 0:
-        infinite = infinite | (in_a & ~in_b)
-    log_a, log_b = _finite(log_a), _finite(log_b)
-    if min(alpha, beta) < 0:
-        # Negative powers of small probabilities overflow long before the probabilities are zero.
-        limit = 0.75 * math.log(torch.finfo(log_a.dtype).max)
-        for t in nodes:
-            infinite = infinite | (in_a & in_b & (t * log_a + (total - t) * log_b > limit))
-    left_out = infinite | ~(in_a | in_b)
-    log_a, log_b = log_a.masked_fill(left_out, 0), log_b.masked_fill(left_out, 0)
-
-    gap = log_a - log_b
-    if at_origin:
-        centre = sum(nodes) / 3
-        entries = 0.5 * gap.square() * (centre * log_a + (total - centre) * log_b).exp()
-    else:
-        log_powers = [t * log_a + (total - t) * log_b for t in nodes]
-        upper = _slope(log_powers[1], log_powers[2], gap, middle, high)
-        lower = _slope(log_powers[0], log_powers[1], gap, low, middle)
-        entries = (upper - lower) / (high - low)
+    finite_a, finite_b = _finite(log_a), _finite(log_b)
+    if min(alpha, beta) > 0 and alpha + beta >= AB_ORIGIN:
+        return _alpha_beta_entries(finite_a, finite_b, alpha, beta).sum(-1)
+    infinite = _alpha_beta_is_infinite(log_a, log_b, alpha, beta)
+    left_out = infinite | ~(has_mass(log_a) | has_mass(log_b))
+    entries = _alpha_beta_entries(finite_a.masked_fill(left_out, 0), finite_b.masked_fill(left_out, 0), alpha, beta)
     return entries.masked_fill(infinite, math.inf).sum(-1)
 
 
@@ -175,6 +149,43 @@ DIVERGENCES: dict[str, Divergence] = {
 def _finite(log_x: Tensor) -> Tensor:
     """Log-probabilities in at least float32, with a finite stand-in for log 0 whose exponential is still exactly 0."""
     return at_least_float32(log_x).clamp(min=ZERO_LOG)
+
+
+def _alpha_beta_entries(log_a: Tensor, log_b: Tensor, alpha: float, beta: float) -> Tensor:
+    """The addends of alpha_beta, one per vocabulary entry.
+
+    With d = log(a / b) an addend is b^s f[0, alpha, s], where f[...] is the second divided difference of
+    f(t) = exp(t d). That is symmetric in its three nodes, and its limits where nodes meet are the special cases of
+    the divergence. Sorting the nodes puts the one subtraction that can cancel over the widest distance.
+    """
+    total = alpha + beta
+    gap = log_a - log_b
+    low, middle, high = nodes = sorted((0.0, alpha, total))
+    if high - low < AB_ORIGIN:
+        centre = sum(nodes) / 3
+        return 0.5 * gap.square() * (centre * log_a + (total - centre) * log_b).exp()
+    log_low, log_middle, log_high = (t * log_a + (total - t) * log_b for t in nodes)
+    upper = _slope(log_middle, log_high, gap, middle, high)
+    lower = _slope(log_low, log_middle, gap, low, middle)
+    return (upper - lower) / (high - low)
+
+
+def _alpha_beta_is_infinite(log_a: Tensor, log_b: Tensor, alpha: float, beta: float) -> Tensor:
+    """Which addends of alpha_beta are infinite, or would overflow."""
+    total = alpha + beta
+    nodes = (0.0, alpha, total)
+    at_origin = max(nodes) - min(nodes) < AB_ORIGIN
+    in_a, in_b = has_mass(log_a), has_mass(log_b)
+    infinite = torch.zeros_like(in_a)
+    if at_origin or min(alpha, total) <= 0:
+        infinite = infinite | (in_b & ~in_a)
+    if at_origin or min(beta, total) <= 0:
+        infinite = infinite | (in_a & ~in_b)
+    # A negative power of a small probability overflows long before the probability is zero.
+    limit = 0.75 * math.log(torch.finfo(at_least_float32(log_a).dtype).max)
+    for t in nodes:
+        infinite = infinite | (in_a & in_b & (t * log_a + (total - t) * log_b > limit))
+    return infinite
 
 
 def _slope(log_left: Tensor, log_right: Tensor, gap: Tensor, left: float, right: float) -> Tensor:

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from amid_trl.data import pad_rows
+from amid_trl.batches import pad_rows
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | None) -> list[int]:
     """Every id that ends a completion: the tokenizer's EOS and those of the generation configs, without repetition."""
-    declared: list[int] = []
-    for ids in (tokenizer.eos_token_id, *(config.eos_token_id for config in configs if config is not None)):
-        declared.extend([] if ids is None else [ids] if isinstance(ids, int) else ids)
-    return list(dict.fromkeys(declared))
+    declared = [tokenizer.eos_token_id, *(config.eos_token_id for config in configs if config is not None)]
+    return list(dict.fromkeys(token for ids in declared for token in _listed(ids)))
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
 
 def sampling_config(
@@ -45,6 +47,7 @@ def sampling_config(
         **sampling,
         **(generation_kwargs or {}),
     }
+    settings["eos_token_id"] = _listed(settings["eos_token_id"]) or None
     return GenerationConfig(**settings)
 
 

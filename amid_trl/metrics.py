@@ -1,28 +1,25 @@
 """Means over tokens, windows or rows: summed where they arise, divided once, over all processes, when asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Means:
-    """Named weighted means. `add` does not wait for the device; `pop` reduces everything in one message."""
+    """Weighted means with fixed names. `add` never waits for the device; `pop` reduces all of them in one message."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self._index = {name: i for i, name in enumerate(names)}
+        self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add a sum and the number of things that it sums."""
-        device = total.device if isinstance(total, Tensor) else None
-        pair = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in (total, count)])
-        self._sums[name] = self._sums[name] + pair.to(self._sums[name].device) if name in self._sums else pair
+        """Add a sum, and the number of things that it sums."""
+        self._sums[self._index[name], 0] += total
+        self._sums[self._index[name], 1] += count
 
-    def pop(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """The means over all processes, and start anew. Every process must have added the same names."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums = reduce(torch.stack([self._sums[name].to(device) for name in names]))
-        self._sums.clear()
-        return {name: float(total / count) for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+    def pop(self, reduce: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
+        """The means, without those that nothing was added to, and start anew."""
+        sums = reduce(self._sums).tolist()
+        self._sums.zero_()
+        return {name: sums[i][0] / sums[i][1] for name, i in self._index.items() if sums[i][1]}

@@ -224,7 +224,7 @@ def csd() -> Objective:
     """Concrete score distillation with student weights, CSD(S, S) at temperature 1: the gradient of KL(q || p).
 
     CSD (arXiv 2509.25837) is defined by its gradient on the student's logits, q (d - E_q d) with d the difference of
-    the logits, which is exactly that of `rkl`; so this is `rkl`. The published code gives no other value to compare.
+    the logits. That is exactly the gradient of `rkl`, so this is `rkl`; only the value that is logged differs.
     """
     return rkl()
 

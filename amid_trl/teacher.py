@@ -131,16 +131,19 @@ def check_same_tokenizer(
         example = (moved or missing)[0]
         names = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
         raise ValueError(
-            f"student and teacher need the same tokenizer; {' and '.join(names)} differ in {len(moved) + len(missing)} "
-            f"tokens (for instance {example!r}: id {student_ids[example]} and {teacher_ids.get(example)}). For different "
-            "tokenizers see TRL's GOLDTrainer."
+            f"student and teacher need the same tokenizer; {' and '.join(names)} differ in {len(moved + missing)} "
+            f"tokens (for instance {example!r}: id {student_ids[example]} and {teacher_ids.get(example)}). TRL's "
+            "GOLDTrainer is made for different tokenizers."
         )
     if missing:
         logger.warning("The teacher's tokenizer does not know %s; its probability for them is untrained.", missing)
 
 
-def check_models(student: nn.Module, teacher: nn.Module, tokenizer: Any) -> None:
-    """Refuse, before anything is trained, a pair of models that the loss could not compare."""
+def check_models(student: nn.Module, teacher: nn.Module, tokenizer: Any, *, adapter_follows: bool) -> None:
+    """Refuse, before anything is trained, a pair of models that the loss could not compare.
+
+    `adapter_follows` says that the student gets a new adapter, so that it may be frozen now.
+    """
     if tokenizer is None:
         raise ValueError("processing_class is missing, and no tokenizer lies beside the student's weights")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -151,6 +154,10 @@ def check_models(student: nn.Module, teacher: nn.Module, tokenizer: Any) -> None
     check_text_only(teacher, "teacher")
     if causal_lm(teacher) is causal_lm(student):
         raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")
+    if not adapter_follows and not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "the student has no trainable parameter; load an adapter with is_trainable=True, or pass peft_config"
+        )
     check_same_tokenizer(tokenizer, load_tokenizer(teacher))
 
 

@@ -6,6 +6,7 @@ saving and logging are SFTTrainer's, and what distillation adds lives in the mod
 
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
+from amid_trl.batches import DistillationCollator, completion_batch
 from amid_trl.completions import CompletionLog
 from amid_trl.config import AMiDConfig, build_objective, data_settings, objective_card, own_copy
-from amid_trl.data import DistillationCollator, completion_batch, prepare_dataset
+from amid_trl.data import prepare_dataset
 from amid_trl.generation import eos_token_ids, generate_completions, sampling_config
-from amid_trl.linear import linear_token_loss
+from amid_trl.linear import Head, linear_token_loss
 from amid_trl.metrics import Means
 from amid_trl.sampling import Source, completion_seed, next_source, window_draw
 from amid_trl.teacher import (
@@ -47,8 +49,9 @@ from amid_trl.teacher import (
 from amid_trl.token_loss import FIGURES, distillation_token_loss
 
 
-# Figures that are averages of interest; the last column, the student's token, is a prediction.
-LOGGED = FIGURES[:-1]
+# Logged as means over trained tokens; the last figure, the student's token, is a prediction.
+TOKEN_MEANS = FIGURES[:-1]
+WINDOW_MEANS = ("on_policy_share", "completions/mean_length", "completions/clipped_ratio")
 
 
 class AMiDTrainer(GKDTrainer):
@@ -126,7 +129,9 @@ class AMiDTrainer(GKDTrainer):
         tokenizer = processing_class or load_tokenizer(
             student, revision=revision, trust_remote_code=args.trust_remote_code
         )
-        check_models(student, teacher, tokenizer)
+        check_models(student, teacher, tokenizer, adapter_follows=peft_config is not None)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
         self.objective = build_objective(args)
         self.vocabulary = common_vocabulary(student, teacher, tokenizer)
@@ -158,7 +163,9 @@ class AMiDTrainer(GKDTrainer):
         self.teacher_model = place(freeze(teacher), self.accelerator)
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
-        self._means = {"train": Means(), "eval": Means()}
+        self.generation_config = self._sampling_config("student")
+        self._train_means = Means((*TOKEN_MEANS, *WINDOW_MEANS), self.accelerator.device)
+        self._eval_means = Means(TOKEN_MEANS, self.accelerator.device)
         self._completion_log = (
             CompletionLog(args.output_dir, tokenizer, args.num_completions_to_print) if args.log_completions else None
         )
@@ -190,10 +197,15 @@ class AMiDTrainer(GKDTrainer):
             batches = self._written_by(source, batches)
         for batch in batches:
             batch["source"] = source
-        self._means["train"].add("on_policy_share", float(source == "student"), 1.0)
+        self._train_means.add("on_policy_share", source == "student", 1)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _written_by(self, source: Source, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        if not all("prompts" in batch and batch["prompt_attention_mask"].any(-1).all() for batch in batches):
+            raise ValueError(
+                f"the {source} writes this window, but the data_collator's batches have no `prompts` and "
+                "`prompt_attention_mask`, or a row without a prompt"
+            )
         prompts = [
             ids[mask.bool()]
             for batch in batches
@@ -201,7 +213,7 @@ class AMiDTrainer(GKDTrainer):
         ]
         config = self._sampling_config(source)
         completions = self._generate(source, prompts, config)
-        self._log_completions(source, prompts, completions, config)
+        self._record_completions(source, prompts, completions, config)
         window, start = [], 0
         for batch in batches:
             rows = slice(start, start := start + len(batch["prompts"]))
@@ -255,54 +267,55 @@ class AMiDTrainer(GKDTrainer):
         Multiplied by the number of processes where the count is global, because their gradients are averaged.
         """
         student = self.accelerator.unwrap_model(model)
-        total, row_figures, predictions = _trl.forward_redirection(model, student, self._loss, student, inputs)
+        teacher_states = self._teacher_states(inputs)
+        total, row_sums, predictions = _trl.forward_redirection(
+            model, student, self._loss, student, inputs, *teacher_states
+        )
         if model.training:
-            self._record("train", row_figures)
+            self._record(self._train_means, row_sums)
         else:
-            self._record("eval", self.accelerator.gather_for_metrics(row_figures))
+            self._record(self._eval_means, self.accelerator.gather_for_metrics(row_sums))
         if num_items_in_batch is None:
-            loss = total / row_figures[:, -1].sum().clamp(min=1).to(total)
+            loss = total / row_sums[:, -1].sum().clamp(min=1).to(total)
         else:
             loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"predictions": predictions}) if return_outputs else loss
 
-    def _loss(self, student: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, per-row sums of `FIGURES` with the token count as last column, predictions (batch, tokens)."""
+    def _teacher_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
+        """The teacher's hidden states at trained positions, and its head."""
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        base = _trl.causal_lm(teacher)
+        tokens = (inputs["input_ids"], inputs["attention_mask"])
+        with torch.no_grad(), self.accelerator.autocast():
+            hidden = _trl.forward_redirection(self.teacher_model, teacher, _trl.backbone_states, base, *tokens)
+        return hidden[:, :-1][inputs["labels"][:, 1:] != -100], _trl.language_model_head(base)
+
+    def _loss(
+        self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor, teacher_head: Head
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ loss; per row, the sums of TOKEN_MEANS and the token count; the student's tokens (batch, tokens - 1)."""
         targets = inputs["labels"][:, 1:]
         trained = targets != -100
+        sft_weight = self.args.sft_weight if inputs.get("source") != "student" else 0.0
         with self.accelerator.autocast():
-            with torch.no_grad():
-                teacher_hidden, teacher_head = self._teacher_states(inputs)
             base = _trl.causal_lm(student)
-            student_hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"])
-            student_head = _trl.language_model_head(base)
-            with _trl.gathered_heads(student_head, teacher_head):
+            hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"])[:, :-1][trained]
+            head = _trl.language_model_head(base)
+            with _trl.gathered_heads(head, teacher_head):
                 total, figures = linear_token_loss(
-                    student_hidden[:, :-1][trained],
-                    student_head.cut(self.vocabulary),
-                    teacher_hidden[:, :-1][trained].to(student_hidden.device),
+                    hidden,
+                    head.cut(self.vocabulary),
+                    teacher_hidden.to(hidden.device),
                     teacher_head.cut(self.vocabulary),
-                    distillation_token_loss(
-                        self.objective,
-                        targets[trained],
-                        self.args.sft_weight if inputs.get("source", "dataset") != "student" else 0.0,
-                    ),
+                    distillation_token_loss(self.objective, targets[trained], sft_weight),
                     self.args.logits_chunk_size,
                 )
         predictions = torch.full_like(targets, -100).masked_scatter(trained, figures[:, -1].long())
-        columns = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1).double()
-        rows = trained.nonzero()[:, 0]
-        return total, columns.new_zeros(len(targets), columns.shape[1]).index_add(0, rows, columns), predictions
-
-    def _teacher_states(self, inputs):
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        base = _trl.causal_lm(teacher)
-        hidden = _trl.forward_redirection(
-            self.teacher_model, teacher, _trl.backbone_states, base, inputs["input_ids"], inputs["attention_mask"]
-        )
-        return hidden, _trl.language_model_head(base)
+        summands = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1).double()
+        row_sums = summands.new_zeros(len(targets), summands.shape[1])
+        return total, row_sums.index_add(0, trained.nonzero()[:, 0], summands), predictions
 
     # ---- Evaluation ----
 
@@ -318,35 +331,31 @@ class AMiDTrainer(GKDTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The loss and the figures of the evaluation set, every trained token with the same weight."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # Rows were gathered when they were recorded, so that every process holds all of them already.
-        means = self._means["eval"].pop(lambda sums: sums, self.accelerator.device)
+        means = self._eval_means.pop()  # no reduction: rows were gathered when they were recorded
         means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     # ---- Logs, checkpoints, cards ----
 
-    def _record(self, mode: str, row_figures: Tensor) -> None:
-        *sums, tokens = row_figures.sum(0)
-        for name, total in zip(LOGGED, sums, strict=True):
-            self._means[mode].add(name, total, tokens)
+    def _record(self, means: Means, row_sums: Tensor) -> None:
+        *sums, tokens = row_sums.sum(0)
+        for name, total in zip(TOKEN_MEANS, sums, strict=True):
+            means.add(name, total, tokens)
 
-    def _log_completions(self, source, prompts, completions, config) -> None:
-        means, count = self._means["train"], float(len(completions))
-        lengths = [len(ids) for ids in completions]
+    def _record_completions(self, source: Source, prompts: list[Tensor], completions: list[Tensor], config) -> None:
         ends = set(config.eos_token_id or ())
-        clipped = [not len(ids) or int(ids[-1]) not in ends for ids in completions]
-        means.add("completions/mean_length", float(sum(lengths)), count)
-        means.add("completions/clipped_ratio", float(sum(clipped)), count)
+        clipped = [len(ids) == 0 or int(ids[-1]) not in ends for ids in completions]
+        self._train_means.add("completions/mean_length", sum(map(len, completions)), len(completions))
+        self._train_means.add("completions/clipped_ratio", sum(clipped), len(completions))
         if self._completion_log is not None:
             self._completion_log.remember(source, prompts, completions)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
-            reduce = lambda sums: self.accelerator.reduce(sums, reduction="sum")  # noqa: E731
-            logs.update(self._means["train"].pop(reduce, self.accelerator.device))
-            if self._completion_log is not None and self.accelerator.is_main_process:
+            logs.update(self._train_means.pop(partial(self.accelerator.reduce, reduction="sum")))
+            if self._completion_log is not None and self.is_world_process_zero():
                 self._completion_log.write(self.state.global_step)
         super().log(logs, start_time)
 

@@ -1,0 +1,84 @@
+"""Rows of different lengths -> padded batches."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from amid_trl.rows import UNTRAINED, Row
+
+
+ROW_COLUMNS = ("input_ids", "labels", "prompt_ids")
+
+
+def pad_rows(
+    rows: Sequence[Tensor], value: int, *, side: Literal["left", "right"] = "right", multiple_of: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one (rows, longest) tensor of `value`-padded ids, and its 0/1 attention mask.
+
+    The mask comes from the lengths: a token that equals the padding value (EOS, often) stays visible. The width is
+    rounded up to `multiple_of`.
+    """
+    width = max((len(row) for row in rows), default=0)
+    width += -width % (multiple_of or 1)
+    device = rows[0].device if rows else None
+    padded = torch.full((len(rows), width), value, dtype=torch.long, device=device)
+    mask = torch.zeros_like(padded)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        padded[i, place] = row
+        mask[i, place] = 1
+    return padded, mask
+
+
+@dataclass(frozen=True)
+class DistillationCollator:
+    """Prepared rows -> the batch of GKDTrainer.
+
+    `input_ids`, `attention_mask`, `labels` are (rows, tokens) and padded on the right, `prompts` and
+    `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Iterable[Row]) -> dict[str, Tensor]:
+        rows = list(rows)
+        ids, labels, prompts = ([torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in ROW_COLUMNS)
+        return _batch(ids, labels, prompts, self.pad_token_id, self.pad_to_multiple_of)
+
+
+def completion_batch(
+    prompts: Sequence[Tensor], completions: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, Tensor]:
+    """The same batch from prompts and the completions generated for them, both without padding.
+
+    All of a completion is trained, with its EOS if it has one, and nothing of the prompt.
+    """
+    input_ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
+    labels = [
+        torch.cat([torch.full_like(prompt, UNTRAINED), completion])
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return _batch(input_ids, labels, prompts, pad_token_id, pad_to_multiple_of)
+
+
+def _batch(
+    input_ids: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    prompts: Sequence[Tensor],
+    pad_token_id: int,
+    multiple_of: int | None,
+) -> dict[str, Tensor]:
+    ids, mask = pad_rows(input_ids, pad_token_id, multiple_of=multiple_of)
+    padded_labels, _ = pad_rows(labels, UNTRAINED, multiple_of=multiple_of)
+    prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, side="left")
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": padded_labels,
+        "prompts": prompt_ids,
+        "prompt_attention_mask": prompt_mask,
+    }

@@ -1,0 +1,75 @@
+"""Settings and fixtures shared by all tests; the builders are in tests/tiny.py."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+from pathlib import Path
+
+import pytest
+from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from amid_trl import AMiDConfig, AMiDTrainer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of this test's own: trainers and tests may change it."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def student(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny_llama(tokenizer, seed=0)
+
+
+@pytest.fixture
+def teacher(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny_llama(tokenizer, seed=1, hidden_size=48, intermediate_size=96)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model with its tokenizer, for code that takes a path. Read only."""
+    tokenizer = tiny_tokenizer()
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", tiny_llama(tokenizer, seed=2), tokenizer)
+
+
+@pytest.fixture
+def train(tmp_path, tokenizer, student, teacher):
+    """Build a trainer on tiny models; keyword arguments are AMiDConfig's, or the trainer's own."""
+
+    def build(*, model=None, teacher_model=None, train_dataset=None, **settings) -> AMiDTrainer:
+        own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "callbacks", "formatting_func")
+        extra = {name: settings.pop(name) for name in own if name in settings}
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "per_device_train_batch_size": 2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "max_new_tokens": 6,
+            "lmbda": 0.0,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+        }
+        return AMiDTrainer(
+            model if model is not None else student,
+            teacher_model if teacher_model is not None else teacher,
+            AMiDConfig(**{**defaults, **settings}),
+            train_dataset=train_dataset if train_dataset is not None else messages_dataset(8),
+            processing_class=tokenizer,
+            **extra,
+        )
+
+    return build

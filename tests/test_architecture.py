@@ -1,0 +1,143 @@
+"""What holds for the package as a whole: imports point down, the public names stay, documents match the code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import amid_trl
+from amid_trl import _trl
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "amid_trl"
+
+# Lower layers first; a module imports from its own layer and from those above it in this list.
+LAYERS = {
+    "maths": ["assistant", "divergences", "objective", "linear", "token_loss"],
+    "batches": ["sampling", "rows", "conversations", "batches", "data", "generation"],
+    "training": ["_trl", "completions", "config", "evaluation", "metrics", "student", "teacher", "trainer"],
+    "entry": ["__init__", "__main__", "cli", "train"],
+}
+# Imported by modules of the maths layer, and nothing else.
+MATHS_IMPORTS = {"torch", "jaxtyping", "collections", "dataclasses", "inspect", "math", "functools", "amid_trl"}
+
+
+def imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "amid_trl" else {node.module}
+            )
+    return names
+
+
+def test_every_module_has_a_layer():
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == {module for layer in LAYERS.values() for module in layer}
+
+
+def test_imports_point_down():
+    allowed: set[str] = set()
+    for modules in LAYERS.values():
+        allowed |= set(modules)
+        for module in modules:
+            ours = {name.split(".")[1] for name in imports(module) if name.startswith("amid_trl.")}
+            public = {name for name in ours if name in amid_trl.__all__}
+            assert ours - public <= allowed, f"{module} imports {ours - allowed} from a higher layer"
+
+
+def test_the_maths_layer_needs_torch_alone():
+    for module in LAYERS["maths"]:
+        assert {name.split(".")[0] for name in imports(module)} <= MATHS_IMPORTS
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, amid_trl; print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_private_names_of_trl_and_transformers_are_used_in_one_place():
+    for path in PACKAGE.glob("*.py"):
+        if path.stem == "_trl":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trl", "transformers"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private and node.module not in ("trl.models.utils", "trl.trainer.utils"), (
+                    f"{path}: {private}"
+                )
+
+
+def test_the_names_borrowed_from_trl_are_listed():
+    assert sorted(_trl.__all__) == [
+        "accelerate_launch",
+        "backbone_states",
+        "causal_lm",
+        "create_model_from_path",
+        "forward_redirection",
+        "gathered_heads",
+        "global_then_local_main_first",
+        "language_model_head",
+        "prepare_deepspeed",
+        "prepare_fsdp",
+        "print_prompt_completions_sample",
+        "unwrap_model_for_generation",
+    ]
+    assert all(hasattr(_trl, name) for name in _trl.__all__)
+
+
+def test_the_public_names_stay():
+    assert sorted(amid_trl.__all__) == [
+        "AMiDConfig",
+        "AMiDTrainer",
+        "DIVERGENCES",
+        "OBJECTIVES",
+        "Objective",
+        "alpha_mixture",
+        "linear_distillation_loss",
+    ]
+    assert all(getattr(amid_trl, name) is not None for name in amid_trl.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = amid_trl.nothing
+
+
+def test_objectives_and_divergences_keep_their_names():
+    objectives = [
+        "kd",
+        "rkl",
+        "csd",
+        "gkd",
+        "skl",
+        "srkl",
+        "taid",
+        "abkd",
+        "tvd",
+        "wsd",
+        "jeffreys",
+        "akl",
+        "bdkd",
+        "amid",
+    ]
+    assert list(amid_trl.OBJECTIVES) == objectives
+    assert list(amid_trl.DIVERGENCES) == ["kl", "js", "tv", "alpha", "ab", "hellinger", "renyi", "jeffreys", "chi2"]
+
+
+def test_the_readme_lists_every_module():
+    readme = (ROOT / "README.md").read_text()
+    for path in PACKAGE.glob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            assert f"{path.name} " in readme, f"README.md does not say what {path.name} is"
+
+
+def test_every_objective_and_divergence_is_in_the_docs():
+    concepts = (ROOT / "docs" / "objectives.md").read_text()
+    for name in [*amid_trl.OBJECTIVES, *amid_trl.DIVERGENCES]:
+        assert f"`{name}`" in concepts, name

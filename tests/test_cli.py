@@ -1,0 +1,159 @@
+"""The command line, run as a user runs it: real processes, the tiny model on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import messages_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from amid_trl import cli
+
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+SETTINGS = [
+    "--use_cpu", "--bf16=False", "--max_steps=2", "--max_new_tokens=4", "--lmbda=0.5", "--report_to=none",
+    "--per_device_train_batch_size=2", "--save_strategy=no", "--gradient_checkpointing=False",
+]  # fmt: skip
+LAUNCHERS = {
+    "amid-trl train": [str(Path(sys.executable).with_name("amid-trl")), "train", "--num_processes=1"],
+    "accelerate launch -m amid_trl": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "amid_trl", "train")
+    ],
+    "python examples/scripts/amid.py": [sys.executable, str(ROOT / "examples" / "scripts" / "amid.py")],
+}
+
+
+def run(*command: str, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == expect, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    messages_dataset(8).to_json(folder / "train.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_way_to_launch_trains_the_same_student(launcher, tmp_path, tiny_dir, data_dir):
+    arguments = [
+        *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)),
+        *("--dataset_name", str(data_dir), "--output_dir", str(tmp_path / "run"), *SETTINGS),
+        *("--use_peft", "--lora_r=4", "--lora_target_modules", "q_proj", "v_proj"),
+    ]
+    run(*LAUNCHERS[launcher], *arguments)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_yaml_file_is_the_same_as_flags_and_flags_win(tmp_path, tiny_dir, data_dir):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {tiny_dir}\nteacher_model_name_or_path: {tiny_dir}\ndataset_name: {data_dir}\n"
+        f"output_dir: {tmp_path / 'from-yaml'}\nuse_cpu: true\nbf16: false\nmax_steps: 1\nlmbda: 0.0\n"
+        "report_to: none\nsave_strategy: 'no'\nassistant_alpha: -3.0\n"
+    )
+    command = [sys.executable, "-m", "amid_trl.train", "--config", str(file)]
+    run(*command, "--output_dir", str(tmp_path / "from-flag"), "--save_strategy=steps", "--save_steps=1")
+    assert not (tmp_path / "from-yaml").exists()
+    assert "| `alpha` | `-3.0` |" in (tmp_path / "from-flag" / "README.md").read_text()
+
+
+def test_an_unknown_flag_is_refused_by_name(tmp_path, tiny_dir, data_dir):
+    command = [sys.executable, "-m", "amid_trl.train", "--model_name_or_path", str(tiny_dir), *SETTINGS]
+    done = subprocess.run([*command, "--assistant_alfa=1"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "assistant_alfa" in done.stderr
+
+
+def test_launch_arguments_go_to_accelerate_and_the_rest_to_the_script(monkeypatch):
+    launched = []
+    monkeypatch.setattr("amid_trl._trl.accelerate_launch", lambda *args: launched.append(args))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    flags = ["--output_dir", "out", "--use_cpu", "--accelerate_config", "zero2", "--num_processes", "4"]
+    assert cli.main(["train", *flags]) == 0
+    launch, module, script = launched[0]
+    assert launch == ["--accelerate_config", "zero2", "--num_processes", "4"]
+    assert module == "amid_trl.train"
+    assert script == ["--output_dir", "out", "--use_cpu"]
+
+
+def test_trls_accelerate_configs_are_known_by_name(monkeypatch):
+    from amid_trl import _trl
+
+    parsed = []
+    monkeypatch.setattr(_trl, "launch_command", parsed.append)
+    _trl.accelerate_launch(["--accelerate_config", "zero2"], "amid_trl.train", ["--lmbda", "0.5"])
+    [args] = parsed
+    assert args.config_file.endswith("zero2.yaml") and Path(args.config_file).exists()
+    assert args.module and args.training_script == "amid_trl.train"
+    assert args.training_script_args == ["--lmbda", "0.5"]
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["init-student"], ["merge"]])
+def test_help_is_printed(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: amid-trl" in printed
+    if command == ["train"]:
+        assert "--assistant_alpha" in printed and "--model_name_or_path" in printed
+
+
+def test_init_student_keeps_the_layers_that_are_not_dropped(tmp_path, tiny_dir, capsys):
+    assert cli.main(["init-student", str(tiny_dir), str(tmp_path / "student"), "--drop-layers", "1"]) == 0
+    assert "1 of 2 layers" in capsys.readouterr().out
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.config.num_hidden_layers == 1
+    kept = dict(student.named_parameters())
+    assert all(torch.equal(kept[name], p) for name, p in teacher.named_parameters() if name in kept)
+    assert AutoTokenizer.from_pretrained(tmp_path / "student").eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(("layers", "message"), [("7", "the layers are 0 to 1"), ("x", "'x'"), ("0-1", "must stay")])
+def test_layers_that_cannot_be_dropped_are_named(tmp_path, tiny_dir, capsys, layers, message):
+    assert cli.main(["init-student", str(tiny_dir), str(tmp_path / "student"), "--drop-layers", layers]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+
+
+def test_merge_gives_the_logits_of_base_and_adapter(tmp_path, tiny_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.full_like(parameter, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "adapter")
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.arange(3, 12)[None]
+    torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_data_is_given_once(tmp_path, tiny_dir):
+    done = subprocess.run(
+        [sys.executable, "-m", "amid_trl.train", "--model_name_or_path", str(tiny_dir), "--output_dir", str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "give the data either as dataset_name or as a datasets mixture" in done.stderr

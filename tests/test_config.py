@@ -1,0 +1,204 @@
+"""AMiDConfig: defaults, command line, and that no field is without effect."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from trl import TrlParser
+from trl.experimental.gkd import GKDConfig
+
+from amid_trl import AMiDConfig, Objective
+from amid_trl.config import build_objective, data_settings
+
+
+OWN_FIELDS = [
+    f.name for f in dataclasses.fields(AMiDConfig) if f.name not in {g.name for g in dataclasses.fields(GKDConfig)}
+]
+
+
+def config(**settings) -> AMiDConfig:
+    return AMiDConfig(output_dir="unused", use_cpu=True, **settings)
+
+
+def test_the_default_is_the_papers_best_setting():
+    assert build_objective(config()) == Objective("ab", "pr", alpha=-5.0, lam=0.1, divergence_kwargs={})
+    from amid_trl.divergences import alpha_beta
+
+    p, q = torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([[0.2, 0.5, 0.3]]).log()
+    torch.testing.assert_close(alpha_beta(p, q), alpha_beta(p, q, alpha=0.2, beta=0.7))
+
+
+def test_gkds_fields_keep_their_defaults():
+    defaults = {f.name: f.default for f in dataclasses.fields(GKDConfig)}
+    changed = {f.name for f in dataclasses.fields(AMiDConfig) if f.name in defaults and f.default != defaults[f.name]}
+    assert changed == {"include_num_input_tokens_seen"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"assistant_alpha": 0.5}, {"alpha": 0.5}),
+        ({"assistant_alpha": -math.inf}, {"alpha": -math.inf}),
+        ({"assistant_lambda": 0.3}, {"lam": 0.3}),
+        ({"divergence": "kl"}, {"divergence": "kl"}),
+        ({"divergence_order": "qr"}, {"order": "qr"}),
+        ({"divergence_kwargs": {"alpha": 1.0}}, {"divergence_kwargs": {"alpha": 1.0}}),
+        ({"divergence_kwargs": '{"alpha": 1.0}'}, {"divergence_kwargs": {"alpha": 1.0}}),
+        ({"distill_temperature": 2.0}, {"temperature": 2.0}),
+        ({"objective": "skl"}, {"alpha": -1.0, "lam": 0.1, "divergence": "kl", "order": "pr"}),
+        ({"objective": "skl", "objective_kwargs": {"skew": 0.3}}, {"lam": 0.3}),
+        ({"objective": "gkd", "beta": 0.2}, {"divergence_kwargs": {"beta": 0.2}}),
+    ],
+)
+def test_fields_reach_the_objective(settings, want):
+    objective = build_objective(config(**settings))
+    assert {name: getattr(objective, name) for name in want} == want
+
+
+REFUSED = [
+    ({"objective": "nope"}, r"objective must be one of kd, .*got 'nope'"),
+    ({"divergence": "nope"}, r"divergence must be one of kl, .*got 'nope'"),
+    ({"divergence_order": "xy"}, r"order must be one of pr, .*got 'xy'"),
+    ({"divergence_kwargs": {"gamma": 1}}, r"divergence_kwargs of ab may have alpha, beta; got 'gamma'"),
+    ({"assistant_lambda": 1.5}, r"assistant_lambda must be in \[0, 1\]; got 1.5"),
+    ({"assistant_lambda": math.nan}, r"assistant_lambda must be in \[0, 1\]; got nan"),
+    ({"assistant_alpha": math.nan}, r"assistant_alpha must be a real number.*got nan"),
+    ({"distill_temperature": 0.0}, r"distill_temperature must be positive and finite; got 0.0"),
+    ({"temperature": 0.0}, r"temperature must be positive and finite; got 0.0"),
+    ({"temperature": -1.0}, r"temperature must be positive and finite; got -1.0"),
+    ({"sft_weight": -0.1}, r"sft_weight must be 0 or more and finite; got -0.1"),
+    ({"max_new_tokens": 0}, r"max_new_tokens must be at least 1; got 0"),
+    ({"max_new_tokens": 1024}, r"max_new_tokens=1024 leaves no room for a prompt in max_length=1024"),
+    ({"generation_batch_size": 0}, r"generation_batch_size must be at least 1; got 0"),
+    ({"logits_chunk_size": 0}, r"logits_chunk_size must be at least 1; got 0"),
+    ({"top_k": -1}, r"top_k must be at least 0; got -1"),
+    ({"top_p": 1.1}, r"top_p and min_p must be at most 1"),
+    ({"min_p": 2.0}, r"top_p and min_p must be at most 1"),
+    ({"repetition_penalty": 0.0}, r"repetition_penalty must be positive"),
+    ({"assistant_turns": "first"}, r"assistant_turns must be 'all' or 'last'; got 'first'"),
+    ({"lmbda": 1.5}, r"lmbda must be in the range"),
+    ({"objective": "kd", "assistant_alpha": 1.0}, r"assistant_alpha has no effect on objective='kd'"),
+    ({"objective_kwargs": {"alpha": 1}}, r"objective_kwargs=.* has no effect on objective='amid'"),
+    ({"objective": "skl", "objective_kwargs": {"skw": 1}}, r"objective_kwargs=.* does not fit 'skl'"),
+    ({"packing": True}, r"does not support packing=True"),
+    ({"padding_free": True}, r"does not support padding_free=True"),
+    ({"loss_type": "dft"}, r"does not support loss_type='dft'"),
+    ({"label_smoothing_factor": 0.1}, r"does not support label_smoothing_factor=0.1"),
+    ({"router_aux_loss_coef": 0.1}, r"does not support router_aux_loss_coef=0.1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[str(settings) for settings, _ in REFUSED])
+def test_what_cannot_work_is_refused_with_its_name_and_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
+def test_cutting_prompts_is_refused():
+    with pytest.raises(ValueError, match="does not support truncation_mode='keep_end'"):
+        config(truncation_mode="keep_end")
+
+
+def test_a_beta_that_the_objective_does_not_read_is_reported(caplog):
+    config(beta=0.1)
+    assert "beta=0.1 belongs to objective='gkd'" in caplog.text
+    caplog.clear()
+    config(beta=0.1, objective="gkd")
+    assert not caplog.text
+
+
+def settings_of(**fields):
+    return data_settings(config(**fields), positions=512, evaluates=False, eos_token_ids=(), formatting_func=None)
+
+
+def test_lengths_are_bounded_by_max_length_and_the_models_positions():
+    assert settings_of(max_length=1024, lmbda=0.0).max_length == 512
+    assert settings_of(max_length=300, lmbda=0.0).max_length == 300
+    assert settings_of(max_length=None, lmbda=0.0).max_length == 512
+    assert settings_of(max_length=300, lmbda=1.0, max_new_tokens=100).prompt_budget == 200
+    assert settings_of(max_length=300, lmbda=0.0, max_new_tokens=100).prompt_budget is None
+
+
+def test_data_is_trained_unless_every_window_is_generated():
+    assert settings_of(lmbda=0.5).trains_on_dataset
+    assert not settings_of(lmbda=1.0).trains_on_dataset
+    assert not settings_of(seq_kd=True).trains_on_dataset
+    evaluation = data_settings(
+        config(lmbda=1.0), positions=512, evaluates=True, eos_token_ids=(), formatting_func=None
+    )
+    assert evaluation.trains_on_dataset and not evaluation.generates
+
+
+# Every field of ours, and the test that fails if it stops having an effect.
+EFFECTS = {
+    "objective": "test_config.py::test_fields_reach_the_objective",
+    "objective_kwargs": "test_config.py::test_fields_reach_the_objective",
+    "assistant_alpha": "test_config.py::test_fields_reach_the_objective",
+    "assistant_lambda": "test_config.py::test_fields_reach_the_objective",
+    "divergence": "test_config.py::test_fields_reach_the_objective",
+    "divergence_order": "test_config.py::test_fields_reach_the_objective",
+    "divergence_kwargs": "test_config.py::test_fields_reach_the_objective",
+    "distill_temperature": "test_config.py::test_fields_reach_the_objective",
+    "sft_weight": "test_trainer.py::test_cross_entropy_joins_on_dataset_text_and_never_on_the_students_own",
+    "logits_chunk_size": "test_fields.py::test_the_chunk_size_bounds_the_projection",
+    "teacher_model_revision": "test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
+    "assistant_turns": "test_fields.py::test_only_the_last_turn_is_trained_if_asked_for",
+    "chat_template_kwargs": "test_fields.py::test_chat_template_kwargs_reach_the_template",
+    "top_p": "test_fields.py::test_sampling_fields_reach_the_generation_config",
+    "top_k": "test_fields.py::test_sampling_fields_reach_the_generation_config",
+    "min_p": "test_fields.py::test_sampling_fields_reach_the_generation_config",
+    "repetition_penalty": "test_fields.py::test_sampling_fields_reach_the_generation_config",
+    "cache_implementation": "test_fields.py::test_sampling_fields_reach_the_generation_config",
+    "generation_kwargs": "test_fields.py::test_sampling_fields_reach_the_generation_config",
+    "generation_batch_size": "test_trainer.py::test_one_generate_call_serves_a_window_and_the_bound_splits_it",
+    "ds3_gather_for_generation": "test_fields.py::test_gathering_for_generation_is_passed_on",
+    "log_completions": "test_trainer.py::test_completions_are_printed_and_saved",
+    "num_completions_to_print": "test_fields.py::test_the_printed_table_has_the_rows_asked_for",
+}
+
+
+def test_every_field_has_a_test_of_its_effect(request):
+    assert sorted(EFFECTS) == sorted(OWN_FIELDS)
+    for place in set(EFFECTS.values()):
+        file, name = place.split("::")
+        assert f"def {name}(" in (request.path.parent / file).read_text()
+
+
+def test_every_field_is_documented_in_the_docstring_and_in_the_help():
+    for name in OWN_FIELDS:
+        assert name in AMiDConfig.__doc__
+    for field in dataclasses.fields(AMiDConfig):
+        if field.name in OWN_FIELDS:
+            assert field.metadata["help"]
+
+
+def test_flags_and_yaml_build_the_same_config(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "output_dir: out\nuse_cpu: true\nassistant_alpha: -.inf\ndivergence: ab\n"
+        "divergence_kwargs: {alpha: 0.3, beta: 0.5}\nlmbda: 1.0\n"
+    )
+    parser = TrlParser(AMiDConfig)
+    [from_yaml] = parser.parse_args_and_config(["--config", str(file)])
+    [from_flags] = parser.parse_args_and_config(
+        [
+            "--output_dir=out",
+            "--use_cpu",
+            "--assistant_alpha=-inf",
+            "--divergence_kwargs",
+            '{"alpha": 0.3, "beta": 0.5}',
+            "--lmbda",
+            "1.0",
+        ]
+    )
+    assert build_objective(from_yaml) == build_objective(from_flags)
+    assert from_yaml.assistant_alpha == -math.inf and from_yaml.lmbda == from_flags.lmbda == 1.0
+
+
+def test_unknown_keys_in_yaml_are_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: out\nuse_cpu: true\nassistant_alfa: 1\n")
+    with pytest.raises(ValueError, match="assistant_alfa"):
+        TrlParser(AMiDConfig).parse_args_and_config(["--config", str(file)])

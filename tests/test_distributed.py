@@ -1,0 +1,53 @@
+"""Two real processes give the numbers of one (DDP over gloo, started by torchrun)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+
+def run(directory: Path, processes: int, **settings) -> list[dict]:
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(WORKER), str(directory), json.dumps(settings)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def figures(result: dict) -> list[tuple[float, ...]]:
+    names = ("loss", "grad_norm", "kl", "objective", "student_entropy")
+    return [tuple(entry[name] for name in names) for entry in result["log"] if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_two_processes_equal_one(tmp_path, lmbda):
+    # Greedy text and one epoch of the same eight rows in the same order: only the split differs.
+    shared = {"rows": 8, "lmbda": lmbda, "top_k": 1, "num_train_epochs": 1, "learning_rate": 1e-3}
+    shared["train_sampling_strategy"] = "sequential"
+    [one] = run(tmp_path / "one", 1, per_device_train_batch_size=4, **shared)
+    two = run(tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2, **shared)
+    assert len(figures(one)) == 2
+    for mine, theirs in zip(figures(two[0]), figures(one), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert two[0]["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
+
+
+def test_processes_share_decisions_and_counts_but_write_different_text(tmp_path):
+    # One prompt for everybody: whoever shares a random state writes the same completion.
+    settings = {"rows": 8, "one_prompt": True, "lmbda": 0.5, "max_steps": 6, "per_device_train_batch_size": 1}
+    first, second = run(tmp_path, 2, **settings)
+    sources = [[window["source"] for window in result["windows"]] for result in (first, second)]
+    assert sources[0] == sources[1] and set(sources[0]) == {"dataset", "student"}
+    for mine, theirs in zip(first["windows"], second["windows"], strict=True):
+        assert mine["count"] == theirs["count"] == sum(map(len, mine["completions"] + theirs["completions"]))
+        if mine["source"] == "student":
+            assert mine["completions"] != theirs["completions"]

@@ -1,0 +1,114 @@
+"""The loss of a step: which tokens, which objective, how it is counted."""
+
+import copy
+
+import pytest
+import torch
+from observe import dense_loss, logged
+from tiny import (
+    messages_dataset,
+    multi_turn_dataset,
+    tiny_gpt2,
+    tiny_llama,
+)
+from trl.experimental.gkd import GKDTrainer
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_the_loss_is_the_objective_of_the_logits_at_trained_positions(train, tokenizer, build):
+    trainer = train(
+        model=build(tokenizer), teacher_model=build(tokenizer, seed=1), train_dataset=multi_turn_dataset(4)
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), dense_loss(trainer, batch))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_left_padding_by_a_collator_of_ones_own_changes_nothing(train, tokenizer, build):
+    trainer = train(model=build(tokenizer), teacher_model=build(tokenizer, seed=1), per_device_train_batch_size=4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    left = {
+        name: torch.stack(
+            [row.roll(int((1 - mask).sum())) for row, mask in zip(batch[name], batch["attention_mask"], strict=False)]
+        )
+        for name in ("input_ids", "labels", "attention_mask")
+    }
+    assert not torch.equal(left["input_ids"], batch["input_ids"])
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, left), trainer.compute_loss(trainer.model, batch))
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(train, student):
+    trainer = train(teacher_model=copy.deepcopy(student), max_steps=1)
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([0.0], abs=1e-6)
+    assert logged(trainer, "grad_norm") == pytest.approx([0.0], abs=1e-5)
+    assert logged(trainer, "top1_agreement") == [1.0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_the_gkd_objective_is_the_loss_of_gkd_trainer(train, beta):
+    trainer = train(objective="gkd", beta=beta)
+    batch = next(iter(trainer.get_train_dataloader()))
+    student, teacher = (
+        model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        for model in (trainer.model, trainer.teacher_model)
+    )
+    want = GKDTrainer.generalized_jsd_loss(student, teacher, batch["labels"][:, 1:], beta=beta)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), want)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (2, 2)])
+def test_any_split_of_a_window_gives_the_same_loss_and_gradient(
+    train, tokenizer, tmp_path, lmbda, batch_size, accumulation
+):
+    # Greedy sampling fixes the student's text, whichever rows share a call of `generate`.
+    def one_step(batch_size: int, accumulation: int) -> tuple[float, float]:
+        trainer = train(
+            model=tiny_llama(tokenizer),
+            lmbda=lmbda,
+            top_k=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            train_dataset=multi_turn_dataset(4) if lmbda == 0 else messages_dataset(4),
+        )
+        trainer.train()
+        return logged(trainer, "loss")[0], logged(trainer, "grad_norm")[0]
+
+    assert one_step(batch_size, accumulation) == pytest.approx(one_step(4, 1), rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(train, tokenizer):
+    norms = []
+    for checkpointing in (False, True):
+        trainer = train(model=tiny_llama(tokenizer), gradient_checkpointing=checkpointing, lmbda=1.0, max_steps=1)
+        trainer.train()
+        norms.append((logged(trainer, "loss")[0], logged(trainer, "grad_norm")[0]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_a_batch_without_trained_tokens_is_a_zero_with_gradients(train):
+    trainer = train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+
+
+def test_bfloat16_models_stay_close_to_float32(train, tokenizer, student, teacher):
+    reference = train()
+    batch = next(iter(reference.get_train_dataloader()))
+    half = train(model=copy.deepcopy(student).bfloat16(), teacher_model=copy.deepcopy(teacher).bfloat16())
+    got, want = (trainer.compute_loss(trainer.model, batch).item() for trainer in (half, reference))
+    assert got == pytest.approx(want, rel=0.02)
+
+
+def test_cross_entropy_joins_on_dataset_text_and_never_on_the_students_own(train, tokenizer):
+    for lmbda, share in ((0.0, 0.5), (1.0, 0.0)):
+        trainer = train(model=tiny_llama(tokenizer), lmbda=lmbda, sft_weight=0.5, max_steps=1)
+        trainer.train()
+        [loss], [objective], [nll] = (logged(trainer, name) for name in ("loss", "objective", "nll"))
+        assert loss == pytest.approx(objective + share * nll, rel=1e-5)
