@@ -165,6 +165,6 @@ class _GradientInForward(torch.autograd.Function):
         return torch.stack(totals).sum(), figures
 
     @staticmethod
-    def backward(ctx, total_gradient, _):
-        gradients = tuple(None if g is None else g * total_gradient for g in ctx.gradients)
+    def backward(ctx, *grad_outputs):
+        gradients = tuple(None if g is None else g * grad_outputs[0] for g in ctx.gradients)
         return None, None, None, *gradients

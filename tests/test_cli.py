@@ -150,7 +150,16 @@ def test_merge_gives_the_logits_of_base_and_adapter(tmp_path, tiny_dir):
 
 def test_data_is_given_once(tmp_path, tiny_dir):
     done = subprocess.run(
-        [sys.executable, "-m", "amid_trl.train", "--model_name_or_path", str(tiny_dir), "--output_dir", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "amid_trl.train",
+            "--model_name_or_path",
+            str(tiny_dir),
+            "--output_dir",
+            str(tmp_path),
+            "--use_cpu",
+        ],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
