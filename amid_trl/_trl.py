@@ -61,6 +61,8 @@ def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
 def language_model_head(model: PreTrainedModel) -> Head:
     """The head as transformers applies it; configurations have several names for its scale."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):  # PEFT's trainable copy of the whole head
+        layer = layer.modules_to_save[layer.active_adapters[0]]
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "

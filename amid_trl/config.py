@@ -25,6 +25,7 @@ UNSUPPORTED = {
     "truncation_mode": ("keep_start", "a completion loses its end and a prompt is never cut"),
     "loss_type": ("nll", "the loss is set by `objective` and `sft_weight`"),
     "label_smoothing_factor": (0.0, "the loss is set by `objective` and `sft_weight`"),
+    "torch_compile": (False, "the loss runs the model below its head, which a compiled forward would bypass"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
 

@@ -11,7 +11,8 @@ class Means:
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self._index = {name: i for i, name in enumerate(names)}
-        self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self._sums = torch.zeros(len(names), 2, dtype=dtype, device=device)
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum, and the number of things that it sums."""

@@ -11,7 +11,13 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
-from amid_trl._trl import causal_lm, create_model_from_path, prepare_deepspeed, prepare_fsdp
+from amid_trl._trl import (
+    causal_lm,
+    create_model_from_path,
+    language_model_head,
+    prepare_deepspeed,
+    prepare_fsdp,
+)
 from amid_trl.config import AMiDConfig
 
 
@@ -177,8 +183,7 @@ def check_text_only(model: nn.Module, role: str) -> None:
         or getattr(base.config, "audio_config", None) is not None
     ):
         raise ValueError(f"the {role} ({type(base).__name__}) is a multimodal model; AMiDTrainer trains text models")
-    if base.get_output_embeddings() is None:
-        raise ValueError(f"the {role} ({type(base).__name__}) has no language-model head; pass a causal LM")
+    language_model_head(base)  # a ValueError where there is none that the loss can read
 
 
 def freeze(teacher: nn.Module) -> nn.Module:

@@ -207,7 +207,7 @@ class AMiDTrainer(GKDTrainer):
                 "`prompt_attention_mask`, or a row without a prompt"
             )
         prompts = [
-            ids[mask.bool()]
+            ids[mask.bool()].cpu()
             for batch in batches
             for ids, mask in zip(batch["prompts"], batch["prompt_attention_mask"], strict=True)
         ]
@@ -290,22 +290,23 @@ class AMiDTrainer(GKDTrainer):
         tokens = (inputs["input_ids"], inputs["attention_mask"])
         with torch.no_grad(), self.accelerator.autocast():
             hidden = _trl.forward_redirection(self.teacher_model, teacher, _trl.backbone_states, base, *tokens)
-        return hidden[:, :-1][inputs["labels"][:, 1:] != -100], _trl.language_model_head(base)
+        trained = inputs["labels"][:, 1:] != -100
+        return hidden[:, :-1][trained.to(hidden.device)], _trl.language_model_head(base)
 
     def _loss(
         self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor, teacher_head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Σ loss; per row, the sums of TOKEN_MEANS and the token count; the student's tokens (batch, tokens - 1)."""
-        targets = inputs["labels"][:, 1:]
-        trained = targets != -100
         sft_weight = self.args.sft_weight if inputs.get("source") != "student" else 0.0
         with self.accelerator.autocast():
             base = _trl.causal_lm(student)
-            hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"])[:, :-1][trained]
             head = _trl.language_model_head(base)
+            hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"]).to(head.weight.device)
+            targets = inputs["labels"][:, 1:].to(hidden.device)
+            trained = targets != -100
             with _trl.gathered_heads(head, teacher_head):
                 total, figures = linear_token_loss(
-                    hidden,
+                    hidden[:, :-1][trained],
                     head.cut(self.vocabulary),
                     teacher_hidden.to(hidden.device),
                     teacher_head.cut(self.vocabulary),
@@ -313,7 +314,7 @@ class AMiDTrainer(GKDTrainer):
                     self.args.logits_chunk_size,
                 )
         predictions = torch.full_like(targets, -100).masked_scatter(trained, figures[:, -1].long())
-        summands = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1).double()
+        summands = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1)
         row_sums = summands.new_zeros(len(targets), summands.shape[1])
         return total, row_sums.index_add(0, trained.nonzero()[:, 0], summands), predictions
 

@@ -85,6 +85,7 @@ REFUSED = [
     ({"padding_free": True}, r"does not support padding_free=True"),
     ({"loss_type": "dft"}, r"does not support loss_type='dft'"),
     ({"label_smoothing_factor": 0.1}, r"does not support label_smoothing_factor=0.1"),
+    ({"torch_compile": True}, r"does not support torch_compile=True"),
     ({"router_aux_loss_coef": 0.1}, r"does not support router_aux_loss_coef=0.1"),
 ]
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from observe import LORA, Windows, completions_of, logged, weights
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from observe import LORA, Windows, completions_of, dense_loss, logged, weights
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny import (
     messages_dataset,
     save_tiny,
@@ -189,3 +189,30 @@ def test_the_teachers_dtype_may_be_a_name_or_a_torch_dtype(train, tiny_dir):
     for dtype in ("bfloat16", torch.bfloat16):
         trainer = train(teacher_model=str(tiny_dir), teacher_model_init_kwargs={"dtype": dtype})
         assert trainer.teacher_model.dtype == torch.bfloat16
+
+
+def test_a_head_in_modules_to_save_is_trained(train, student):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    before = student.lm_head.weight.detach().clone()
+    trainer = train(peft_config=lora)
+    trainer.train()
+    saved = trainer.model.get_output_embeddings().modules_to_save["default"].weight
+    assert not torch.equal(saved, before)
+    batch = next(iter(trainer.get_train_dataloader()))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), dense_loss(trainer, batch))
+
+
+def test_an_adapter_on_the_head_is_refused(train):
+    with pytest.raises(ValueError, match="lm_head"):
+        train(peft_config=LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+
+
+def test_a_prompt_learning_adapter_is_refused(train, student):
+    prompted = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="the student uses a prompt-learning adapter"):
+        train(model=prompted)
+
+
+def test_a_model_without_a_language_model_head_is_refused(train, student):
+    with pytest.raises(ValueError, match="output embedding of LlamaModel is a NoneType"):
+        train(teacher_model=student.model)
