@@ -20,8 +20,8 @@ from tiny import (
     tiny_llama,
     tiny_tokenizer,
 )
-from transformers import AutoModelForCausalLM
-from trl import SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import AMiDConfig, AMiDTrainer
@@ -213,30 +213,44 @@ def test_it_is_a_gkd_trainer_and_an_sft_trainer(train):
     assert (trainer.lmbda, trainer.temperature, trainer.seq_kd) == (0.0, 0.9, False)
 
 
-def test_a_script_for_gkd_trainer_runs_with_the_names_swapped(tmp_path, tokenizer, student, teacher):
-    training_args = AMiDConfig(
-        output_dir=str(tmp_path),
-        lmbda=0.5,
-        beta=0.1,
-        temperature=0.8,
-        max_new_tokens=8,
-        seq_kd=True,
-        per_device_train_batch_size=1,
-        max_steps=2,
-        use_cpu=True,
-        report_to=[],
+def test_a_script_for_gkd_trainer_runs_with_the_names_swapped(tmp_path, tiny_dir):
+    # What TRL's examples/scripts/gkd.py does, with a command line's settings.
+    parser = TrlParser((ScriptArguments, AMiDConfig, ModelConfig))
+    _, training_args, model_args = parser.parse_args_and_config(
+        [
+            *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)),
+            *("--dataset_name", "chatbot", "--output_dir", str(tmp_path), "--learning_rate", "2e-4"),
+            *("--lmbda", "0.5", "--beta", "0.1", "--temperature", "0.8", "--max_new_tokens", "8", "--seq_kd"),
+            *("--use_peft", "--lora_r", "8", "--lora_alpha", "16", "--lora_target_modules", "q_proj", "v_proj"),
+            *("--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "2", "--gradient_checkpointing"),
+            *("--per_device_train_batch_size", "1", "--use_cpu", "--report_to", "none"),
+        ]
     )
+    quantization_config = get_quantization_config(model_args)
+    kwargs = dict(
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+        device_map=None,
+        quantization_config=quantization_config,
+    )
+    training_args.model_init_kwargs = {**kwargs, "use_cache": not training_args.gradient_checkpointing}
+    training_args.teacher_model_init_kwargs = {**kwargs, "use_cache": True}
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left")
     trainer = AMiDTrainer(
-        model=student,
-        teacher_model=teacher,
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
         args=training_args,
         train_dataset=messages_dataset(4),
         eval_dataset=messages_dataset(2),
         processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
     )
     trainer.train()
-    assert "eval_loss" in trainer.evaluate()
-    assert all(loss > 0 for loss in logged(trainer, "loss"))
+    trainer.save_model(training_args.output_dir)
+    assert trainer.state.global_step == 2 and len(logged(trainer, "eval_loss")) == 1
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 # ---- Refused before training ----
