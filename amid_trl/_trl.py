@@ -13,7 +13,6 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL'
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
     prepare_deepspeed,  # shards the teacher like the student under ZeRO-3
-    prepare_fsdp,
     unwrap_model_for_generation,  # gathers ZeRO-3 parameters and suspends gradient checkpointing
 )
 from trl.trainer.utils import (
@@ -36,7 +35,6 @@ __all__ = [
     "global_then_local_main_first",
     "language_model_head",
     "prepare_deepspeed",
-    "prepare_fsdp",
     "print_prompt_completions_sample",
     "unwrap_model_for_generation",
 ]

@@ -1,7 +1,6 @@
 """The command `amid-trl`: train, and init-student."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -38,15 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str]) -> int:
     from amid_trl import train
 
-    parser = train.make_parser(prog="amid-trl train")
-    if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher has started us
-        train.main(*parser.parse_args_and_config(argv))
+    if train.is_launched():
+        train.run(argv)
         return 0
 
     from amid_trl._trl import accelerate_launch
 
     # Parsed here once, so that --help and mistakes show at once; what the parser does not know is for accelerate.
-    *_, from_config, from_flags = parser.parse_args_and_config(
+    *_, from_config, from_flags = train.make_parser(prog="amid-trl train").parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     accelerate_launch([*from_config, *from_flags], "amid_trl.train", _without(argv, from_flags))

@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers import GenerationConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.experimental.gkd import GKDConfig
 
-from amid_trl.objective import OBJECTIVES, Objective
+from amid_trl.divergences import DIVERGENCES
+from amid_trl.objective import OBJECTIVES, Objective, Term
 from amid_trl.rows import DataSettings
 
 
@@ -28,6 +31,16 @@ UNSUPPORTED = {
     "torch_compile": (False, "the loss runs the model below its head, which a compiled forward would bypass"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
+
+# Set by fields of their own, or by what the trainer does with the answer of `generate`.
+MANAGED_GENERATION_KWARGS = (
+    "max_new_tokens",
+    "max_length",
+    "num_return_sequences",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "use_cache",
+)
 
 AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
 
@@ -151,6 +164,11 @@ class AMiDConfig(GKDConfig):
     )
 
     def __post_init__(self):
+        for name in ("lmbda", "beta", "assistant_lambda"):
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+                raise ValueError(f"{name} must be a number in [0, 1]; got {getattr(self, name)!r}")
+        if not _is_number(self.assistant_alpha) or math.isnan(self.assistant_alpha):
+            raise ValueError(f"assistant_alpha must be a real number, inf or -inf; got {self.assistant_alpha!r}")
         super().__post_init__()
         for name, (accepted, why) in UNSUPPORTED.items():
             if getattr(self, name) != accepted:
@@ -162,16 +180,18 @@ class AMiDConfig(GKDConfig):
         _at_least("generation_batch_size", self.generation_batch_size, 1)
         _at_least("top_k", self.top_k, 0)
         for name in ("temperature", "distill_temperature", "top_p", "repetition_penalty"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
+                raise ValueError(f"{name} must be a positive, finite number; got {getattr(self, name)!r}")
         if self.top_p > 1 or not 0 <= (self.min_p or 0) <= 1:
             raise ValueError(f"top_p and min_p must be at most 1; got top_p={self.top_p}, min_p={self.min_p}")
-        if not 0 <= self.assistant_lambda <= 1:
-            raise ValueError(f"assistant_lambda must be in [0, 1]; got {self.assistant_lambda}")
-        if math.isnan(self.assistant_alpha):
-            raise ValueError(f"assistant_alpha must be a real number, inf or -inf; got {self.assistant_alpha}")
-        if not 0 <= self.sft_weight < math.inf:
-            raise ValueError(f"sft_weight must be 0 or more and finite; got {self.sft_weight}")
+        if not (_is_number(self.sft_weight) and 0 <= self.sft_weight < math.inf):
+            raise ValueError(f"sft_weight must be a finite number, 0 or more; got {self.sft_weight!r}")
+        for name in self.generation_kwargs or {}:
+            if name in MANAGED_GENERATION_KWARGS or not hasattr(GenerationConfig(), name):
+                raise ValueError(
+                    f"generation_kwargs may have fields of transformers' GenerationConfig other than "
+                    f"{', '.join(MANAGED_GENERATION_KWARGS)}; got {name!r}"
+                )
         if self.assistant_turns not in ("all", "last"):
             raise ValueError(f"assistant_turns must be 'all' or 'last'; got {self.assistant_turns!r}")
         if self.generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
@@ -193,6 +213,10 @@ class AMiDConfig(GKDConfig):
     def generates(self) -> bool:
         """Whether any window of the run is written by the student or the teacher."""
         return self.lmbda > 0 or self.seq_kd
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:
@@ -227,7 +251,9 @@ def build_objective(config: AMiDConfig) -> Objective:
             )
         parameters = dict(config.objective_kwargs or {})
         if config.objective == "gkd":
-            parameters.setdefault("beta", config.beta)
+            if "beta" in parameters:
+                raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
+            parameters["beta"] = config.beta
     try:
         objective = OBJECTIVES[config.objective](**parameters)
     except TypeError as error:
@@ -235,6 +261,13 @@ def build_objective(config: AMiDConfig) -> Objective:
             f"objective_kwargs={config.objective_kwargs} does not fit {config.objective!r}: {error}"
         ) from error
     return dataclasses.replace(objective, temperature=config.distill_temperature)
+
+
+def _term(term: Term) -> str:
+    defaults = inspect.signature(DIVERGENCES[term.divergence]).parameters.values()
+    parameters = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY} | dict(term.divergence_kwargs or {})
+    arguments = [*term.order, *(f"{name}={value}" for name, value in parameters.items())]
+    return f"{'' if term.weight == 1 else f'{term.weight} * '}{term.divergence}({', '.join(arguments)})"
 
 
 def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
@@ -291,7 +324,10 @@ def data_settings(
 
 def objective_card(config: AMiDConfig, objective: Objective) -> str:
     """The model card's section on the objective, as Markdown."""
-    settings = {"objective": config.objective, **dataclasses.asdict(objective)}
-    settings |= {name: getattr(config, name) for name in ("sft_weight", "lmbda", "seq_kd", "temperature")}
+    settings = {"objective": config.objective, "divergence": " + ".join(map(_term, objective.terms))}
+    if objective.uses_assistant:
+        settings |= {"alpha": objective.alpha, "lam": objective.lam, "detach_assistant": objective.detach_assistant}
+    settings |= {"distill_temperature": objective.temperature, "sft_weight": config.sft_weight, "lmbda": config.lmbda}
+    settings |= {"seq_kd": config.seq_kd, "sampling temperature": config.temperature}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
     return f"\n## Objective\n\nTrained with `amid_trl.AMiDTrainer`.\n\n| setting | value |\n|---|---|\n{rows}\n"

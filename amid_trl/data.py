@@ -56,6 +56,9 @@ FEATURES = Features({**{name: List(Value("int64")) for name in ROW_COLUMNS}, "no
 
 Format = Literal["tokens", "messages", "prompt", "text"]
 
+# A stream has no end to look for: one of so many rows must be usable.
+STREAM_ROWS_TRIED = 1000
+
 ACCEPTED_FORMATS = (
     "'messages' or 'conversations', 'prompt' with or without 'completion', the text column, or 'input_ids'"
 )
@@ -107,8 +110,10 @@ def prepare_dataset(
     )
     if isinstance(plain, IterableDataset):
         rows = plain.map(make_row, remove_columns=columns, features=FEATURES)
-        kept = rows.filter(partial(_keep_and_report, settings=settings, name=name, seen=set()))
-        return kept.remove_columns("notes")
+        keep = partial(_keep_and_report, settings=settings, name=name, seen=set())
+        if next(iter(rows.take(STREAM_ROWS_TRIED).filter(keep)), None) is None:
+            raise ValueError(f"none of the first {STREAM_ROWS_TRIED} rows of the {name} dataset can be used")
+        return rows.filter(keep).remove_columns("notes")
 
     rows = plain.map(
         make_row,
@@ -183,6 +188,9 @@ def _row_with_notes(
 ) -> dict[str, Any]:
     if format == "tokens":
         row, notes = tokens_row(example, settings), []
+        unknown = max(row["input_ids"] + row["prompt_ids"], default=0)
+        if unknown >= len(tokenizer):
+            raise ValueError(f"input_ids hold token {unknown}, but the tokenizer has {len(tokenizer)} tokens")
     elif format == "text":
         text = settings.formatting_func(example) if settings.formatting_func else example[settings.text_field]
         row, notes = text_row("", text, tokenizer, settings)

@@ -35,7 +35,8 @@ def sampling_config(
     `sampling` are GenerationConfig's own (temperature, top_p, top_k, min_p, repetition_penalty, ...), and
     `generation_kwargs` override everything, as in TRL.
     """
-    suppressed = sorted(padded_ids)
+    generation_kwargs = dict(generation_kwargs or {})
+    suppressed = sorted({*padded_ids, *(generation_kwargs.pop("suppress_tokens", None) or ())})
     settings = {
         "max_new_tokens": max_new_tokens,
         "do_sample": True,
@@ -45,7 +46,7 @@ def sampling_config(
         "suppress_tokens": suppressed or None,
         "disable_compile": True,
         **sampling,
-        **(generation_kwargs or {}),
+        **generation_kwargs,
     }
     settings["eos_token_id"] = _listed(settings["eos_token_id"]) or None
     return GenerationConfig(**settings)

@@ -15,8 +15,9 @@ from torch import Tensor
 from amid_trl.objective import Objective
 
 
-# One float32 chunk of logits stays below this many elements (32 MiB); an objective holds a dozen or so of them.
-CHUNK_ELEMENTS = 2**23
+# One float32 chunk of logits stays below this many elements (16 MiB). For a moment its objective and its gradient hold
+# from about 20 (kd) to 60 (amid) such tensors.
+CHUNK_ELEMENTS = 2**22
 
 # What a chunk becomes: (student logits, teacher logits, rows) -> (loss per token, figures per token without gradient).
 TokenLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
@@ -79,7 +80,8 @@ def linear_token_loss(
 
     def chunk_loss(rows: slice, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            teacher_logits = teacher_head(teacher_hidden[rows])
+            # On the head's own device, where models are split over several.
+            teacher_logits = teacher_head(teacher_hidden[rows].to(teacher_head.weight.device)).to(hidden.device)
         losses, figures = token_loss(head(hidden), teacher_logits, rows)
         return losses.sum(), figures.detach()
 

@@ -16,7 +16,6 @@ from amid_trl._trl import (
     create_model_from_path,
     language_model_head,
     prepare_deepspeed,
-    prepare_fsdp,
 )
 from amid_trl.config import AMiDConfig
 
@@ -32,6 +31,8 @@ def load_student(
     A model is passed through. `args` is the trainer's own copy: its `model_init_kwargs` are used up here.
     """
     if not isinstance(model, str):
+        if quantization_config is not None:
+            raise ValueError("quantization_config is for a student given by name; model is a model already")
         return model
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
@@ -49,8 +50,9 @@ def load_teacher(teacher: str | nn.Module, args: AMiDConfig) -> nn.Module:
     """
     init_kwargs = dict(args.teacher_model_init_kwargs or {})
     if not isinstance(teacher, str):
-        if init_kwargs:
-            raise ValueError("teacher_model_init_kwargs are for a teacher given by name; teacher_model is a model")
+        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+            if getattr(args, name):
+                raise ValueError(f"{name} is for a teacher given by name; teacher_model is a model already")
         return teacher
     init_kwargs.setdefault("dtype", "auto")
     init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -85,16 +87,22 @@ def load_causal_lm(
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable_adapter, **init_kwargs)
 
 
-def load_tokenizer(model: nn.Module, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer that lies beside the model's weights, or None where there is none to load."""
-    name = causal_lm(model).config._name_or_path
-    if not name:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        logger.info("No tokenizer could be loaded from %s: %s", name, error)
-        return None
+def load_tokenizer(
+    model: nn.Module, given: str | nn.Module | None = None, *, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside what was `given` (a name, or the path of an adapter), else beside the model's weights.
+
+    None, with a warning, where neither has one; a model that was never saved has none to look for.
+    """
+    names = [name for name in (given, causal_lm(model).config._name_or_path) if isinstance(name, str) and name]
+    for name in names:
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            logger.info("No tokenizer could be loaded from %s: %s", name, error)
+    if names:
+        logger.warning("There is no tokenizer beside %s to compare or use.", names[0])
+    return None
 
 
 def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -130,7 +138,12 @@ def check_same_tokenizer(
     if teacher_tokenizer is None:
         return
     student_ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    moved = [token for token, i in student_ids.items() if teacher_ids.get(token, i) != i]
+    teacher_tokens = {i: token for token, i in teacher_ids.items()}
+    moved = [
+        token
+        for token, i in student_ids.items()
+        if teacher_ids.get(token, i) != i or teacher_tokens.get(i, token) != token
+    ]
     missing = [token for token in student_ids if token not in teacher_ids]
     added = tokenizer.get_added_vocab()
     if moved or any(token not in added for token in missing):
@@ -145,7 +158,14 @@ def check_same_tokenizer(
         logger.warning("The teacher's tokenizer does not know %s; its probability for them is untrained.", missing)
 
 
-def check_models(student: nn.Module, teacher: nn.Module, tokenizer: Any, *, adapter_follows: bool) -> None:
+def check_models(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: Any,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    adapter_follows: bool,
+) -> None:
     """Refuse, before anything is trained, a pair of models that the loss could not compare.
 
     `adapter_follows` says that the student gets a new adapter, so that it may be frozen now.
@@ -164,7 +184,7 @@ def check_models(student: nn.Module, teacher: nn.Module, tokenizer: Any, *, adap
         raise ValueError(
             "the student has no trainable parameter; load an adapter with is_trainable=True, or pass peft_config"
         )
-    check_same_tokenizer(tokenizer, load_tokenizer(teacher))
+    check_same_tokenizer(tokenizer, teacher_tokenizer)
 
 
 def check_text_only(model: nn.Module, role: str) -> None:
@@ -192,11 +212,11 @@ def freeze(teacher: nn.Module) -> nn.Module:
 
 
 def place(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The teacher where the student is: sharded with it under ZeRO-3 and FSDP, on each device otherwise."""
+    """The teacher where the student is: sharded with it under ZeRO-3, whole on each device otherwise."""
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        raise ValueError("FSDP is not supported; use data parallelism or DeepSpeed")
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(teacher, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        return prepare_fsdp(teacher, accelerator)
     base = causal_lm(teacher)
     if getattr(base, "hf_device_map", None) is None and not getattr(base, "is_quantized", False):
         teacher.to(accelerator.device)

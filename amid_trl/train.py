@@ -1,5 +1,6 @@
 """The training script behind `amid-trl train`; also `accelerate launch -m amid_trl train …`."""
 
+import os
 from typing import Any
 
 
@@ -20,13 +21,17 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name the student with --model_name_or_path")
-    shared = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {
-        **shared,
         "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    training_args.teacher_model_init_kwargs = {**shared, **(training_args.teacher_model_init_kwargs or {})}
+    # `--dtype` is the student's: the teacher keeps the dtype of its weights unless its own kwargs say otherwise.
+    training_args.teacher_model_init_kwargs = {
+        "attn_implementation": model_args.attn_implementation,
+        **(training_args.teacher_model_init_kwargs or {}),
+    }
 
     dataset = load_splits(script_args, dataset_args)
     trainer = AMiDTrainer(
@@ -65,5 +70,21 @@ def load_splits(script_args: Any, dataset_args: Any) -> Any:
     )
 
 
+def run(argv: list[str] | None = None) -> None:
+    """Parse and train. Under a launcher, keys of the YAML file that are the launcher's are left to it."""
+    *parsed, from_config, from_flags = make_parser().parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    unknown = from_flags if is_launched() else [*from_config, *from_flags]
+    if unknown:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+    main(*parsed)
+
+
+def is_launched() -> bool:
+    """Whether accelerate or torchrun has started this process, and has seen the arguments before us."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run()

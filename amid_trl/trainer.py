@@ -4,6 +4,7 @@ It is a GKDTrainer to every script that asks, but runs none of GKDTrainer's code
 saving and logging are SFTTrainer's, and what distillation adds lives in the modules that are wired together here.
 """
 
+import logging
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +49,8 @@ from amid_trl.teacher import (
 )
 from amid_trl.token_loss import FIGURES, distillation_token_loss
 
+
+logger = logging.getLogger(__name__)
 
 # Logged as means over trained tokens; the last figure, the student's token, is a prediction.
 TOKEN_MEANS = FIGURES[:-1]
@@ -127,16 +130,20 @@ class AMiDTrainer(GKDTrainer):
         student = load_student(model, args, quantization_config)
         teacher = load_teacher(teacher_model, args)
         tokenizer = processing_class or load_tokenizer(
-            student, revision=revision, trust_remote_code=args.trust_remote_code
+            student, model, revision=revision, trust_remote_code=args.trust_remote_code
         )
-        check_models(student, teacher, tokenizer, adapter_follows=peft_config is not None)
+        teacher_tokenizer = load_tokenizer(
+            teacher, teacher_model, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+        )
+        check_models(student, teacher, tokenizer, teacher_tokenizer, adapter_follows=peft_config is not None)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
         self.objective = build_objective(args)
-        self.vocabulary = common_vocabulary(student, teacher, tokenizer)
         self._student_generation_config = _trl.causal_lm(student).generation_config
         self._positions = common_positions(student, teacher)
+        if data_collator is None and (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ValueError("dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows")
         if data_collator is not None:
             args.remove_unused_columns = False
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -154,12 +161,16 @@ class AMiDTrainer(GKDTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
+        self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
         if data_collator is None:
             self.data_collator = DistillationCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
         self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
         self._loss_shifts_labels = True
         if args.disable_dropout:
             disable_dropout(self.model)
+        if self.aux_loss_enabled:
+            logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         self.teacher_model = place(freeze(teacher), self.accelerator)
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -308,7 +319,7 @@ class AMiDTrainer(GKDTrainer):
                 total, figures = linear_token_loss(
                     hidden[:, :-1][trained],
                     head.cut(self.vocabulary),
-                    teacher_hidden.to(hidden.device),
+                    teacher_hidden,
                     teacher_head.cut(self.vocabulary),
                     distillation_token_loss(self.objective, targets[trained], sft_weight),
                     self.args.logits_chunk_size,
@@ -331,6 +342,7 @@ class AMiDTrainer(GKDTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The loss and the figures of the evaluation set, every trained token with the same weight."""
+        self._eval_means.pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_means.pop()  # no reduction: rows were gathered when they were recorded
         means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)

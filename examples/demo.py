@@ -29,7 +29,7 @@ LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="C
 
 # The objective: D(p || r), r the alpha-mixture of teacher p and student q.
 DIVERGENCE = "kl"
-ALPHA = 3.0
+ALPHA = 0.5
 LAMBDA = 0.1
 
 # The text that both models are compared on: this share of the steps uses answers that the student wrote just before.
@@ -39,7 +39,7 @@ MAX_NEW_TOKENS = 24
 
 STEPS = 60
 BATCH_SIZE = 8
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 
 HELD_OUT_QUESTIONS = 40
 ANSWERED_QUESTIONS = 24  # of the held-out ones: writing answers takes longer than scoring given ones
@@ -125,7 +125,7 @@ def settings() -> AMiDConfig:
         bf16=torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
-        logging_steps=2,
+        logging_steps=5,
         save_strategy="no",
         report_to="none",
         seed=0,

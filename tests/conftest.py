@@ -46,7 +46,7 @@ def train(tmp_path, tokenizer, student, teacher):
     """Build a trainer on tiny models; keyword arguments are AMiDConfig's, or the trainer's own."""
 
     def build(*, model=None, teacher_model=None, train_dataset=None, **settings) -> AMiDTrainer:
-        own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "callbacks", "formatting_func")
+        own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "quantization_config")
         extra = {name: settings.pop(name) for name in own if name in settings}
         defaults = {
             "output_dir": str(tmp_path / "run"),

@@ -87,7 +87,6 @@ def test_the_names_borrowed_from_trl_are_listed():
         "global_then_local_main_first",
         "language_model_head",
         "prepare_deepspeed",
-        "prepare_fsdp",
         "print_prompt_completions_sample",
         "unwrap_model_for_generation",
     ]

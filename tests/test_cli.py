@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import messages_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_trl import cli
+from amid_trl import cli, train
 
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,37 @@ def test_an_unknown_flag_is_refused_by_name(tmp_path, tiny_dir, data_dir):
     command = [sys.executable, "-m", "amid_trl.train", "--model_name_or_path", str(tiny_dir), *SETTINGS]
     done = subprocess.run([*command, "--assistant_alfa=1"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "assistant_alfa" in done.stderr
+    assert "unknown arguments: --assistant_alfa=1" in done.stderr
+
+
+def test_a_yaml_file_may_hold_the_launchers_keys_but_no_others(tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nnum_processes: 2\n")
+    runs = []
+    monkeypatch.setattr(train, "main", lambda *parsed: runs.append(parsed))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    train.run(["--config", str(file)])
+    assert len(runs) == 1 and runs[0][1].output_dir == str(tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="unknown arguments: --num_processes 2"):
+        train.run(["--config", str(file)])
+
+
+def test_the_teacher_keeps_its_dtype_whatever_the_students_is(tmp_path, tiny_dir, data_dir, monkeypatch):
+    seen = {}
+
+    class Trainer:
+        def __init__(self, args, **kwargs):
+            seen.update(student=args.model_init_kwargs["dtype"], teacher=args.teacher_model_init_kwargs)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("amid_trl.trainer.AMiDTrainer", Trainer)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    arguments = ["--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir), "--use_cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        train.run([*arguments, "--dataset_name", str(data_dir), "--output_dir", str(tmp_path), "--dtype", "float32"])
+    assert seen["student"] == "float32" and "dtype" not in seen["teacher"]
 
 
 def test_launch_arguments_go_to_accelerate_and_the_rest_to_the_script(monkeypatch):

@@ -103,7 +103,7 @@ def test_a_stream_whose_columns_are_unknown_stays_lazy(tokenizer):
             yield {"messages": [user("Hi?"), assistant("Ho.")]}
 
     dataset = prepare_dataset(IterableDataset.from_generator(rows), tokenizer, ON_DATASET, name="train")
-    assert len(read) <= 1
+    assert set(read) == {0}
     row = next(iter(dataset))
     assert trained_spans(row, tokenizer) == ["Ho.<|im_end|>"]
     assert len(read) <= 4

@@ -96,6 +96,18 @@ def test_bfloat16_is_no_worse_than_plain_torch():
         assert error <= 2 * allowed + 1e-6
 
 
+def test_a_half_precision_heads_gradient_is_summed_in_float32():
+    # Two thousand equal contributions: added one by one in bfloat16, the sum would stop growing at 256 of them.
+    hidden = torch.ones(2000, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.tensor([[5.0], [-5.0]], dtype=torch.bfloat16)
+    total, _ = linear_distillation_loss(hidden, weight, hidden, teacher, objective=OBJECTIVES["kd"](), chunk_size=1)
+    total.backward()
+    # d KL(p || q) / d logit = q - p for every token.
+    want = 2000 * (0.5 - torch.tensor([5.0, -5.0]).softmax(0))
+    torch.testing.assert_close(weight.grad[:, 0].float(), want, rtol=2**-8, atol=0.0)
+
+
 def test_the_head_applies_scale_and_soft_cap_as_the_formula_says():
     generator = torch.Generator().manual_seed(1)
     weight, hidden = torch.randn(5, 4, generator=generator), torch.randn(3, 4, generator=generator) * 10

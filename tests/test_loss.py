@@ -4,14 +4,11 @@ import copy
 
 import pytest
 import torch
-from observe import dense_loss, logged
-from tiny import (
-    messages_dataset,
-    multi_turn_dataset,
-    tiny_gpt2,
-    tiny_llama,
-)
+from observe import Windows, dense_loss, logged
+from tiny import messages_dataset, multi_turn_dataset, text_dataset, tiny_gpt2, tiny_llama
 from trl.experimental.gkd import GKDTrainer
+
+from amid_trl.linear import linear_token_loss
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
@@ -106,9 +103,44 @@ def test_bfloat16_models_stay_close_to_float32(train, tokenizer, student, teache
     assert got == pytest.approx(want, rel=0.02)
 
 
-def test_cross_entropy_joins_on_dataset_text_and_never_on_the_students_own(train, tokenizer):
-    for lmbda, share in ((0.0, 0.5), (1.0, 0.0)):
-        trainer = train(model=tiny_llama(tokenizer), lmbda=lmbda, sft_weight=0.5, max_steps=1)
+def test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own(train, tokenizer):
+    for settings, share in (({"lmbda": 0.0}, 0.5), ({"lmbda": 1.0}, 0.0), ({"lmbda": 0.0, "seq_kd": True}, 0.5)):
+        trainer = train(model=tiny_llama(tokenizer), **settings, sft_weight=0.5, max_steps=1)
         trainer.train()
         [loss], [objective], [nll] = (logged(trainer, name) for name in ("loss", "objective", "nll"))
         assert loss == pytest.approx(objective + share * nll, rel=1e-5)
+
+
+def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(train, monkeypatch):
+    seen = []
+
+    def spy(student_hidden, student_head, teacher_hidden, teacher_head, token_loss, chunk_size):
+        def looking(student_logits, teacher_logits, rows):
+            losses, figures = token_loss(student_logits, teacher_logits, rows)
+            seen.append((student_logits.dtype, teacher_logits.dtype, losses.dtype))
+            return losses, figures
+
+        return linear_token_loss(student_hidden, student_head, teacher_hidden, teacher_head, looking, chunk_size)
+
+    monkeypatch.setattr("amid_trl.trainer.linear_token_loss", spy)
+    losses, gradients = [], []
+    for bf16 in (False, True):
+        trainer = train(bf16=bf16)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    assert seen == [(torch.float32,) * 3, (torch.bfloat16, torch.bfloat16, torch.float32)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_the_first_token_of_a_row_is_not_counted(train):
+    # Plain text trains every token, but no logit predicts the first one.
+    trainer = train(train_dataset=text_dataset(2), max_steps=1)
+    seen = Windows(trainer)
+    trainer.train()
+    [(batches, count)] = seen.windows
+    assert int(count) == sum(int((batch["labels"] != -100).sum()) - len(batch["labels"]) for batch in batches)

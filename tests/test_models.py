@@ -11,8 +11,9 @@ from tiny import (
     tiny_llama,
     tiny_tokenizer,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import amid_trl.teacher
 from amid_trl import AMiDConfig, AMiDTrainer
 
 
@@ -68,7 +69,8 @@ def test_training_moves_the_student_and_leaves_the_teacher(train, student, teach
     assert all(torch.equal(teacher_before[name], now) for name, now in weights(teacher).items())
 
 
-def test_the_teacher_is_frozen_in_eval_mode_and_in_no_optimizer(train):
+def test_the_teacher_is_frozen_in_eval_mode_and_in_no_optimizer(train, teacher):
+    teacher.train()
     trainer = train()
     trainer.train()
     assert not trainer.teacher_model.training
@@ -216,3 +218,41 @@ def test_a_prompt_learning_adapter_is_refused(train, student):
 def test_a_model_without_a_language_model_head_is_refused(train, student):
     with pytest.raises(ValueError, match="output embedding of LlamaModel is a NoneType"):
         train(teacher_model=student.model)
+
+
+def test_a_token_that_means_something_else_to_the_teacher_is_refused(train, tmp_path, tokenizer):
+    other = tiny_tokenizer()
+    other.add_tokens(["<|tool|>"])
+    path = save_tiny(tmp_path / "teacher", tiny_llama(other), other)
+    tokenizer.add_tokens(["<|pad|>"])
+    with pytest.raises(ValueError, match=r"same tokenizer.*<\|pad\|>"):
+        train(model=tiny_llama(tokenizer), teacher_model=str(path))
+
+
+def test_a_chat_template_that_brings_new_tokens_needs_a_teacher_that_has_them(train, tmp_path):
+    richer = tiny_tokenizer()
+    richer.add_tokens(["<|tool|>"])
+    path = save_tiny(tmp_path / "richer", tiny_llama(richer), richer)
+    with pytest.raises(ValueError, match="the teacher's vocab_size is 360"):
+        train(chat_template_path=str(path))
+
+
+def test_quantization_reaches_the_loading_of_a_named_student(train, tiny_dir, monkeypatch):
+    asked = {}
+    load = amid_trl.teacher.create_model_from_path
+
+    def remember(name, **kwargs):
+        asked.update(kwargs)
+        return load(name, **{key: value for key, value in kwargs.items() if key != "quantization_config"})
+
+    monkeypatch.setattr("amid_trl.teacher.create_model_from_path", remember)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    train(model=str(tiny_dir), quantization_config=settings)
+    assert asked["quantization_config"] is settings
+
+
+def test_settings_for_loading_are_refused_for_models_that_are_loaded(train):
+    with pytest.raises(ValueError, match="quantization_config is for a student given by name"):
+        train(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    with pytest.raises(ValueError, match="teacher_model_revision is for a teacher given by name"):
+        train(teacher_model_revision="v2")

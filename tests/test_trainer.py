@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from observe import LORA, dense_loss, logged, weights
 from peft import LoraConfig
 from tiny import (
@@ -97,6 +98,16 @@ def test_evaluation_weights_every_token_alike(train):
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
     [batch] = trainer.get_eval_dataloader()
     assert losses[0][0] == pytest.approx(dense_loss(trainer, batch).item(), rel=1e-5)
+
+
+def test_evaluation_counts_the_cross_entropy_and_nothing_from_before(train):
+    trainer = train(eval_dataset=messages_dataset(3), sft_weight=0.5)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, batch)  # a look at the loss, which the evaluation must not count
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_objective"] + 0.5 * metrics["eval_nll"])
+    assert metrics["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
 def test_compute_metrics_gets_token_ids_never_logits(train):
@@ -202,7 +213,14 @@ def test_a_saved_student_loads_and_its_card_states_the_objective(train, tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert all(torch.equal(w, weights(loaded)[name]) for name, w in weights(student).items())
     card = (tmp_path / "run" / "README.md").read_text()
-    for text in ("amid", "2510.15982", "| `alpha` | `-3.0` |", "| `objective` | `amid` |"):
+    for text in (
+        "2510.15982",
+        "| `objective` | `amid` |",
+        "| `divergence` | `ab(p, r, alpha=0.2, beta=0.7)` |",
+        "| `alpha` | `-3.0` |",
+        "| `distill_temperature` | `1.0` |",
+        "| `sampling temperature` | `0.9` |",
+    ):
         assert text in card
     assert json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
 
@@ -261,7 +279,7 @@ def test_a_missing_teacher_is_named(tmp_path, student, tokenizer):
 
 
 def test_kwargs_for_a_teacher_that_is_loaded_already_are_refused(train):
-    with pytest.raises(ValueError, match="teacher_model_init_kwargs are for a teacher given by name"):
+    with pytest.raises(ValueError, match="teacher_model_init_kwargs is for a teacher given by name"):
         train(teacher_model_init_kwargs={"dtype": "float32"})
 
 
@@ -277,6 +295,22 @@ def test_generated_text_fits_the_models_positions(train, tokenizer):
     )
     trainer.train()
     assert len(logged(trainer, "loss")) == 4
+
+
+def test_a_stream_without_a_usable_row_is_refused(train):
+    with pytest.raises(ValueError, match="none of the first 1000 rows of the train dataset can be used"):
+        train(train_dataset=chat_prompt_only_dataset(4).to_iterable_dataset(), lmbda=0.0)
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_refused(train, tokenizer):
+    rows = Dataset.from_list([{"input_ids": [5, len(tokenizer)], "labels": [-100, len(tokenizer)]}])
+    with pytest.raises(ValueError, match=f"token {len(tokenizer)}, but the tokenizer has {len(tokenizer)} tokens"):
+        train(train_dataset=rows)
+
+
+def test_unprepared_rows_need_a_collator(train):
+    with pytest.raises(ValueError, match="needs a data_collator"):
+        train(dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def test_a_processor_is_refused(tmp_path, student, teacher):

@@ -5,6 +5,7 @@ from observe import Windows, completions_of, logged
 from tiny import (
     chat_prompt_only_dataset,
     tiny_gpt2,
+    tiny_llama,
 )
 
 
@@ -108,3 +109,16 @@ def test_sampling_leaves_the_random_state_of_training_alone(train):
     before = torch.get_rng_state()
     trainer._written_by("student", batches)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_generated_batches_are_padded_to_the_multiple_asked_for(train):
+    trainer = train(lmbda=1.0, max_steps=1, pad_to_multiple_of=32)
+    seen = Windows(trainer)
+    trainer.train()
+    assert seen.windows[0][0][0]["input_ids"].shape[1] % 32 == 0
+
+
+def test_a_ban_of_ones_own_joins_the_ban_of_padded_ids(train, tokenizer):
+    student = tiny_llama(tokenizer, vocab_size=len(tokenizer) + 24)
+    trainer = train(model=student, lmbda=1.0, generation_kwargs={"suppress_tokens": [5]})
+    assert trainer.generation_config.suppress_tokens == [5, *range(len(tokenizer), len(tokenizer) + 24)]

@@ -43,7 +43,6 @@ if __name__ == "__main__":
     )
     training_args.teacher_model_init_kwargs = dict(
         attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype,
     )
 
     ################
