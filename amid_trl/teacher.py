@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def load_student(
         init_kwargs["quantization_config"] = quantization_config
     args.model_init_kwargs = None
     return load_causal_lm(model, init_kwargs, distributed=_is_distributed(args), trainable_adapter=True)
+
+
+def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, saves: bool) -> nn.Module:
+    """The student with its adapter merged, ready for another one.
+
+    The merged model is saved in `folder` by the process that `saves`, and is what the new adapter names as its base:
+    an adapter trained on weights that are stored nowhere could only ever be loaded onto the wrong ones.
+    """
+    merged = student.merge_and_unload()
+    logger.warning("Merged the student's adapter before adding another; the new adapter's base is %s", folder)
+    if saves:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    merged.name_or_path = merged.config._name_or_path = str(folder)
+    return merged
 
 
 def load_teacher(teacher: str | nn.Module, args: AMiDConfig) -> nn.Module:

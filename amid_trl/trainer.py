@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
@@ -45,6 +46,7 @@ from amid_trl.teacher import (
     load_student,
     load_teacher,
     load_tokenizer,
+    merge_adapter,
     place,
 )
 from amid_trl.token_loss import FIGURES, distillation_token_loss
@@ -140,6 +142,9 @@ class AMiDTrainer(GKDTrainer):
             tokenizer.pad_token = tokenizer.eos_token
 
         self.objective = build_objective(args)
+        if is_peft_model(student) and peft_config is not None:
+            folder = Path(args.output_dir, "merged_base")
+            student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)
         self._student_generation_config = _trl.causal_lm(student).generation_config
         self._positions = common_positions(student, teacher)
         if data_collator is None and (args.dataset_kwargs or {}).get("skip_prepare_dataset"):

@@ -256,3 +256,18 @@ def test_settings_for_loading_are_refused_for_models_that_are_loaded(train):
         train(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     with pytest.raises(ValueError, match="teacher_model_revision is for a teacher given by name"):
         train(teacher_model_revision="v2")
+
+
+@pytest.mark.parametrize("form", ["adapter path", "peft model"])
+def test_a_new_adapter_on_an_adapter_is_saved_with_the_base_that_it_was_trained_on(train, tmp_path, tiny_dir, form):
+    path = adapter_path(tmp_path, tiny_dir)
+    old = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, dtype=torch.float32)
+    ids = torch.arange(3, 9)[None]
+    before = old.eval()(ids).logits
+    trainer = train(model=path if form == "adapter path" else old, peft_config=LoraConfig(**LORA), max_steps=2)
+    torch.testing.assert_close(trainer.model.eval()(ids).logits, before, rtol=1e-4, atol=1e-5)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    assert not torch.allclose(loaded(ids).logits, before, atol=1e-4)
