@@ -111,7 +111,7 @@ def test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_studen
         assert loss == pytest.approx(objective + share * nll, rel=1e-5)
 
 
-def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(train, monkeypatch):
+def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(train, monkeypatch, student, teacher):
     seen = []
 
     def spy(student_hidden, student_head, teacher_hidden, teacher_head, token_loss, chunk_size):
@@ -123,6 +123,10 @@ def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(tra
         return linear_token_loss(student_hidden, student_head, teacher_hidden, teacher_head, looking, chunk_size)
 
     monkeypatch.setattr("amid_trl.trainer.linear_token_loss", spy)
+    layers = []
+    for model in (student, teacher):
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.register_forward_hook(lambda module, inputs, output: layers.append(output.dtype))
     losses, gradients = [], []
     for bf16 in (False, True):
         trainer = train(bf16=bf16)
@@ -132,6 +136,7 @@ def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(tra
         loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    assert layers == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
     assert seen == [(torch.float32,) * 3, (torch.bfloat16, torch.bfloat16, torch.float32)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()

@@ -48,9 +48,13 @@ def test_prompts_are_those_of_the_rows_and_completions_end_with_their_eos(train,
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=False)
     }
     assert prompts == want
-    for completion in completions_of(seen.windows[0]):
+    completions = completions_of(seen.windows[0])
+    for completion in completions:
         assert tokenizer.eos_token_id not in completion[:-1]
         assert completion[-1] == tokenizer.eos_token_id or len(completion) == 40
+    clipped = [completion[-1] != tokenizer.eos_token_id for completion in completions]
+    assert logged(trainer, "completions/clipped_ratio") == [sum(clipped) / 4] != [0.5]
+    assert logged(trainer, "completions/mean_length") == [sum(map(len, completions)) / 4]
 
 
 def test_the_teacher_writes_the_text_of_sequence_distillation(train, teacher):
@@ -112,10 +116,10 @@ def test_sampling_leaves_the_random_state_of_training_alone(train):
 
 
 def test_generated_batches_are_padded_to_the_multiple_asked_for(train):
-    trainer = train(lmbda=1.0, max_steps=1, pad_to_multiple_of=32)
+    trainer = train(lmbda=1.0, max_steps=1, pad_to_multiple_of=64)
     seen = Windows(trainer)
     trainer.train()
-    assert seen.windows[0][0][0]["input_ids"].shape[1] % 32 == 0
+    assert seen.windows[0][0][0]["input_ids"].shape[1] == 64
 
 
 def test_a_ban_of_ones_own_joins_the_ban_of_padded_ids(train, tokenizer):
