@@ -87,7 +87,7 @@ def linear_token_loss(
 
     student = (student_hidden, student_head.weight, student_head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in student):
-        return _GradientInForward.apply(chunk_loss, chunks, student_head, *student)  # type: ignore[no-any-return]
+        return _GradientInForward.apply(chunk_loss, chunks, student_head, *student)
     with torch.no_grad():
         parts = [chunk_loss(rows, student_hidden[rows], student_head) for rows in chunks]
     return torch.stack([total for total, _ in parts]).sum(), torch.cat([figures for _, figures in parts])
