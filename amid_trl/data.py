@@ -86,7 +86,7 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any accepted format; a prepared `Dataset` that fits comes back as the same object.
 
-    `name` ("train", "eval") is how reports and errors call it. Of a stream only the first row is read.
+    `name` ("train", "eval") is how reports and errors call it. A stream is read up to its first usable row.
 
     Raises:
         ValueError: unknown columns, images, `with_transform`, no rows, no prompts although text is generated, no row

@@ -194,12 +194,13 @@ class EntropyWeight:
         self, log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens vocab"]
     ) -> Float[Tensor, "*tokens"]:
         """The weight of each token."""
-        teacher, student = _entropy(log_p), _entropy(log_q)
+        teacher, student = entropy(log_p), entropy(log_q)
         applies = teacher > student if self.higher == "teacher" else student > teacher
         return 1 + (self.weight - 1) * applies.to(teacher.dtype)
 
 
-def _entropy(log_x: Tensor) -> Tensor:
+def entropy(log_x: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:
+    """Shannon entropy -sum x log x, in nats; an entry of probability zero counts nothing."""
     log_x = at_least_float32(log_x).clamp(min=ZERO_LOG)
     return -(log_x.exp() * log_x).sum(-1)
 

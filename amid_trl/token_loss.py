@@ -8,7 +8,7 @@ from torch import Tensor
 
 from amid_trl.divergences import kl
 from amid_trl.linear import TokenLoss
-from amid_trl.objective import Objective
+from amid_trl.objective import Objective, entropy
 
 
 # Columns of the figures, per token: nats, but for the agreement (0 or 1) and the student's most likely token (an id).
@@ -40,5 +40,4 @@ def _comparison(
 ) -> tuple[Float[Tensor, " tokens"], ...]:
     student_top1 = log_q.argmax(-1)
     agreement = student_top1 == log_p.argmax(-1)
-    entropies = [-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1) for log_probs in (log_q, log_p)]
-    return kl(log_p, log_q), agreement.to(log_q), *entropies, student_top1.to(log_q)
+    return kl(log_p, log_q), agreement.to(log_q), entropy(log_q), entropy(log_p), student_top1.to(log_q)
