@@ -1,31 +1,95 @@
-"""Who writes the completions of the next window: the dataset, the student or the teacher.
+"""Who writes the completions of the next window: the dataset, the student, now or earlier (replay), or the teacher.
 
 A window is the set of micro-batches of one optimizer step. The decision is a pure function of the run's seed and the
-step, so that every process takes the same one without talking, and a resumed run repeats it.
+step, so that every process takes the same one without talking, and a resumed run repeats it. What it depends on beside
+them, DistiLLM's share, is in `AdaptiveShare`, which a checkpoint holds.
 """
 
+import math
 import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from amid_trl.schedules import check_number
 
-Source = Literal["dataset", "student", "teacher"]
+
+Source = Literal["dataset", "student", "replay", "teacher"]
+
+# How much of the student's share it writes anew, by progress. The names are DistiLLM's, whose "decreasing" lets this
+# part shrink, so that the replayed part grows.
+FRESH_PARTS: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 0.5,
+    "increasing": lambda progress: progress,
+    "decreasing": lambda progress: 1 - progress,
+}
 
 
-def next_source(u: float, *, lmbda: float, seq_kd: bool) -> Source:
-    """The source for a uniform draw `u` in [0, 1): the student with probability `lmbda` (GKD, arXiv 2306.13649).
+def next_source(u: float, *, lmbda: float, seq_kd: bool, fresh_part: float = 1.0, buffer_full: bool = False) -> Source:
+    """The source for a uniform draw `u` in [0, 1): with probability `lmbda` the student (GKD, arXiv 2306.13649).
 
-    Otherwise the teacher if `seq_kd` (sequence-level distillation), else the dataset.
+    It writes `fresh_part` of its share anew; the rest is replayed, once the buffer is full (DistiLLM, 2402.03898).
+    Otherwise the teacher writes if `seq_kd` (sequence-level distillation), else the dataset is read.
+
+    `buffer_full` must be the same on every process, although each has a buffer of its own.
     """
-    if u < lmbda:
+    if u >= lmbda:
+        return "teacher" if seq_kd else "dataset"
+    if u < lmbda * fresh_part or not buffer_full:
         return "student"
-    return "teacher" if seq_kd else "dataset"
+    return "replay"
 
 
-def window_draw(seed: int, step: int) -> float:
-    """The uniform number in [0, 1) that decides the source of optimizer step `step`."""
-    return random.Random(f"source {seed} {step}").random()
+def window_draw(seed: int, step: int, block: int = 1) -> float:
+    """The uniform number in [0, 1) that decides the source of optimizer step `step`.
+
+    Blocks of `block` steps are independent; the draws of one are 1 / block apart, in random order. So a share s gets
+    s * block windows of every block, rounded up or down at random such that the average is exact.
+    """
+    generator = random.Random(f"source {seed} {step // block}")
+    offset = generator.random()
+    strata = sorted(range(block), key=lambda _: generator.random())
+    return (strata[step % block] + offset) / block
 
 
 def completion_seed(seed: int, step: int, process_index: int) -> int:
     """A torch seed for the completions of one window on one process: other processes draw other completions."""
     return random.Random(f"completions {seed} {step} {process_index}").getrandbits(63)
+
+
+@dataclass
+class AdaptiveShare:
+    """DistiLLM's share of student text, `threshold`: it grows by `step`, up to 1, when the dev loss has risen.
+
+    Risen means by `tolerance` or more above the reference: the dev loss before training, and from each growth on the
+    dev loss that caused it. The reference never falls with the loss. Source: DistiLLM (arXiv 2402.03898) and its code.
+    """
+
+    threshold: float = 0.0
+    tolerance: float = 0.1
+    step: float = 0.1
+    reference: float = field(default=math.inf, init=False)  # none yet
+
+    def __post_init__(self):
+        """Refuse settings outside their ranges."""
+        check_number("adaptive_threshold", self.threshold, 0, 1)
+        check_number("adaptive_tolerance", self.tolerance, 0, math.inf)
+        check_number("adaptive_step", self.step, 0, 1)
+
+    def update(self, dev_loss: float) -> None:
+        """Take note of an evaluation's loss, the first of them from before the first step."""
+        if not math.isfinite(dev_loss):
+            raise ValueError(f"sampling='adaptive' cannot follow a dev loss that is not finite; got {dev_loss!r}")
+        if math.isinf(self.reference):
+            self.reference = dev_loss
+        elif dev_loss >= self.reference + self.tolerance:
+            self.threshold = min(self.threshold + self.step, 1.0)
+            self.reference = dev_loss
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {"threshold": self.threshold, "reference": self.reference}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from where another run was."""
+        self.threshold, self.reference = state["threshold"], state["reference"]

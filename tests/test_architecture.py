@@ -16,8 +16,8 @@ PACKAGE = ROOT / "amid_trl"
 
 # Lower layers first; a module imports from its own layer and from those above it in this list.
 LAYERS = {
-    "maths": ["assistant", "divergences", "objective", "linear", "token_loss"],
-    "batches": ["sampling", "rows", "conversations", "batches", "data", "generation"],
+    "maths": ["assistant", "divergences", "objective", "linear", "token_loss", "schedules"],
+    "batches": ["sampling", "replay", "rows", "conversations", "batches", "data", "generation"],
     "training": ["_trl", "completions", "config", "evaluation", "metrics", "student", "teacher", "trainer"],
     "entry": ["__init__", "__main__", "cli", "train"],
 }
