@@ -22,6 +22,7 @@ from trl.trainer.utils import (
     print_prompt_completions_sample,
 )
 
+from amid_trl.kernel import Finish
 from amid_trl.linear import Head
 
 
@@ -66,7 +67,8 @@ def language_model_head(model: PreTrainedModel) -> Head:
             f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "
             "weight, so it must be a plain torch.nn.Linear: not quantised, and without an adapter"
         )
-    return Head(layer.weight, layer.bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    finish = Finish(_logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    return Head(layer.weight, layer.bias, finish)
 
 
 def _logit_scale(config) -> float:

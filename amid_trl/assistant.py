@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -12,6 +13,12 @@ ZERO_LOG = -1e30
 
 # |h| of the power mean above which it is max or min to the last bit; keeps h * 0 from becoming inf * 0.
 LARGEST_EXPONENT = 1e15
+
+# |h| below which dividing by h would show the rounding error of what is divided.
+SMALL_EXPONENT = 0.25
+
+# Above it softplus(x) is x to the last bit of a float64.
+EXACT_SOFTPLUS = 40
 
 
 def alpha_mixture(
@@ -40,11 +47,11 @@ def alpha_mixture(
         # Chosen by `where`, so that a loss built on it stays attached to the student even at lam = 1.
         return torch.where(torch.full((), lam == 1, device=log_q.device), log_p, log_q)
 
-    supported = has_mass(log_p) | has_mass(log_q) if alpha < 1 else has_mass(log_p) & has_mass(log_q)
     log_r = _log_power_mean(log_p.clamp(min=ZERO_LOG), log_q.clamp(min=ZERO_LOG), exponent=(1 - alpha) / 2, lam=lam)
-    # A finite fill before the softmax, because a row of -inf alone would be NaN.
-    log_r = log_r.masked_fill(~supported, torch.finfo(log_r.dtype).min).log_softmax(-1)
-    return log_r.masked_fill(~supported, -math.inf)
+    unsupported = ~has_mass(log_r)
+    if alpha != -1:  # the arithmetic mixture of two distributions is one already
+        log_r = log_r.log_softmax(-1)
+    return log_r.masked_fill(unsupported, -math.inf)
 
 
 def check_mixture(alpha: float, lam: float) -> None:
@@ -66,9 +73,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _log_power_mean(log_p: Tensor, log_q: Tensor, *, exponent: float, lam: float) -> Tensor:
-    """log (lam p^h + (1 - lam) q^h)^(1/h), not normalised; the rounding error is O(eps) for every exponent h."""
+    """log (lam p^h + (1 - lam) q^h)^(1/h), not normalised; the rounding error is O(eps) for every exponent h.
+
+    ZERO_LOG stands for probability zero in the arguments, and in the result.
+    """
     if exponent == 0:
-        return lam * log_p + (1 - lam) * log_q
+        shared = has_mass(log_p) & has_mass(log_q)
+        return (lam * log_p + (1 - lam) * log_q).masked_fill(~shared, ZERO_LOG)
     exponent = max(-LARGEST_EXPONENT, min(exponent, LARGEST_EXPONENT))
     gap = exponent * (log_p - log_q)
 
@@ -76,13 +87,15 @@ def _log_power_mean(log_p: Tensor, log_q: Tensor, *, exponent: float, lam: float
     p_leads = gap > 0
     leader = torch.where(p_leads, log_p, log_q)
     behind = torch.where(p_leads, -gap, gap)  # <= 0
-    follower_share = torch.where(p_leads, gap.new_full((), 1 - lam), gap.new_full((), lam))
     # Logarithms in Python, because a share may be too small for a float32.
-    log_share_p, log_share_q = gap.new_full((), math.log(lam)), gap.new_full((), math.log1p(-lam))
-    log_leader_share = torch.where(p_leads, log_share_p, log_share_q)
-    log_follower_share = torch.where(p_leads, log_share_q, log_share_p)
-
-    # expm1 is exact where h is small; the sum of logarithms where the follower is far behind and lam near 0 or 1.
-    near = torch.log1p(follower_share * torch.expm1(behind.clamp(min=-1)))
-    far = torch.logaddexp(log_leader_share, log_follower_share + behind)
-    return leader + torch.where(behind > -1, near, far) / exponent
+    share_p, share_q = gap.new_full((), math.log(lam)), gap.new_full((), math.log1p(-lam))
+    odds = share_q - share_p
+    log_sum = torch.where(p_leads, share_p, share_q) + F.softplus(
+        torch.where(p_leads, odds, -odds) + behind, threshold=EXACT_SOFTPLUS
+    )
+    if abs(exponent) < SMALL_EXPONENT:
+        # The division below would magnify the rounding of two logarithms that cancel; expm1 has nothing to cancel.
+        follower_share = torch.where(p_leads, gap.new_full((), 1 - lam), gap.new_full((), lam))
+        near = torch.log1p(follower_share * torch.expm1(behind.clamp(min=-1)))
+        log_sum = torch.where(behind > -1, near, log_sum)
+    return leader + log_sum / exponent

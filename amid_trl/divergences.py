@@ -164,10 +164,14 @@ def _alpha_beta_entries(log_a: Tensor, log_b: Tensor, alpha: float, beta: float)
     if high - low < AB_ORIGIN:
         centre = sum(nodes) / 3
         return 0.5 * gap.square() * (centre * log_a + (total - centre) * log_b).exp()
-    log_low, log_middle, log_high = (t * log_a + (total - t) * log_b for t in nodes)
-    upper = _slope(log_middle, log_high, gap, middle, high)
-    lower = _slope(log_low, log_middle, gap, low, middle)
-    return (upper - lower) / (high - low)
+    # Walk down from the node where exp(t d) is largest, `first` being the nearer step and `second` the farther one.
+    rises = gap > 0
+    distance = torch.where(rises, gap, -gap)
+    upper, lower = _descent(distance, high - middle), _descent(distance, middle - low)
+    first, second = torch.where(rises, upper, lower), torch.where(rises, lower, upper)
+    remains = torch.where(rises, 1 - (high - middle) * upper, 1 - (middle - low) * lower)
+    top = torch.where(rises, high * log_a + (total - high) * log_b, low * log_a + (total - low) * log_b)
+    return top.exp() * (first - remains * second) / (high - low)
 
 
 def _alpha_beta_is_infinite(log_a: Tensor, log_b: Tensor, alpha: float, beta: float) -> Tensor:
@@ -188,14 +192,6 @@ def _alpha_beta_is_infinite(log_a: Tensor, log_b: Tensor, alpha: float, beta: fl
     return infinite
 
 
-def _slope(log_left: Tensor, log_right: Tensor, gap: Tensor, left: float, right: float) -> Tensor:
-    """(e^log_right - e^log_left) / (right - left), given that log_right - log_left = (right - left) gap.
-
-    Nothing cancels however close the nodes are; for equal ones it is the limit, the derivative.
-    """
-    if left == right:
-        return gap * log_left.exp()
-    rises = gap > 0
-    fall = (right - left) * torch.where(rises, -gap, gap)  # <= 0: expm1 cannot overflow
-    slope = torch.where(rises, log_right, log_left).exp() * torch.expm1(fall) / (right - left)
-    return torch.where(rises, -slope, slope)
+def _descent(distance: Tensor, step: float) -> Tensor:
+    """(1 - e^(-step distance)) / step, for step 0 its limit; nothing cancels however small the step is."""
+    return torch.expm1(-step * distance) / -step if step > 0 else distance

@@ -113,22 +113,22 @@ def _token_figures(
     """One row for each trained token: the five figures of `token_metrics`, and a 1 to count it."""
     labels = batch["labels"][:, 1:]
     trained = labels != -100
-    labels = labels[trained]
     models = [causal_lm(student), causal_lm(teacher)]
     device = models[0].device
     hidden = [_trained_states(model, batch, trained).to(device) for model in models]
     heads = [language_model_head(model) for model in models]
     vocab = min(len(head.weight) for head in heads)
 
-    def figures(student_logits: Tensor, teacher_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def figures(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         log_p, log_q = (at_least_float32(z).log_softmax(-1) for z in (teacher_logits, student_logits))
         agrees = log_p.argmax(-1) == log_q.argmax(-1)
-        nll = -log_q.gather(-1, labels[rows, None].to(device)).squeeze(-1)
+        nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)
         value = objective(student_logits, teacher_logits)
-        columns = [value, kl(log_p, log_q), kl(log_q, log_p), agrees, nll, torch.ones_like(nll)]
-        return value, torch.stack([column.to(nll) for column in columns], dim=-1)
+        each = [value, kl(log_p, log_q), kl(log_q, log_p), agrees, nll, torch.ones_like(nll)]
+        return value, torch.stack([figure.to(nll) for figure in each], dim=-1)
 
-    return linear_token_loss(hidden[0], heads[0].cut(vocab), hidden[1], heads[1].cut(vocab), figures)[1]
+    columns = (labels[trained].to(device),)
+    return linear_token_loss(hidden[0], heads[0].cut(vocab), hidden[1], heads[1].cut(vocab), figures, columns)[1]
 
 
 def _trained_states(model: PreTrainedModel, batch: Mapping[str, Tensor], trained: Tensor) -> Tensor:

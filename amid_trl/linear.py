@@ -4,50 +4,55 @@ The loss is a sum over tokens, so its gradient can be formed chunk by chunk whil
 tokens is projected once, differentiated at once, and forgotten. Backward only scales what forward has stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from amid_trl.assistant import at_least_float32
+from amid_trl.kernel import Finish, RowKernel, TokenLoss
 from amid_trl.objective import Objective
 
 
-# One float32 chunk of logits stays below this many elements (16 MiB). For a moment its objective and its gradient hold
-# from about 20 (kd) to 60 (amid) such tensors.
-CHUNK_ELEMENTS = 2**22
-
-# What a chunk becomes: (student logits, teacher logits, rows) -> (loss per token, figures per token without gradient).
-TokenLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+# Elements of one chunk of logits, and of the block in it that the row-wise part works on at a time. On a CPU a block
+# fits its cache; on an accelerator it is large enough to hide the launches.
+CPU_ELEMENTS = (2**23, 2**19)
+ACCELERATOR_ELEMENTS = (2**26, 2**24)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: hidden -> softcap(scale * (hidden @ weight.T + bias)).
-
-    softcap(x) = cap * tanh(x / cap) (Gemma 2), or the identity without a cap.
-    """
+    """A language-model head: hidden -> finish(hidden @ weight.T + bias)."""
 
     weight: Float[Tensor, "vocab dim"]
     bias: Float[Tensor, " vocab"] | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    finish: Finish = Finish()
 
     def cut(self, vocab: int) -> "Head":
         """The head over the first `vocab` tokens: what lies behind them is padding of the weight matrix."""
         if vocab == len(self.weight):
             return self
-        bias = None if self.bias is None else self.bias[:vocab]
-        return Head(self.weight[:vocab], bias, self.scale, self.softcap)
+        return Head(self.weight[:vocab], None if self.bias is None else self.bias[:vocab], self.finish)
 
-    def __call__(self, hidden: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens vocab"]:
-        """Logits in the dtype of the projection."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    def frozen(self) -> "Head":
+        """The head without gradient, in the dtype that autocast gives its product, if it is on."""
+        device, dtype = self.weight.device.type, self.weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return Head(self.weight.detach().to(dtype), bias, self.finish)
+
+    def project(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
+        """What `finish` makes logits of, on the device and in the dtype of the weight."""
+        return F.linear(hidden.to(self.weight), self.weight, self.bias)
+
+    def __call__(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
+        """The logits, all at once."""
+        return self.finish(self.project(hidden))
 
 
 def linear_token_loss(
@@ -56,11 +61,14 @@ def linear_token_loss(
     teacher_hidden: Float[Tensor, "tokens teacher_dim"],
     teacher_head: Head,
     token_loss: TokenLoss,
+    columns: tuple[Tensor, ...] = (),
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens figures"]]:
-    """Σ over tokens of `token_loss`, and its per-token figures.
+    """Σ over tokens of `token_loss`, and its figures, which have no gradient.
 
-    Differentiable with respect to the student's hidden states, head weight and head bias; the teacher gets no
+    `token_loss` gets the logits of some tokens, and of each tensor in `columns` the entries of those tokens.
+
+    Differentiable once with respect to the student's hidden states, head weight and head bias; the teacher gets no
     gradient. `chunk_size` is the number of tokens projected at a time; by default it follows from the vocabulary.
     """
     if len(student_hidden) != len(teacher_hidden):
@@ -72,25 +80,23 @@ def linear_token_loss(
             f"student and teacher heads need the same vocabulary; got {len(student_head.weight)} and "
             f"{len(teacher_head.weight)} tokens"
         )
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_ELEMENTS // len(student_head.weight))
-    teacher_hidden = teacher_hidden.detach()
-    starts = range(0, len(student_hidden), chunk_size)
-    chunks = [slice(start, start + chunk_size) for start in starts] or [slice(0, 0)]
-
-    def chunk_loss(rows: slice, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            # On the head's own device, where models are split over several.
-            teacher_logits = teacher_head(teacher_hidden[rows].to(teacher_head.weight.device)).to(hidden.device)
-        losses, figures = token_loss(head(hidden), teacher_logits, rows)
-        return losses.sum(), figures.detach()
-
     student = (student_hidden, student_head.weight, student_head.bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in student):
-        return _GradientInForward.apply(chunk_loss, chunks, student_head, *student)
-    with torch.no_grad():
-        parts = [chunk_loss(rows, student_hidden[rows], student_head) for rows in chunks]
-    return torch.stack([total for total, _ in parts]).sum(), torch.cat([figures for _, figures in parts])
+    differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in student)
+    chunks = _Chunks(
+        student_hidden.detach(),
+        student_head.frozen(),
+        teacher_hidden.detach(),
+        teacher_head.frozen(),
+        RowKernel(token_loss, student_head.finish, teacher_head.finish, differentiates),
+        columns,
+        chunk_size,
+    )
+    with torch.autocast(student_hidden.device.type, enabled=False):  # the heads have the dtype it would choose
+        if differentiates:
+            return _GradientInForward.apply(chunks, *student)
+        parts = [(chunk.losses, chunk.figures) for chunk in chunks]
+    losses, figures = map(torch.cat, zip(*parts, strict=True))
+    return losses.sum(), figures
 
 
 def linear_distillation_loss(
@@ -106,67 +112,127 @@ def linear_distillation_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
     """`objective(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)` without the logits.
 
-    Returns (total, per_token): total = Σ over tokens, differentiable with respect to the student's three tensors;
+    Returns (total, per_token): total = Σ over tokens, differentiable once with respect to the student's three tensors;
     per_token is detached. Memory beyond the inputs and their gradients grows with chunk_size × vocab only.
     """
-
-    def token_loss(student_logits: Tensor, teacher_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        losses = objective(student_logits, teacher_logits)
-        return losses, losses[:, None]
-
     total, figures = linear_token_loss(
         student_hidden,
         Head(student_weight, student_bias),
         teacher_hidden,
         Head(teacher_weight, teacher_bias),
-        token_loss,
-        chunk_size,
+        _ObjectiveAlone(objective),
+        chunk_size=chunk_size,
     )
     return total, figures[:, 0]
 
 
-class _GradientInForward(torch.autograd.Function):
-    """Σ of chunk losses whose gradient is computed chunk by chunk in the forward pass.
+@dataclass(frozen=True)
+class _ObjectiveAlone:
+    """A TokenLoss whose one figure is the loss itself."""
 
-    The gradient of the head is accumulated in float32, because many bfloat16 additions would lose the small ones.
+    objective: Objective
+
+    @property
+    def compiles(self) -> bool:
+        return self.objective.is_constant
+
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+        losses = self.objective(student_logits, teacher_logits)
+        return losses, losses[:, None]
+
+
+class _Chunk(NamedTuple):
+    tokens: slice
+    hidden: Tensor
+    losses: Tensor
+    figures: Tensor
+    gradient: Tensor  # of Σ losses with respect to the student's projection, where the kernel differentiates
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """The tokens a chunk at a time: project, and let the kernel do the rest block by block."""
+
+    student_hidden: Tensor
+    student_head: Head
+    teacher_hidden: Tensor
+    teacher_head: Head
+    kernel: RowKernel
+    columns: tuple[Tensor, ...]
+    chunk_size: int | None
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        tokens_at_a_time = self.chunk_size or self._elements[0] // len(self.student_head.weight)
+        return map(self._chunk, _slices(len(self.student_hidden), tokens_at_a_time))
+
+    def _chunk(self, tokens: slice) -> _Chunk:
+        hidden = self.student_hidden[tokens].to(self.student_head.weight.dtype)
+        student = self.student_head.project(hidden)
+        # On the teacher head's own device, where models are split over several.
+        teacher = self.teacher_head.project(self.teacher_hidden[tokens]).to(student.device)
+        columns = [column[tokens] for column in self.columns]
+        outputs = []
+        for rows in _slices(len(student), self._elements[1] // student.shape[1]):
+            *output, gradient = self.kernel(student[rows], teacher[rows], *(column[rows] for column in columns))
+            outputs.append(output)
+            if gradient is not None:
+                student[rows] = gradient  # in the place of the projection, which is not needed any more
+        losses, figures = map(torch.cat, zip(*outputs, strict=True))
+        return _Chunk(tokens, hidden, losses, figures, student)
+
+    @property
+    def _elements(self) -> tuple[int, int]:
+        return CPU_ELEMENTS if self.student_hidden.device.type == "cpu" else ACCELERATOR_ELEMENTS
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `length`; an empty one for length 0."""
+    return [slice(start, start + max(1, size)) for start in range(0, max(1, length), max(1, size))]
+
+
+class _GradientInForward(torch.autograd.Function):
+    """Σ of the chunks' losses, differentiated in the forward pass: the gradient is linear in what comes from above.
+
+    Gradients of the head are accumulated in float32, because many bfloat16 additions would lose the small ones.
     """
 
     @staticmethod
-    def forward(ctx, chunk_loss, chunks, head, hidden, weight, bias):
-        *_, wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
-        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        weight = weight.detach().requires_grad_(wants_weight)
-        bias = None if bias is None else bias.detach().requires_grad_(wants_bias)
-        head = Head(weight, bias, head.scale, head.softcap)
-
-        totals, figures = [], []
-        for rows in chunks:
-            part = hidden[rows].detach().requires_grad_(wants_hidden)
-            with torch.enable_grad():
-                total, figure = chunk_loss(rows, part, head)
-            leaves = [leaf for leaf in (part, weight, bias) if leaf is not None and leaf.requires_grad]
-            gradients = dict(zip(map(id, leaves), torch.autograd.grad(total, leaves), strict=True))
-            if hidden_gradient is not None:
-                hidden_gradient[rows] = gradients[id(part)]
-            if weight_gradient is not None:
-                weight_gradient += gradients[id(weight)]
-            if bias_gradient is not None:
-                bias_gradient += gradients[id(bias)]
-            totals.append(total.detach())
-            figures.append(figure)
-
-        ctx.gradients = (
-            hidden_gradient,
-            None if weight_gradient is None else weight_gradient.to(weight.dtype),
-            None if bias_gradient is None else bias_gradient.to(weight.dtype),
-        )
-        figures = torch.cat(figures)
+    def forward(ctx, chunks, hidden, weight, bias):
+        _, wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        of_weight = torch.zeros_like(at_least_float32(weight)) if wants_weight else None
+        of_bias = torch.zeros_like(at_least_float32(bias)) if wants_bias else None
+        parts = []
+        for chunk in chunks:
+            if of_hidden is not None:
+                of_hidden[chunk.tokens] = chunk.gradient @ chunks.student_head.weight
+            if of_weight is not None:
+                _add_product(of_weight, chunk.gradient.T, chunk.hidden)
+            if of_bias is not None:
+                of_bias += chunk.gradient.sum(0, dtype=of_bias.dtype)
+            parts.append((chunk.losses, chunk.figures))
+        losses, figures = map(torch.cat, zip(*parts, strict=True))
         ctx.mark_non_differentiable(figures)
-        return torch.stack(totals).sum(), figures
+        ctx.gradients = (
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+        )
+        return losses.sum(), figures
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        gradients = tuple(None if g is None else g * grad_outputs[0] for g in ctx.gradients)
-        return None, None, None, *gradients
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled():  # enabled by create_graph=True
+            raise RuntimeError(
+                "linear_distillation_loss can be differentiated once: its gradient is a constant, handed over uncopied"
+            )
+        return None, *(gradient if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place where the dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

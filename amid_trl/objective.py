@@ -92,6 +92,11 @@ class Objective:
         """Whether any term compares with r, that is whether alpha and lam matter."""
         return any("r" in term.order for term in self.terms)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether every weight is a number; a function may answer differently the next time."""
+        return not any(callable(term.weight) for term in self.terms)
+
     def __call__(
         self, student_logits: Float[Tensor, "*tokens vocab"], teacher_logits: Float[Tensor, "*tokens vocab"]
     ) -> Float[Tensor, "*tokens"]:

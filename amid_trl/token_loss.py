@@ -1,13 +1,13 @@
 """What one trained token contributes: the objective, the cross-entropy beside it, and the figures that are logged."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from amid_trl.divergences import kl
-from amid_trl.linear import TokenLoss
 from amid_trl.objective import Objective, entropy
 
 
@@ -15,24 +15,37 @@ from amid_trl.objective import Objective, entropy
 FIGURES = ("objective", "nll", "kl", "top1_agreement", "student_entropy", "teacher_entropy", "student_top1")
 
 
-def distillation_token_loss(objective: Objective, labels: Int[Tensor, " tokens"], sft_weight: float) -> TokenLoss:
-    """Objective(p, q) + sft_weight · (-log q(label)), and `FIGURES` of the same logits.
+@dataclass(frozen=True)
+class DistillationTokenLoss:
+    """Objective(p, q) + sft_weight · (-log q(label)), and `FIGURES` of the same logits; labels is its one column.
 
     The objective sees its own temperature; the cross-entropy and the figures see the models as they are, at 1.
     """
-    plain = dataclasses.replace(objective, temperature=1.0)
 
-    def token_loss(student_logits: Tensor, teacher_logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_p, log_q = objective.log_probs(teacher_logits), objective.log_probs(student_logits)
-        distilled = objective.from_log_probs(log_p, log_q)
-        if objective.temperature != 1.0:
+    objective: Objective
+    sft_weight: float = 0.0
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its value depends on nothing but its fields."""
+        return self.objective.is_constant
+
+    def __call__(
+        self,
+        student_logits: Float[Tensor, "tokens vocab"],
+        teacher_logits: Float[Tensor, "tokens vocab"],
+        labels: Int[Tensor, " tokens"],
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
+        """Losses, and figures without gradient."""
+        log_p, log_q = self.objective.log_probs(teacher_logits), self.objective.log_probs(student_logits)
+        distilled = self.objective.from_log_probs(log_p, log_q)
+        if self.objective.temperature != 1.0:
+            plain = dataclasses.replace(self.objective, temperature=1.0)
             log_p, log_q = plain.log_probs(teacher_logits), plain.log_probs(student_logits)
-        nll = -log_q.gather(-1, labels[rows, None]).squeeze(-1)
+        nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)
         with torch.no_grad():
             figures = torch.stack([distilled, nll, *_comparison(log_p, log_q)], dim=-1)
-        return (distilled + sft_weight * nll if sft_weight else distilled), figures
-
-    return token_loss
+        return (distilled + self.sft_weight * nll if self.sft_weight else distilled), figures
 
 
 def _comparison(

@@ -49,7 +49,7 @@ from amid_trl.teacher import (
     merge_adapter,
     place,
 )
-from amid_trl.token_loss import FIGURES, distillation_token_loss
+from amid_trl.token_loss import FIGURES, DistillationTokenLoss
 
 
 logger = logging.getLogger(__name__)
@@ -326,7 +326,8 @@ class AMiDTrainer(GKDTrainer):
                     head.cut(self.vocabulary),
                     teacher_hidden,
                     teacher_head.cut(self.vocabulary),
-                    distillation_token_loss(self.objective, targets[trained], sft_weight),
+                    DistillationTokenLoss(self.objective, sft_weight),
+                    (targets[trained],),
                     self.args.logits_chunk_size,
                 )
         predictions = torch.full_like(targets, -100).masked_scatter(trained, figures[:, -1].long())

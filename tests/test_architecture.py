@@ -16,13 +16,14 @@ PACKAGE = ROOT / "amid_trl"
 
 # Lower layers first; a module imports from its own layer and from those above it in this list.
 LAYERS = {
-    "maths": ["assistant", "divergences", "objective", "linear", "token_loss", "schedules"],
+    "maths": ["assistant", "divergences", "objective", "kernel", "linear", "token_loss", "schedules"],
     "batches": ["sampling", "replay", "rows", "conversations", "batches", "data", "generation"],
     "training": ["_trl", "completions", "config", "evaluation", "metrics", "student", "teacher", "trainer"],
     "entry": ["__init__", "__main__", "cli", "train"],
 }
 # Imported by modules of the maths layer, and nothing else.
-MATHS_IMPORTS = {"torch", "jaxtyping", "collections", "dataclasses", "inspect", "math", "functools", "amid_trl"}
+STANDARD_LIBRARY = {"collections", "dataclasses", "functools", "inspect", "logging", "math", "typing"}
+MATHS_IMPORTS = {"torch", "jaxtyping", "amid_trl", *STANDARD_LIBRARY}
 
 
 def imports(module: str) -> set[str]:

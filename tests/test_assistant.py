@@ -146,13 +146,19 @@ def test_mixture_with_a_mixture_is_a_mixture_of_the_same_models(alpha):
 @pytest.mark.parametrize("alpha", [-5.0, -1.0, 0.0, 1 - 1e-9, 1.0, 1.5, 3.0, 7.0])
 @pytest.mark.parametrize("equal", [False, True])
 def test_gradient_is_the_closed_form(alpha, lam, equal):
-    """d log r_k / d log q_j = w_k [k = j] - r_j w_j, w = sigmoid(log((1 - lam)/lam) - h log(p/q)); also at p = q."""
+    """d log r_k / d log q_j = w_k [k = j] - r_j w_j, w = sigmoid(log((1 - lam)/lam) - h log(p/q)); also at p = q.
+
+    Taken through log q = log_softmax(z), because a mixture of two distributions has no derivative off them.
+    """
     log_p, log_q = pair(tokens=1)
     log_p, log_q = log_p[0], (log_p if equal else log_q)[0]
-    jacobian = torch.autograd.functional.jacobian(lambda x: alpha_mixture(log_p, x, alpha=alpha, lam=lam), log_q)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: alpha_mixture(log_p, z.log_softmax(-1), alpha=alpha, lam=lam), log_q
+    )
     w = torch.sigmoid(math.log((1 - lam) / lam) - (1 - alpha) / 2 * (log_p - log_q))
     r = alpha_mixture(log_p, log_q, alpha=alpha, lam=lam).exp()
-    torch.testing.assert_close(jacobian, torch.diag(w) - r * w, rtol=1e-9, atol=1e-12)
+    of_softmax = torch.eye(len(log_q), dtype=torch.float64) - log_q.exp()
+    torch.testing.assert_close(jacobian, (torch.diag(w) - r * w) @ of_softmax, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("excluded", [-math.inf, LOWEST])

@@ -140,7 +140,8 @@ def test_dropout_is_off_while_measuring(tokenizer, teacher):
 
 
 def test_no_more_than_a_chunk_of_tokens_meets_the_vocabulary(monkeypatch, student, teacher):
-    monkeypatch.setattr("amid_trl.linear.CHUNK_ELEMENTS", 2 * student.config.vocab_size)
+    two_tokens = 2 * student.config.vocab_size
+    monkeypatch.setattr("amid_trl.linear.CPU_ELEMENTS", (two_tokens, two_tokens))
     shapes = []
 
     def objective(student_logits, teacher_logits):

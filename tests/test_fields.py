@@ -38,9 +38,9 @@ def trained_text(trainer: AMiDTrainer, tokenizer) -> list[str]:
 
 def test_the_chunk_size_bounds_the_projection(build, monkeypatch):
     tokens = []
-    project = linear.Head.__call__
+    project = linear.Head.project
     monkeypatch.setattr(
-        linear.Head, "__call__", lambda head, hidden: tokens.append(len(hidden)) or project(head, hidden)
+        linear.Head, "project", lambda head, hidden: tokens.append(len(hidden)) or project(head, hidden)
     )
     build(lmbda=0.0, logits_chunk_size=3).train()
     assert max(tokens) == 3 and len(tokens) > 4

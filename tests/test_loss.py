@@ -114,13 +114,13 @@ def test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_studen
 def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(train, monkeypatch, student, teacher):
     seen = []
 
-    def spy(student_hidden, student_head, teacher_hidden, teacher_head, token_loss, chunk_size):
-        def looking(student_logits, teacher_logits, rows):
-            losses, figures = token_loss(student_logits, teacher_logits, rows)
+    def spy(student_hidden, student_head, teacher_hidden, teacher_head, token_loss, *rest):
+        def looking(student_logits, teacher_logits, *columns):
+            losses, figures = token_loss(student_logits, teacher_logits, *columns)
             seen.append((student_logits.dtype, teacher_logits.dtype, losses.dtype))
             return losses, figures
 
-        return linear_token_loss(student_hidden, student_head, teacher_hidden, teacher_head, looking, chunk_size)
+        return linear_token_loss(student_hidden, student_head, teacher_hidden, teacher_head, looking, *rest)
 
     monkeypatch.setattr("amid_trl.trainer.linear_token_loss", spy)
     layers = []

@@ -1,0 +1,93 @@
+"""The row-wise part of the loss: from the projections of some tokens to losses, figures and the gradient.
+
+Written out by autograd it is a few dozen passes over (rows, vocab) tensors, most of the time that the loss takes
+beside its matrix products. Where the vocabulary makes it worth a compilation, torch.compile fuses them into a few.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+logger = logging.getLogger(__name__)
+
+# (student logits, teacher logits, *columns) -> (loss per row, figures per row); columns are tensors with one entry per
+# row, such as labels. Compiled only if its attribute `compiles` is true: it must not read what may change later.
+TokenLoss = Callable[..., tuple[Tensor, Tensor]]
+
+# A compilation takes several seconds once per objective; below this vocabulary the passes are too short to matter.
+COMPILE_FROM_VOCAB = 8192
+
+
+class Finish(NamedTuple):
+    """What a head does after its projection: softcap(scale * projected).
+
+    softcap(x) = cap * tanh(x / cap) (Gemma 2), or the identity without a cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, projected: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """Logits, in the dtype of the projection."""
+        logits = projected if self.scale == 1.0 else projected * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """`token_loss` of finished projections, with its gradient on the student's projection."""
+
+    token_loss: TokenLoss
+    student: Finish
+    teacher: Finish
+    differentiates: bool
+
+    def __call__(
+        self, student: Float[Tensor, "rows vocab"], teacher: Float[Tensor, "rows vocab"], *columns: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(losses, figures, gradient of Σ losses with respect to `student`, or None unless `differentiates`)."""
+        # A single row would be a compilation of its own: shapes of size 1 are special to it.
+        large = len(student) > 1 and student.shape[-1] >= COMPILE_FROM_VOCAB
+        if large and getattr(self.token_loss, "compiles", False):
+            return _compiled(self, student.dtype, teacher.dtype, student.device.type)(student, teacher, *columns)
+        return self.plain(student, teacher, *columns)
+
+    def plain(self, student: Tensor, teacher: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same by autograd, operation by operation."""
+        with torch.set_grad_enabled(self.differentiates):
+            leaf = student.detach().requires_grad_(self.differentiates)
+            losses, figures = self.token_loss(self.student(leaf), self.teacher(teacher), *columns)
+            gradient = torch.autograd.grad(losses.sum(), leaf)[0] if self.differentiates else None
+        return losses.detach(), figures.detach(), gradient
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(kernel: RowKernel, student: torch.dtype, teacher: torch.dtype, device: str) -> Callable:
+    """`kernel.plain` fused into one function for any number of rows, or itself where it does not compile."""
+    chosen: Callable | None = None
+
+    def fused(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*tensors)
+        try:
+            # Traced before it is compiled: one graph that has the gradient in it and serves every shape.
+            graph = make_fx(kernel.plain, tracing_mode="symbolic")(*(tensor[:3] for tensor in tensors))
+            candidate = torch.compile(graph, dynamic=True)
+            outputs = candidate(*tensors)
+        except Exception as error:  # whatever a missing compiler or an unsupported device raises
+            logger.warning("The loss is not compiled and therefore slower (%s: %s)", type(error).__name__, error)
+            chosen = kernel.plain
+            return chosen(*tensors)
+        chosen = candidate
+        return outputs
+
+    return fused
