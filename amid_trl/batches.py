@@ -1,6 +1,6 @@
 """Rows of different lengths -> padded batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +63,20 @@ def completion_batch(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     return _batch(input_ids, labels, prompts, pad_token_id, pad_to_multiple_of)
+
+
+def window_prompts(batches: Sequence[Mapping[str, Tensor]], writer: str) -> list[Tensor]:
+    """The prompts of a window's rows, which `writer` continues: without padding, in order."""
+    if not all("prompts" in batch and batch["prompt_attention_mask"].any(-1).all() for batch in batches):
+        raise ValueError(
+            f"the {writer} writes this window, but the data_collator's batches have no `prompts` and "
+            "`prompt_attention_mask`, or a row without a prompt"
+        )
+    return [
+        ids[mask.bool()].cpu()
+        for batch in batches
+        for ids, mask in zip(batch["prompts"], batch["prompt_attention_mask"], strict=True)
+    ]
 
 
 def _batch(

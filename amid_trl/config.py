@@ -2,47 +2,38 @@
 
 import copy
 import dataclasses
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import GenerationConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.experimental.gkd import GKDConfig
 
-from amid_trl.divergences import DIVERGENCES
-from amid_trl.objective import OBJECTIVES, Objective, Term
+from amid_trl.objective import OBJECTIVES, Objective
 from amid_trl.rows import DataSettings
+from amid_trl.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
+from amid_trl.validation import check_config, check_shares, without_effect
 
 
 logger = logging.getLogger(__name__)
 
-# SFTConfig options that this trainer cannot honour: a value other than the one given here is refused.
-UNSUPPORTED = {
-    "packing": (False, "rows are padded; packing would need document masks in both models"),
-    "eval_packing": (None, "rows are padded; packing would need document masks in both models"),
-    "padding_free": (False, "rows are padded"),
-    "truncation_mode": ("keep_start", "a completion loses its end and a prompt is never cut"),
-    "loss_type": ("nll", "the loss is set by `objective` and `sft_weight`"),
-    "label_smoothing_factor": (0.0, "the loss is set by `objective` and `sft_weight`"),
-    "torch_compile": (False, "the loss runs the model below its head, which a compiled forward would bypass"),
-    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
-}
+AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
 
-# Set by fields of their own, or by what the trainer does with the answer of `generate`.
-MANAGED_GENERATION_KWARGS = (
+# Passed on to transformers' GenerationConfig as they are.
+SAMPLING_FIELDS = (
     "max_new_tokens",
-    "max_length",
-    "num_return_sequences",
-    "pad_token_id",
-    "return_dict_in_generate",
-    "use_cache",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "cache_implementation",
+    "generation_kwargs",
 )
 
-AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
+ASSISTANT_SCHEDULES = ("assistant_alpha_schedule", "assistant_lambda_schedule")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -81,6 +72,16 @@ class AMiDConfig(GKDConfig):
             Parameters of the divergence; `{"alpha": 0.2, "beta": 0.7}` for `"ab"` if not given.
         distill_temperature (`float`, *optional*, defaults to `1.0`):
             Both models' logits are divided by it in the loss. No T² factor is applied.
+        assistant_alpha_schedule, assistant_lambda_schedule (`dict[str, Any]`, *optional*):
+            α or λ moves during the run, in place of the fields above: `{"kind": "linear", "start": 0.1, "end": 0.9}`,
+            likewise `"cosine"`, or `{"kind": "constant", "value": 0.5}`. For λ also `{"kind": "taid"}`, TAID's
+            adaptive t, with any of `start`, `end`, `rate` and `momentum`. λ moves in every objective that has an
+            assistant, α in `"amid"`.
+        student_text_objective (`str`, *optional*):
+            Another objective for the text that the student wrote, now or earlier, by its name in [`OBJECTIVES`]:
+            `"srkl"` beside `objective="skl"` is DistiLLM-2's pair. Schedules do not move it.
+        student_text_objective_kwargs (`dict[str, Any]`, *optional*):
+            Its parameters.
         sft_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the cross-entropy of dataset and teacher text, added to the objective. Never applied to text that
             the student wrote itself.
@@ -98,6 +99,29 @@ class AMiDConfig(GKDConfig):
             Which turns of a conversation are trained: `"all"` assistant turns, or the `"last"` one as GKD does.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, e.g. `{"enable_thinking": false}`.
+
+        > Parameters that control who writes the text
+
+        lmbda_schedule (`dict[str, Any]`, *optional*):
+            `lmbda` moves during the run; written as the schedules above.
+        sampling (`str`, *optional*, defaults to `"mixed"`):
+            `"mixed"`: the student writes the share `lmbda` of the windows. `"adaptive"`: DistiLLM's share, which grows
+            when the loss of the evaluation set rises, with replay of earlier student text.
+        sampling_block_size (`int`, *optional*, defaults to `1`):
+            Sources get exactly their shares of every block of so many windows, up to rounding. 1 draws each window
+            by itself.
+        adaptive_threshold (`float`, *optional*, defaults to `0.0`):
+            The share of student text, replay included, at the start of an adaptive run.
+        adaptive_tolerance (`float`, *optional*, defaults to `0.1`):
+            How much the evaluation's cross-entropy has to rise, in nats, for the share to grow.
+        adaptive_step (`float`, *optional*, defaults to `0.1`):
+            How much the share grows then.
+        replay_share (`str`, *optional*, defaults to `"decreasing"`):
+            DistiLLM's name for how the freshly written part of the student's share moves, the rest being replayed:
+            `"decreasing"` from all to nothing, so that replay grows, `"increasing"` from nothing to all, or
+            `"constant"`, half of it.
+        replay_capacity (`int`, *optional*, defaults to `1000`):
+            Rows of student text that each process keeps. Nothing is replayed before so many have been written.
 
         > Parameters that control generation
 
@@ -123,6 +147,10 @@ class AMiDConfig(GKDConfig):
         *GKDConfig._VALID_DICT_FIELDS,
         "objective_kwargs",
         "divergence_kwargs",
+        "assistant_alpha_schedule",
+        "assistant_lambda_schedule",
+        "student_text_objective_kwargs",
+        "lmbda_schedule",
         "chat_template_kwargs",
         "generation_kwargs",
     ]
@@ -139,6 +167,14 @@ class AMiDConfig(GKDConfig):
     divergence_order: str = _option("pr", "Arguments of the divergence: pr is D(p||r); also rp, qr, rq, pq, qp.")
     divergence_kwargs: dict[str, Any] | str | None = _option(None, "Parameters of the divergence.")
     distill_temperature: float = _option(1.0, "Divides both models' logits in the loss (paper: 1).")
+    assistant_alpha_schedule: dict[str, Any] | str | None = _option(
+        None, 'α moves instead: {"kind": "linear" or "cosine", "start": …, "end": …}, as a JSON string.'
+    )
+    assistant_lambda_schedule: dict[str, Any] | str | None = _option(
+        None, 'λ moves instead, likewise, or by TAID\'s rule: {"kind": "taid", "start": 0.4}.'
+    )
+    student_text_objective: str | None = _option(None, "Another objective for the text that the student wrote.")
+    student_text_objective_kwargs: dict[str, Any] | str | None = _option(None, "Its parameters.")
     sft_weight: float = _option(0.0, "Weight of the cross-entropy on dataset and teacher text.")
     logits_chunk_size: int | None = _option(None, "Tokens projected to the vocabulary at a time; automatic if unset.")
 
@@ -146,6 +182,19 @@ class AMiDConfig(GKDConfig):
 
     assistant_turns: Literal["all", "last"] = _option("all", "Which assistant turns of a conversation are trained.")
     chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Passed to the chat template.")
+
+    lmbda_schedule: dict[str, Any] | str | None = _option(None, "lmbda moves instead, as α and λ may.")
+    sampling: Literal["mixed", "adaptive"] = _option(
+        "mixed", "mixed: the share lmbda of the windows is the student's. adaptive: DistiLLM's share, with replay."
+    )
+    sampling_block_size: int = _option(1, "Sources get exactly their shares of every block of so many windows.")
+    adaptive_threshold: float = _option(0.0, "Share of student text, replay included, that an adaptive run begins at.")
+    adaptive_tolerance: float = _option(0.1, "Rise of the evaluation's cross-entropy that makes the share grow.")
+    adaptive_step: float = _option(0.1, "How much the share grows then.")
+    replay_share: Literal["constant", "increasing", "decreasing"] = _option(
+        "decreasing", "How the FRESH part of student text moves; decreasing: it shrinks to 0, so that replay grows."
+    )
+    replay_capacity: int = _option(1000, "Rows of student text that each process keeps for replay.")
 
     top_p: float = _option(1.0, "Nucleus sampling: keep the most likely tokens up to this mass.")
     top_k: int = _option(0, "Keep the k most likely tokens; 0 keeps all.")
@@ -164,70 +213,33 @@ class AMiDConfig(GKDConfig):
     )
 
     def __post_init__(self):
-        for name in ("lmbda", "beta", "assistant_lambda"):
-            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise ValueError(f"{name} must be a number in [0, 1]; got {getattr(self, name)!r}")
-        if not _is_number(self.assistant_alpha) or math.isnan(self.assistant_alpha):
-            raise ValueError(f"assistant_alpha must be a real number, inf or -inf; got {self.assistant_alpha!r}")
+        check_shares(self)
         super().__post_init__()
-        for name, (accepted, why) in UNSUPPORTED.items():
-            if getattr(self, name) != accepted:
-                raise ValueError(
-                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted!r}"
-                )
-        _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _at_least("logits_chunk_size", self.logits_chunk_size, 1)
-        _at_least("generation_batch_size", self.generation_batch_size, 1)
-        _at_least("top_k", self.top_k, 0)
-        for name in ("temperature", "distill_temperature", "top_p", "repetition_penalty"):
-            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name} must be a positive, finite number; got {getattr(self, name)!r}")
-        if self.top_p > 1 or not 0 <= (self.min_p or 0) <= 1:
-            raise ValueError(f"top_p and min_p must be at most 1; got top_p={self.top_p}, min_p={self.min_p}")
-        if not (_is_number(self.sft_weight) and 0 <= self.sft_weight < math.inf):
-            raise ValueError(f"sft_weight must be a finite number, 0 or more; got {self.sft_weight!r}")
-        for name in self.generation_kwargs or {}:
-            if name in MANAGED_GENERATION_KWARGS or not hasattr(GenerationConfig(), name):
-                raise ValueError(
-                    f"generation_kwargs may have fields of transformers' GenerationConfig other than "
-                    f"{', '.join(MANAGED_GENERATION_KWARGS)}; got {name!r}"
-                )
-        if self.assistant_turns not in ("all", "last"):
-            raise ValueError(f"assistant_turns must be 'all' or 'last'; got {self.assistant_turns!r}")
-        if self.generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}"
-            )
-        if self.parallelism_config is not None and (
-            self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
-        ):
-            raise ValueError("AMiDTrainer does not support context or sequence parallelism; set both sizes to 1")
+        check_config(self)
         if self.objective != "gkd" and self.beta != GKDConfig.beta:
             # Not an error, because a GKD script must run with the two names swapped.
             logger.warning(
                 "beta=%s belongs to objective='gkd'; objective=%r does not read it.", self.beta, self.objective
             )
-        build_objective(self)
+        _check_schedules(self, build_objective(self))
+        build_student_text_objective(self)
+
+    @property
+    def student_shares(self) -> tuple[float, float]:
+        """The smallest and the largest share of student text that the run may come to."""
+        if self.sampling == "adaptive":
+            return self.adaptive_threshold, 1.0
+        schedule = build_schedule(self, "lmbda")
+        return min(schedule.start, schedule.end), max(schedule.start, schedule.end)
 
     @property
     def generates(self) -> bool:
         """Whether any window of the run is written by the student or the teacher."""
-        return self.lmbda > 0 or self.seq_kd
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
+        return self.student_shares[1] > 0 or self.seq_kd
 
 
 def build_objective(config: AMiDConfig) -> Objective:
     """The objective that the configuration describes; a ValueError names a field that it would leave unused."""
-    if config.objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {config.objective!r}")
     if config.objective == "amid":
         if config.objective_kwargs:
             raise ValueError(
@@ -242,32 +254,64 @@ def build_objective(config: AMiDConfig) -> Objective:
             "divergence_kwargs": config.divergence_kwargs,
         }
     else:
-        defaults = {f.name: f.default for f in dataclasses.fields(AMiDConfig)}
-        unused = [name for name in AMID_FIELDS if getattr(config, name) != defaults[name]]
-        if unused:
-            raise ValueError(
-                f"{', '.join(unused)} has no effect on objective={config.objective!r}; set objective='amid', or give "
-                f"the parameters of {config.objective!r} in objective_kwargs"
-            )
+        without_effect(
+            config,
+            (*AMID_FIELDS, "assistant_alpha_schedule"),
+            f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
+            f"{config.objective!r} in objective_kwargs",
+        )
         parameters = dict(config.objective_kwargs or {})
         if config.objective == "gkd":
             if "beta" in parameters:
                 raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
             parameters["beta"] = config.beta
+    return _named_objective(config, "objective", parameters)
+
+
+def build_student_text_objective(config: AMiDConfig) -> Objective | None:
+    """The objective of text that the student wrote, where it has one of its own."""
+    if config.student_text_objective is None:
+        without_effect(config, ("student_text_objective_kwargs",), "without student_text_objective")
+        return None
+    if config.student_shares[1] == 0:
+        without_effect(config, ("student_text_objective",), "on a run without student text; set lmbda")
+    if isinstance(build_schedule(config, "assistant_lambda"), TaidLambda):
+        raise ValueError("TAID's λ follows the loss of one objective; leave student_text_objective unset beside it")
+    return _named_objective(config, "student_text_objective", config.student_text_objective_kwargs or {})
+
+
+def _named_objective(config: AMiDConfig, field: str, parameters: dict[str, Any]) -> Objective:
+    name = getattr(config, field)
+    if name not in OBJECTIVES:
+        raise ValueError(f"{field} must be one of {', '.join(OBJECTIVES)}; got {name!r}")
     try:
-        objective = OBJECTIVES[config.objective](**parameters)
+        objective = OBJECTIVES[name](**parameters)
     except TypeError as error:
-        raise ValueError(
-            f"objective_kwargs={config.objective_kwargs} does not fit {config.objective!r}: {error}"
-        ) from error
+        raise ValueError(f"{field}_kwargs={parameters} does not fit {name!r}: {error}") from error
     return dataclasses.replace(objective, temperature=config.distill_temperature)
 
 
-def _term(term: Term) -> str:
-    defaults = inspect.signature(DIVERGENCES[term.divergence]).parameters.values()
-    parameters = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY} | dict(term.divergence_kwargs or {})
-    arguments = [*term.order, *(f"{name}={value}" for name, value in parameters.items())]
-    return f"{'' if term.weight == 1 else f'{term.weight} * '}{term.divergence}({', '.join(arguments)})"
+def build_schedule(config: AMiDConfig, name: str) -> Schedule | TaidLambda:
+    """How the number in the field `name` moves: as the field `<name>_schedule` says, else not at all."""
+    field = f"{name}_schedule"
+    spec = getattr(config, field)
+    if spec is None:
+        return Schedule("constant", getattr(config, name), getattr(config, name))
+    if name == "assistant_lambda":
+        return parse_lambda_schedule(field, spec)
+    low, high = (0, 1) if name == "lmbda" else (-math.inf, math.inf)
+    return parse_schedule(field, spec, low, high)
+
+
+def _check_schedules(config: AMiDConfig, objective: Objective) -> None:
+    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
+    if given and not objective.uses_assistant:
+        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
+    fixed = {"skew", "lam"} & set(config.objective_kwargs or {})
+    if given and fixed:
+        raise ValueError(f"objective_kwargs={config.objective_kwargs} fixes what assistant_lambda_schedule moves")
+    build_schedule(config, "assistant_alpha")
+    build_schedule(config, "assistant_lambda")
 
 
 def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
@@ -311,7 +355,7 @@ def data_settings(
         max_length=max_length,
         prompt_budget=max_length - config.max_new_tokens if generates and max_length is not None else None,
         generates=generates,
-        trains_on_dataset=evaluates or (config.lmbda < 1 and not config.seq_kd),
+        trains_on_dataset=evaluates or (config.student_shares[0] < 1 and not config.seq_kd),
         assistant_turns=config.assistant_turns,
         completion_only_loss=config.completion_only_loss is not False,
         text_field=config.dataset_text_field,
@@ -320,14 +364,3 @@ def data_settings(
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
     )
-
-
-def objective_card(config: AMiDConfig, objective: Objective) -> str:
-    """The model card's section on the objective, as Markdown."""
-    settings = {"objective": config.objective, "divergence": " + ".join(map(_term, objective.terms))}
-    if objective.uses_assistant:
-        settings |= {"alpha": objective.alpha, "lam": objective.lam, "detach_assistant": objective.detach_assistant}
-    settings |= {"distill_temperature": objective.temperature, "sft_weight": config.sft_weight, "lmbda": config.lmbda}
-    settings |= {"seq_kd": config.seq_kd, "sampling temperature": config.temperature}
-    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
-    return f"\n## Objective\n\nTrained with `amid_trl.AMiDTrainer`.\n\n| setting | value |\n|---|---|\n{rows}\n"

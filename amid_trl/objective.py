@@ -122,8 +122,7 @@ class Objective:
             )
         logs = {"p": log_p.detach(), "q": log_q}
         if self.uses_assistant:
-            log_r = alpha_mixture(logs["p"], log_q, alpha=self.alpha, lam=self.lam)
-            logs["r"] = log_r.detach() if self.detach_assistant else log_r
+            logs["r"] = self.assistant(logs["p"], log_q)
 
         total = torch.zeros((), dtype=torch.float32, device=log_q.device)
         for term in self.terms:
@@ -131,6 +130,13 @@ class Objective:
             value = DIVERGENCES[term.divergence](first, second, **term.divergence_kwargs)
             total = total + _weighted(value, _weight_of(term, logs["p"], log_q))
         return total
+
+    def assistant(
+        self, log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens vocab"]
+    ) -> Float[Tensor, "*tokens vocab"]:
+        """log r, without a gradient if `detach_assistant`."""
+        log_r = alpha_mixture(log_p, log_q, alpha=self.alpha, lam=self.lam)
+        return log_r.detach() if self.detach_assistant else log_r
 
 
 def _check_parameters(divergence: str, parameters: Mapping[str, float | str]) -> None:
@@ -255,10 +261,13 @@ def skl(skew: float = 0.1) -> Objective:
     return Objective("kl", "pr", alpha=-1.0, lam=skew)
 
 
-def srkl(skew: float = 0.1) -> Objective:
-    """Skewed reverse KL: KL(q || (1 - skew) p + skew q). DistiLLM (arXiv 2402.03898)."""
+def srkl(skew: float = 0.1, detach_assistant: bool = False) -> Objective:
+    """Skewed reverse KL: KL(q || (1 - skew) p + skew q). DistiLLM (arXiv 2402.03898).
+
+    DistiLLM-2 (arXiv 2503.07067) stops the gradient through the mixture.
+    """
     _check_share("skew", skew)
-    return Objective("kl", "qr", alpha=-1.0, lam=1 - skew)
+    return Objective("kl", "qr", alpha=-1.0, lam=1 - skew, detach_assistant=detach_assistant)
 
 
 def taid(lam: float = 0.4) -> Objective:

@@ -16,6 +16,9 @@ from amid_trl.schedules import check_number
 
 Source = Literal["dataset", "student", "replay", "teacher"]
 
+# The sources whose text is the student's own.
+STUDENT_TEXT = ("student", "replay")
+
 # How much of the student's share it writes anew, by progress. The names are DistiLLM's, whose "decreasing" lets this
 # part shrink, so that the replayed part grows.
 FRESH_PARTS: dict[str, Callable[[float], float]] = {
@@ -57,6 +60,11 @@ def completion_seed(seed: int, step: int, process_index: int) -> int:
     return random.Random(f"completions {seed} {step} {process_index}").getrandbits(63)
 
 
+def replay_seed(seed: int, process_index: int) -> int:
+    """A torch seed for what one process replays; other processes replay other rows."""
+    return random.Random(f"replay {seed} {process_index}").getrandbits(63)
+
+
 @dataclass
 class AdaptiveShare:
     """DistiLLM's share of student text, `threshold`: it grows by `step`, up to 1, when the dev loss has risen.
@@ -76,11 +84,16 @@ class AdaptiveShare:
         check_number("adaptive_tolerance", self.tolerance, 0, math.inf)
         check_number("adaptive_step", self.step, 0, 1)
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the dev loss before training is known."""
+        return math.isfinite(self.reference)
+
     def update(self, dev_loss: float) -> None:
         """Take note of an evaluation's loss, the first of them from before the first step."""
         if not math.isfinite(dev_loss):
             raise ValueError(f"sampling='adaptive' cannot follow a dev loss that is not finite; got {dev_loss!r}")
-        if math.isinf(self.reference):
+        if not self.has_reference:
             self.reference = dev_loss
         elif dev_loss >= self.reference + self.tolerance:
             self.threshold = min(self.threshold + self.step, 1.0)

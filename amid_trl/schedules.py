@@ -34,15 +34,21 @@ class Schedule:
         # A constant may be infinite, and 0 * inf is NaN. This sum is exact at both ends and never leaves [0, 1].
         return self.start if way == 0 else (1 - way) * self.start + way * self.end
 
+    @property
+    def moves(self) -> bool:
+        """Whether it ever gives two different numbers."""
+        return self.start != self.end
 
-def parse_schedule(name: str, spec: object, low: float, high: float) -> Schedule:
-    """The schedule that a field called `name` describes.
+
+def parse_schedule(name: str, spec: object, low: float, high: float, others: tuple[str, ...] = ()) -> Schedule:
+    """The schedule that a field called `name` describes; `others` are kinds that the caller knows beside these.
 
     {"kind": "linear", "start": 0.1, "end": 0.9}, likewise "cosine", or {"kind": "constant", "value": 0.5}. ValueError
     for anything else, for values outside [low, high], and for infinite ones that should move.
     """
     if not isinstance(spec, Mapping) or spec.get("kind") not in tuple(CURVES):
-        raise ValueError(f"{name} must be a dict whose 'kind' is one of {', '.join(CURVES)}; got {spec!r}")
+        kinds = ", ".join((*CURVES, *others))
+        raise ValueError(f"{name} must be a dict whose 'kind' is one of {kinds}; got {spec!r}")
     kind = spec["kind"]
     keys = ("value",) if kind == "constant" else ("start", "end")
     if set(spec) != {"kind", *keys}:
@@ -83,6 +89,15 @@ class TaidLambda:
         check_number("momentum of TAID", self.momentum, 0, 1)
         self.t = self.start
 
+    def __call__(self, progress: float) -> float:
+        """t: called as a Schedule is, although progress moves it in `update`."""
+        return self.t
+
+    @property
+    def moves(self) -> bool:
+        """Whether it ever gives two different numbers."""
+        return self.start != self.end
+
     def update(self, loss: float, progress: float) -> None:
         """Move t after a training step; the first call only remembers the loss.
 
@@ -105,3 +120,14 @@ class TaidLambda:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from where another run was."""
         self.t, self.trend, self.last_loss = state["t"], state["trend"], state["last_loss"]
+
+
+def parse_lambda_schedule(name: str, spec: object) -> Schedule | TaidLambda:
+    """`parse_schedule` for a share, or TAID's t: {"kind": "taid"} with any of its start, end, rate and momentum."""
+    if not isinstance(spec, Mapping) or spec.get("kind") != "taid":
+        return parse_schedule(name, spec, 0, 1, others=("taid",))
+    settings = {key: value for key, value in spec.items() if key != "kind"}
+    try:
+        return TaidLambda(**settings)
+    except TypeError as error:
+        raise ValueError(f"{name} of kind 'taid' may have start, end, rate and momentum; got {spec!r}") from error

@@ -5,7 +5,6 @@ saving and logging are SFTTrainer's, and what distillation adds lives in the mod
 """
 
 import logging
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -29,14 +28,18 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
-from amid_trl.batches import DistillationCollator, completion_batch
+from amid_trl.batches import DistillationCollator, completion_batch, window_prompts
+from amid_trl.card import PAPER, objective_card
+from amid_trl.checkpoint import load_state, save_state
 from amid_trl.completions import CompletionLog
-from amid_trl.config import AMiDConfig, build_objective, data_settings, objective_card, own_copy
+from amid_trl.config import SAMPLING_FIELDS, AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
 from amid_trl.generation import eos_token_ids, generate_completions, sampling_config
 from amid_trl.linear import Head, linear_token_loss
 from amid_trl.metrics import Means
-from amid_trl.sampling import Source, completion_seed, next_source, window_draw
+from amid_trl.run_objective import RunObjective
+from amid_trl.sampling import Source, completion_seed
+from amid_trl.sources import Sources
 from amid_trl.teacher import (
     check_models,
     common_positions,
@@ -49,14 +52,15 @@ from amid_trl.teacher import (
     merge_adapter,
     place,
 )
-from amid_trl.token_loss import FIGURES, DistillationTokenLoss
+from amid_trl.token_loss import FIGURES
+from amid_trl.validation import check_evaluation_set
 
 
 logger = logging.getLogger(__name__)
 
-# Logged as means over trained tokens; the last figure, the student's token, is a prediction.
-TOKEN_MEANS = FIGURES[:-1]
-WINDOW_MEANS = ("on_policy_share", "completions/mean_length", "completions/clipped_ratio")
+# Logged as means over trained tokens. The last two figures are not: TAID's loss and the student's token, a prediction.
+TOKEN_MEANS = FIGURES[:-2]
+WINDOW_MEANS = ("on_policy_share", "replay_share", "completions/mean_length", "completions/clipped_ratio")
 
 
 class AMiDTrainer(GKDTrainer):
@@ -89,18 +93,7 @@ class AMiDTrainer(GKDTrainer):
 
     _tag_names = ["trl", "amid"]
     _name = "AMiD"
-    _paper = {
-        "title": "AMiD: Knowledge Distillation for LLMs with α-mixture Assistant Distribution",
-        "id": "2510.15982",
-        "citation": textwrap.dedent("""\
-            @inproceedings{shin2026amid,
-                title        = {{AMiD: Knowledge Distillation for LLMs with $\\alpha$-mixture Assistant Distribution}},
-                year         = 2026,
-                booktitle    = {The Fourteenth International Conference on Learning Representations, {ICLR} 2026},
-                eprint       = {2510.15982},
-                archiveprefix = {arXiv},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -141,7 +134,7 @@ class AMiDTrainer(GKDTrainer):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
-        self.objective = build_objective(args)
+        check_evaluation_set(args, eval_dataset)
         if is_peft_model(student) and peft_config is not None:
             folder = Path(args.output_dir, "merged_base")
             student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)
@@ -180,6 +173,8 @@ class AMiDTrainer(GKDTrainer):
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.generation_config = self._sampling_config("student")
+        self._sources, self._run_objective = Sources(args, self.accelerator), RunObjective(args, self.accelerator)
+        self.objective = self._run_objective.current
         self._train_means = Means((*TOKEN_MEANS, *WINDOW_MEANS), self.accelerator.device)
         self._eval_means = Means(TOKEN_MEANS, self.accelerator.device)
         self._completion_log = (
@@ -208,32 +203,33 @@ class AMiDTrainer(GKDTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch a window, let its source write the completions, then count the trained tokens of all processes."""
         batches = list(islice(epoch_iterator, num_batches))
-        source = next_source(window_draw(self.args.seed, self.state.global_step), lmbda=self.lmbda, seq_kd=self.seq_kd)
+        step, steps = self.state.global_step, self.state.max_steps
+        if self._sources.needs_evaluation:
+            self._evaluate(None, None, skip_scheduler=True)
+        self.objective = self._run_objective.advance(step / steps)
+        source = self._sources.choose(step, steps)
         if source != "dataset" and batches:
             batches = self._written_by(source, batches)
         for batch in batches:
             batch["source"] = source
-        self._train_means.add("on_policy_share", source == "student", 1)
+        for name, share in self._sources.shares(source).items():
+            self._train_means.add(name, share, 1)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _written_by(self, source: Source, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        if not all("prompts" in batch and batch["prompt_attention_mask"].any(-1).all() for batch in batches):
-            raise ValueError(
-                f"the {source} writes this window, but the data_collator's batches have no `prompts` and "
-                "`prompt_attention_mask`, or a row without a prompt"
-            )
-        prompts = [
-            ids[mask.bool()].cpu()
-            for batch in batches
-            for ids, mask in zip(batch["prompts"], batch["prompt_attention_mask"], strict=True)
-        ]
-        config = self._sampling_config(source)
-        completions = self._generate(source, prompts, config)
-        self._record_completions(source, prompts, completions, config)
+        if source == "replay":
+            prompts, completions = self._sources.replayed(sum(len(batch["input_ids"]) for batch in batches))
+        else:
+            prompts = window_prompts(batches, writer=source)
+            config = self._sampling_config(source)
+            completions = self._generate(source, prompts, config)
+            self._record_completions(source, prompts, completions, config)
+        if source == "student":
+            self._sources.remember(prompts, completions)
         window, start = [], 0
         for batch in batches:
-            rows = slice(start, start := start + len(batch["prompts"]))
-            pad = (config.pad_token_id, self.args.pad_to_multiple_of)
+            rows = slice(start, start := start + len(batch["input_ids"]))
+            pad = (self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
             window.append(self._prepare_inputs(completion_batch(prompts[rows], completions[rows], *pad)))
         return window
 
@@ -258,24 +254,20 @@ class AMiDTrainer(GKDTrainer):
         model = self.model if source == "student" else self.teacher_model
         base = _trl.causal_lm(self.accelerator.unwrap_model(model))
         return sampling_config(
-            max_new_tokens=self.args.max_new_tokens,
             eos_token_ids=eos_token_ids(self._tokenizer, self._student_generation_config, base.generation_config),
             pad_token_id=self._tokenizer.pad_token_id,
             padded_ids=range(self.vocabulary, base.config.get_text_config().vocab_size),
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-            top_k=self.args.top_k,
-            min_p=self.args.min_p,
-            repetition_penalty=self.args.repetition_penalty,
-            cache_implementation=self.args.cache_implementation,
-            generation_kwargs=self.args.generation_kwargs,
+            **{name: getattr(self.args, name) for name in SAMPLING_FIELDS},
         )
 
     # ---- The loss ----
 
     def training_step(self, *args, **kwargs):
-        """SFTTrainer's step: the window has been written already."""
-        return SFTTrainer.training_step(self, *args, **kwargs)
+        """SFTTrainer's step: the window has been written already. TAID's λ follows the window's loss."""
+        loss = SFTTrainer.training_step(self, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._run_objective.follow(self.state.global_step / self.state.max_steps)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Σ over trained tokens / the trained tokens of the window on all processes.
@@ -289,6 +281,7 @@ class AMiDTrainer(GKDTrainer):
         )
         if model.training:
             self._record(self._train_means, row_sums)
+            self._run_objective.add(*row_sums[:, -2:].sum(0))
         else:
             self._record(self._eval_means, self.accelerator.gather_for_metrics(row_sums))
         if num_items_in_batch is None:
@@ -312,8 +305,7 @@ class AMiDTrainer(GKDTrainer):
     def _loss(
         self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor, teacher_head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ loss; per row, the sums of TOKEN_MEANS and the token count; the student's tokens (batch, tokens - 1)."""
-        sft_weight = self.args.sft_weight if inputs.get("source") != "student" else 0.0
+        """Σ loss; per row, sums of FIGURES[:-1] and the token count; the student's tokens (batch, tokens - 1)."""
         with self.accelerator.autocast():
             base = _trl.causal_lm(student)
             head = _trl.language_model_head(base)
@@ -326,7 +318,7 @@ class AMiDTrainer(GKDTrainer):
                     head.cut(self.vocabulary),
                     teacher_hidden,
                     teacher_head.cut(self.vocabulary),
-                    DistillationTokenLoss(self.objective, sft_weight),
+                    self._run_objective.token_loss(inputs.get("source")),
                     (targets[trained],),
                     self.args.logits_chunk_size,
                 )
@@ -346,6 +338,13 @@ class AMiDTrainer(GKDTrainer):
             return loss, None, None
         return loss, outputs["predictions"], inputs["labels"][:, 1:].contiguous()
 
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        # `eval_on_start` repeats, in a resumed run, what the share has followed already or never will.
+        if not self.state.global_step == self._initial_global_step > 0:
+            self._sources.follow(metrics)
+        return metrics
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The loss and the figures of the evaluation set, every trained token with the same weight."""
         self._eval_means.pop()
@@ -358,7 +357,7 @@ class AMiDTrainer(GKDTrainer):
     # ---- Logs, checkpoints, cards ----
 
     def _record(self, means: Means, row_sums: Tensor) -> None:
-        *sums, tokens = row_sums.sum(0)
+        *sums, _, tokens = row_sums.sum(0)
         for name, total in zip(TOKEN_MEANS, sums, strict=True):
             means.add(name, total, tokens)
 
@@ -374,9 +373,19 @@ class AMiDTrainer(GKDTrainer):
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
             logs.update(self._train_means.pop(partial(self.accelerator.reduce, reduction="sum")))
+            logs.update(self._sources.figures | self._run_objective.figures)
             if self._completion_log is not None and self.is_world_process_zero():
                 self._completion_log.write(self.state.global_step)
         super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_state(output_dir, (self._sources, self._run_objective), self.accelerator)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_state(checkpoint, (self._sources, self._run_objective), self.accelerator)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card, followed by the objective's settings."""

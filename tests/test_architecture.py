@@ -18,7 +18,21 @@ PACKAGE = ROOT / "amid_trl"
 LAYERS = {
     "maths": ["assistant", "divergences", "objective", "kernel", "linear", "token_loss", "schedules"],
     "batches": ["sampling", "replay", "rows", "conversations", "batches", "data", "generation"],
-    "training": ["_trl", "completions", "config", "evaluation", "metrics", "student", "teacher", "trainer"],
+    "training": [
+        "_trl",
+        "card",
+        "checkpoint",
+        "completions",
+        "config",
+        "evaluation",
+        "metrics",
+        "run_objective",
+        "sources",
+        "student",
+        "teacher",
+        "trainer",
+        "validation",
+    ],
     "entry": ["__init__", "__main__", "cli", "train"],
 }
 # Imported by modules of the maths layer, and nothing else.

@@ -1,0 +1,54 @@
+"""What the model card says beside TRL's own text: the paper, and the settings of the objective."""
+
+import inspect
+import textwrap
+
+from amid_trl.config import AMiDConfig
+from amid_trl.divergences import DIVERGENCES
+from amid_trl.objective import Objective, Term
+from amid_trl.validation import ADAPTIVE_FIELDS
+
+
+PAPER = {
+    "title": "AMiD: Knowledge Distillation for LLMs with α-mixture Assistant Distribution",
+    "id": "2510.15982",
+    "citation": textwrap.dedent("""\
+        @inproceedings{shin2026amid,
+            title        = {{AMiD: Knowledge Distillation for LLMs with $\\alpha$-mixture Assistant Distribution}},
+            year         = 2026,
+            booktitle    = {The Fourteenth International Conference on Learning Representations, {ICLR} 2026},
+            eprint       = {2510.15982},
+            archiveprefix = {arXiv},
+        }"""),
+}
+
+# Listed where they are set.
+OPTIONAL_FIELDS = (
+    "assistant_alpha_schedule",
+    "assistant_lambda_schedule",
+    "lmbda_schedule",
+    "student_text_objective",
+    "student_text_objective_kwargs",
+)
+
+
+def objective_card(config: AMiDConfig, objective: Objective) -> str:
+    """The section on the objective, as it was at the end, in Markdown."""
+    settings = {"objective": config.objective, "divergence": " + ".join(map(_term, objective.terms))}
+    if objective.uses_assistant:
+        settings |= {"alpha": objective.alpha, "lam": objective.lam, "detach_assistant": objective.detach_assistant}
+    settings |= {"distill_temperature": objective.temperature, "sft_weight": config.sft_weight}
+    settings |= {"seq_kd": config.seq_kd, "sampling": config.sampling}
+    shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else ("lmbda",)
+    settings |= {name: getattr(config, name) for name in shares}
+    settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
+    settings |= {"sampling temperature": config.temperature}
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
+    return f"\n## Objective\n\nTrained with `amid_trl.AMiDTrainer`.\n\n| setting | value |\n|---|---|\n{rows}\n"
+
+
+def _term(term: Term) -> str:
+    defaults = inspect.signature(DIVERGENCES[term.divergence]).parameters.values()
+    parameters = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY} | dict(term.divergence_kwargs or {})
+    arguments = [*term.order, *(f"{name}={value}" for name, value in parameters.items())]
+    return f"{'' if term.weight == 1 else f'{term.weight} * '}{term.divergence}({', '.join(arguments)})"

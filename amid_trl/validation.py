@@ -1,0 +1,134 @@
+"""What an AMiDConfig may not say: a ValueError names the field and its value before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+from amid_trl.sampling import FRESH_PARTS, AdaptiveShare
+
+
+if TYPE_CHECKING:
+    from amid_trl.config import AMiDConfig
+
+# SFTConfig options that this trainer cannot honour: a value other than the one given here is refused.
+UNSUPPORTED = {
+    "packing": (False, "rows are padded; packing would need document masks in both models"),
+    "eval_packing": (None, "rows are padded; packing would need document masks in both models"),
+    "padding_free": (False, "rows are padded"),
+    "truncation_mode": ("keep_start", "a completion loses its end and a prompt is never cut"),
+    "loss_type": ("nll", "the loss is set by `objective` and `sft_weight`"),
+    "label_smoothing_factor": (0.0, "the loss is set by `objective` and `sft_weight`"),
+    "torch_compile": (False, "the loss runs the model below its head, which a compiled forward would bypass"),
+    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
+}
+
+# Set by fields of their own, or by what the trainer does with the answer of `generate`.
+MANAGED_GENERATION_KWARGS = (
+    "max_new_tokens",
+    "max_length",
+    "num_return_sequences",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "use_cache",
+)
+
+ADAPTIVE_FIELDS = ("adaptive_threshold", "adaptive_tolerance", "adaptive_step", "replay_share", "replay_capacity")
+
+
+def check_shares(config: AMiDConfig) -> None:
+    """Refuse α, λ, β and a share of student text that are none, before TRL compares them with numbers."""
+    for name in ("lmbda", "beta", "assistant_lambda"):
+        if not (_is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1):
+            raise ValueError(f"{name} must be a number in [0, 1]; got {getattr(config, name)!r}")
+    if not _is_number(config.assistant_alpha) or math.isnan(config.assistant_alpha):
+        raise ValueError(f"assistant_alpha must be a real number, inf or -inf; got {config.assistant_alpha!r}")
+
+
+def check_config(config: AMiDConfig) -> None:
+    """Refuse what cannot work, and what would have no effect."""
+    for name, (accepted, why) in UNSUPPORTED.items():
+        if getattr(config, name) != accepted:
+            raise ValueError(
+                f"AMiDTrainer does not support {name}={getattr(config, name)!r}: {why}; leave it at {accepted!r}"
+            )
+    _at_least("max_new_tokens", config.max_new_tokens, 1)
+    _at_least("logits_chunk_size", config.logits_chunk_size, 1)
+    _at_least("generation_batch_size", config.generation_batch_size, 1)
+    _at_least("top_k", config.top_k, 0)
+    for name in ("temperature", "distill_temperature", "top_p", "repetition_penalty"):
+        if not (_is_number(getattr(config, name)) and 0 < getattr(config, name) < math.inf):
+            raise ValueError(f"{name} must be a positive, finite number; got {getattr(config, name)!r}")
+    if config.top_p > 1 or not 0 <= (config.min_p or 0) <= 1:
+        raise ValueError(f"top_p and min_p must be at most 1; got top_p={config.top_p}, min_p={config.min_p}")
+    if not (_is_number(config.sft_weight) and 0 <= config.sft_weight < math.inf):
+        raise ValueError(f"sft_weight must be a finite number, 0 or more; got {config.sft_weight!r}")
+    for name in config.generation_kwargs or {}:
+        if name in MANAGED_GENERATION_KWARGS or not hasattr(GenerationConfig(), name):
+            raise ValueError(
+                f"generation_kwargs may have fields of transformers' GenerationConfig other than "
+                f"{', '.join(MANAGED_GENERATION_KWARGS)}; got {name!r}"
+            )
+    if config.assistant_turns not in ("all", "last"):
+        raise ValueError(f"assistant_turns must be 'all' or 'last'; got {config.assistant_turns!r}")
+    _check_sampling(config)
+    if config.generates and config.max_length is not None and config.max_length <= config.max_new_tokens:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in max_length={config.max_length}"
+        )
+    if config.parallelism_config is not None and (
+        config.parallelism_config.cp_enabled or config.parallelism_config.sp_enabled
+    ):
+        raise ValueError("AMiDTrainer does not support context or sequence parallelism; set both sizes to 1")
+
+
+def _check_sampling(config: AMiDConfig) -> None:
+    _at_least("sampling_block_size", config.sampling_block_size, 1)
+    for name in ("assistant_alpha", "assistant_lambda", "lmbda"):
+        if getattr(config, f"{name}_schedule") is not None:
+            without_effect(config, (name,), f"beside {name}_schedule")
+    if config.sampling == "mixed":
+        without_effect(config, ADAPTIVE_FIELDS, "on sampling='mixed'; set sampling='adaptive'")
+    elif config.sampling == "adaptive":
+        without_effect(config, ("lmbda", "lmbda_schedule"), "on sampling='adaptive'; set adaptive_threshold")
+        AdaptiveShare(config.adaptive_threshold, config.adaptive_tolerance, config.adaptive_step)
+        if config.replay_share not in FRESH_PARTS:
+            raise ValueError(f"replay_share must be one of {', '.join(FRESH_PARTS)}; got {config.replay_share!r}")
+        rows = config.train_batch_size * config.gradient_accumulation_steps
+        if config.replay_capacity < rows:
+            raise ValueError(
+                f"replay_capacity={config.replay_capacity} is smaller than a window: one process trains on {rows} "
+                "rows in each optimizer step"
+            )
+        if config.eval_strategy == "no":
+            raise ValueError(
+                "sampling='adaptive' follows the loss of the evaluation set; set eval_strategy='steps' or 'epoch'"
+            )
+    else:
+        raise ValueError(f"sampling must be 'mixed' or 'adaptive'; got {config.sampling!r}")
+
+
+def check_evaluation_set(config: AMiDConfig, evaluation_set: Any) -> None:
+    """Refuse several evaluation sets where the share of student text follows the loss of one."""
+    if config.sampling == "adaptive" and isinstance(evaluation_set, dict):
+        raise ValueError(f"sampling='adaptive' follows one evaluation set; got {', '.join(evaluation_set)}")
+
+
+def without_effect(config: AMiDConfig, names: tuple[str, ...], where: str) -> None:
+    """Refuse fields that have been set although nothing reads them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    unread = [name for name in names if getattr(config, name) != defaults[name]]
+    if unread:
+        raise ValueError(f"{', '.join(unread)} has no effect {where}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
