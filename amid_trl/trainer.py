@@ -372,8 +372,9 @@ class AMiDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
-            logs.update(self._train_means.pop(partial(self.accelerator.reduce, reduction="sum")))
-            logs.update(self._sources.figures | self._run_objective.figures)
+            means = self._train_means.pop(partial(self.accelerator.reduce, reduction="sum"))
+            if means:  # not in the summary at the end
+                logs.update(means | self._sources.figures | self._run_objective.figures)
             if self._completion_log is not None and self.is_world_process_zero():
                 self._completion_log.write(self.state.global_step)
         super().log(logs, start_time)

@@ -12,8 +12,8 @@ from amid_trl import AMiDConfig, AMiDTrainer
 
 def main(output_dir: str, settings: dict) -> None:
     tokenizer = tiny_tokenizer()
-    rows, one_prompt = settings.pop("rows"), settings.pop("one_prompt", False)
-    dataset = multi_turn_dataset(rows) if settings["lmbda"] == 0 else messages_dataset(rows)
+    rows, one_prompt, resumed_from = (settings.pop(name, None) for name in ("rows", "one_prompt", "resumed_from"))
+    dataset = multi_turn_dataset(rows) if settings.get("lmbda") == 0 else messages_dataset(rows)
     if one_prompt:
         dataset = dataset.select([0] * rows)
     trainer = AMiDTrainer(
@@ -25,10 +25,9 @@ def main(output_dir: str, settings: dict) -> None:
             bf16=False,
             logging_steps=1,
             report_to=[],
-            save_strategy="no",
             disable_tqdm=True,
             max_new_tokens=6,
-            **settings,
+            **{"save_strategy": "no", **settings},
         ),
         train_dataset=dataset,
         eval_dataset=multi_turn_dataset(5),
@@ -43,10 +42,11 @@ def main(output_dir: str, settings: dict) -> None:
         return batches, count
 
     trainer.get_batch_samples = fetch_and_remember
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resumed_from)
     evaluation = trainer.evaluate()
     rank = int(os.environ.get("RANK", 0))
-    result = {"log": trainer.state.log_history, "evaluation": evaluation, "windows": windows}
+    state = {name: part.tolist() for name, part in trainer._sources.state_dict().get("replay", {}).items()}
+    result = {"log": trainer.state.log_history, "evaluation": evaluation, "windows": windows, "replay": state}
     with open(os.path.join(output_dir, f"rank{rank}.json"), "w") as file:
         json.dump(result, file)
     if torch.distributed.is_initialized():

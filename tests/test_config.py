@@ -9,7 +9,7 @@ from trl import TrlParser
 from trl.experimental.gkd import GKDConfig
 
 from amid_trl import AMiDConfig, Objective
-from amid_trl.config import build_objective, data_settings
+from amid_trl.config import build_objective, build_schedule, data_settings
 
 
 OWN_FIELDS = [
@@ -56,6 +56,9 @@ def test_fields_reach_the_objective(settings, want):
     assert {name: getattr(objective, name) for name in want} == want
 
 
+UP = {"kind": "linear", "start": 0.1, "end": 0.9}
+ADAPTIVE = {"sampling": "adaptive", "eval_strategy": "epoch"}
+
 REFUSED = [
     ({"objective": "nope"}, r"objective must be one of kd, .*got 'nope'"),
     ({"divergence": "nope"}, r"divergence must be one of kl, .*got 'nope'"),
@@ -89,6 +92,50 @@ REFUSED = [
     ({"objective": "kd", "assistant_alpha": 1.0}, r"assistant_alpha has no effect on objective='kd'"),
     ({"objective_kwargs": {"alpha": 1}}, r"objective_kwargs=.* has no effect on objective='amid'"),
     ({"objective": "skl", "objective_kwargs": {"skw": 1}}, r"objective_kwargs=.* does not fit 'skl'"),
+    ({"objective": "skl", "student_text_objective": "nope"}, r"student_text_objective must be one of .*got 'nope'"),
+    (
+        {"student_text_objective": "srkl", "student_text_objective_kwargs": {"skw": 1}},
+        r"student_text_objective_kwargs={'skw': 1} does not fit 'srkl'",
+    ),
+    ({"student_text_objective_kwargs": {"skew": 0.1}}, r"_kwargs has no effect without student_text_objective"),
+    ({"student_text_objective": "srkl", "lmbda": 0.0}, r"has no effect on a run without student text; set lmbda"),
+    (
+        {"assistant_lambda_schedule": {"kind": "taid"}, "student_text_objective": "srkl"},
+        r"TAID's λ follows the loss of one objective",
+    ),
+    ({"assistant_lambda_schedule": {"kind": "linear", "start": 0.1}}, r"assistant_lambda_schedule of kind 'linear'"),
+    ({"assistant_lambda_schedule": {**UP, "end": 1.5}}, r"end of assistant_lambda_schedule must be .*got 1.5"),
+    ({"assistant_lambda_schedule": "linear"}, r"assistant_lambda_schedule must be a dict.*got 'linear'"),
+    ({"assistant_alpha_schedule": {**UP, "end": math.inf}}, r"assistant_alpha_schedule .*needs finite numbers"),
+    ({"lmbda_schedule": {**UP, "start": -0.1}}, r"start of lmbda_schedule must be .*got -0.1"),
+    ({"lmbda_schedule": {"kind": "taid"}}, r"lmbda_schedule must be a dict .*one of constant, linear, cosine; got"),
+    ({"lmbda_schedule": UP, "lmbda": 0.7}, r"lmbda has no effect beside lmbda_schedule"),
+    ({"assistant_alpha_schedule": UP, "assistant_alpha": 1.0}, r"assistant_alpha has no effect beside"),
+    ({"assistant_lambda_schedule": UP, "assistant_lambda": 0.2}, r"assistant_lambda has no effect beside"),
+    ({"assistant_lambda_schedule": UP, "objective": "kd"}, r"has no effect: this objective compares without"),
+    (
+        {"assistant_alpha_schedule": UP, "objective": "skl"},
+        r"assistant_alpha_schedule has no effect on objective='skl'",
+    ),
+    (
+        {"assistant_lambda_schedule": UP, "objective": "skl", "objective_kwargs": {"skew": 0.2}},
+        r"objective_kwargs={'skew': 0.2} fixes what assistant_lambda_schedule moves",
+    ),
+    ({"sampling": "on-policy"}, r"sampling must be 'mixed' or 'adaptive'; got 'on-policy'"),
+    ({"sampling_block_size": 0}, r"sampling_block_size must be at least 1; got 0"),
+    ({"adaptive_threshold": 0.1}, r"adaptive_threshold has no effect on sampling='mixed'"),
+    ({"replay_share": "constant", "replay_capacity": 9}, r"replay_share, replay_capacity has no effect"),
+    ({**ADAPTIVE, "lmbda": 0.7}, r"lmbda has no effect on sampling='adaptive'; set adaptive_threshold"),
+    ({**ADAPTIVE, "lmbda_schedule": UP}, r"lmbda_schedule has no effect on sampling='adaptive'"),
+    ({**ADAPTIVE, "adaptive_threshold": 1.5}, r"adaptive_threshold must be a number in \[0, 1\]; got 1.5"),
+    ({**ADAPTIVE, "adaptive_tolerance": -1.0}, r"adaptive_tolerance must be a number"),
+    ({**ADAPTIVE, "adaptive_step": 2.0}, r"adaptive_step must be a number"),
+    ({**ADAPTIVE, "replay_share": "rising"}, r"replay_share must be one of constant, increasing, decreasing; got"),
+    (
+        {**ADAPTIVE, "replay_capacity": 31, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+        r"replay_capacity=31 is smaller than a window: one process trains on 32 rows",
+    ),
+    ({"sampling": "adaptive"}, r"sampling='adaptive' follows the loss of the evaluation set; set eval_strategy"),
     ({"packing": True}, r"does not support packing=True"),
     ({"padding_free": True}, r"does not support padding_free=True"),
     ({"loss_type": "dft"}, r"does not support loss_type='dft'"),
@@ -130,10 +177,19 @@ def test_lengths_are_bounded_by_max_length_and_the_models_positions():
     assert settings_of(max_length=300, lmbda=0.0, max_new_tokens=100).prompt_budget is None
 
 
+def test_prompts_are_bounded_if_the_student_may_ever_write():
+    assert settings_of(lmbda_schedule={"kind": "linear", "start": 0.0, "end": 0.5}).generates
+    assert not settings_of(lmbda_schedule={"kind": "constant", "value": 0.0}).generates
+    assert settings_of(**ADAPTIVE).generates
+
+
 def test_data_is_trained_unless_every_window_is_generated():
     assert settings_of(lmbda=0.5).trains_on_dataset
     assert not settings_of(lmbda=1.0).trains_on_dataset
     assert not settings_of(seq_kd=True).trains_on_dataset
+    assert settings_of(lmbda_schedule={"kind": "linear", "start": 1.0, "end": 0.5}).trains_on_dataset
+    assert settings_of(**ADAPTIVE).trains_on_dataset
+    assert not settings_of(**ADAPTIVE, adaptive_threshold=1.0).trains_on_dataset
     evaluation = data_settings(
         config(lmbda=1.0), positions=512, evaluates=True, eos_token_ids=(), formatting_func=None
     )
@@ -150,6 +206,18 @@ EFFECTS = {
     "divergence_order": "test_config.py::test_fields_reach_the_objective",
     "divergence_kwargs": "test_config.py::test_fields_reach_the_objective",
     "distill_temperature": "test_config.py::test_fields_reach_the_objective",
+    "assistant_alpha_schedule": "test_run_objective.py::test_every_window_is_trained_with_its_objective",
+    "assistant_lambda_schedule": "test_run_objective.py::test_every_window_is_trained_with_its_objective",
+    "student_text_objective": "test_run_objective.py::test_every_window_is_trained_with_its_objective",
+    "student_text_objective_kwargs": "test_run_objective.py::test_the_objective_of_a_source",
+    "lmbda_schedule": "test_sources.py::test_a_schedule_moves_the_share_in_training_and_is_logged",
+    "sampling": "test_sources.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
+    "sampling_block_size": "test_sources.py::test_blocks_have_their_share_exactly",
+    "adaptive_threshold": "test_sources.py::test_an_adaptive_run_has_distillms_shares",
+    "adaptive_tolerance": "test_sources.py::test_the_threshold_follows_the_evaluations_of_the_run",
+    "adaptive_step": "test_sources.py::test_the_threshold_follows_the_evaluations_of_the_run",
+    "replay_share": "test_sources.py::test_an_adaptive_run_has_distillms_shares",
+    "replay_capacity": "test_sources.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
     "sft_weight": "test_loss.py::test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own",
     "logits_chunk_size": "test_fields.py::test_the_chunk_size_bounds_the_projection",
     "teacher_model_revision": "test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
@@ -188,6 +256,7 @@ def test_flags_and_yaml_build_the_same_config(tmp_path):
     file.write_text(
         "output_dir: out\nuse_cpu: true\nassistant_alpha: -.inf\ndivergence: ab\n"
         "divergence_kwargs: {alpha: 0.3, beta: 0.5}\nlmbda: 1.0\n"
+        "assistant_lambda_schedule: {kind: taid, start: 0.2}\n"
     )
     parser = TrlParser(AMiDConfig)
     [from_yaml] = parser.parse_args_and_config(["--config", str(file)])
@@ -200,8 +269,12 @@ def test_flags_and_yaml_build_the_same_config(tmp_path):
             '{"alpha": 0.3, "beta": 0.5}',
             "--lmbda",
             "1.0",
+            "--assistant_lambda_schedule",
+            '{"kind": "taid", "start": 0.2}',
         ]
     )
+    assert build_schedule(from_yaml, "assistant_lambda") == build_schedule(from_flags, "assistant_lambda")
+    assert build_schedule(from_yaml, "assistant_lambda").start == 0.2
     assert build_objective(from_yaml) == build_objective(from_flags)
     assert from_yaml.assistant_alpha == -math.inf and from_yaml.lmbda == from_flags.lmbda == 1.0
 

@@ -1,8 +1,10 @@
 """linear_distillation_loss is the dense objective, for every chunk size and whatever is trained."""
 
 import dataclasses
+import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -283,12 +285,27 @@ def test_figures_are_those_of_the_models_at_temperature_one(temperature):
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
         "student_entropy": -(q * q.log()).sum(-1),
         "teacher_entropy": -(p * p.log()).sum(-1),
+        "assistant_nll": torch.zeros_like(p[:, 0]),
         "student_top1": q.argmax(-1).double(),
     }
     torch.testing.assert_close(
         figures.double(), torch.stack([want[name] for name in FIGURES], -1), rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(total.double(), want["objective"].sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_figure_that_taid_follows_is_the_cross_entropy_to_the_assistant(temperature):
+    student, teacher = (reference.random_logits(seed, 6, VOCAB) for seed in (1, 2))
+    objective = Objective("kl", "rq", alpha=1.0, lam=0.3, temperature=temperature, detach_assistant=True)
+    labels = torch.zeros(6, dtype=torch.long)
+    _, figures = DistillationTokenLoss(objective, moves=True)(student, teacher, labels)
+
+    def cross_entropy(p, q):
+        return sum(-x * math.log(y) for x, y in zip(reference.assistant(p, q, 1.0, 0.3), q, strict=True))
+
+    want = reference.over_tokens(cross_entropy, student / temperature, teacher / temperature)
+    torch.testing.assert_close(figures[:, FIGURES.index("assistant_nll")], want, rtol=1e-10, atol=1e-12)
 
 
 def test_cross_entropy_is_added_with_its_weight():

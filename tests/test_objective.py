@@ -93,7 +93,7 @@ def test_methods_and_their_defaults_are_the_published_ones():
         "csd": {},
         "gkd": {"beta": 0.5},
         "skl": {"skew": 0.1},
-        "srkl": {"skew": 0.1},
+        "srkl": {"skew": 0.1, "detach_assistant": False},
         "taid": {"lam": 0.4},
         "abkd": {"alpha": 0.2, "beta": 0.7},
         "tvd": {},

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from amid_trl.schedules import Schedule, TaidLambda, parse_schedule
+from amid_trl.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
 
 
 LINEAR = {"kind": "linear", "start": 0.1, "end": 0.9}
@@ -74,6 +74,17 @@ def test_a_constant_may_be_infinite_where_the_range_allows_it():
 def test_bad_schedules_are_refused_by_name(spec, message):
     with pytest.raises(ValueError, match=message):
         parse_schedule("lam_schedule", spec, 0, 1)
+
+
+def test_taids_rule_is_a_schedule_of_lambda():
+    assert parse_lambda_schedule("lam_schedule", LINEAR) == parse_schedule("lam_schedule", LINEAR, 0, 1)
+    assert parse_lambda_schedule("lam_schedule", {"kind": "taid"}) == TaidLambda()
+    adaptive = parse_lambda_schedule("lam_schedule", {"kind": "taid", "start": 0.2, "rate": 0.1})
+    assert adaptive == TaidLambda(start=0.2, rate=0.1) and adaptive(0.5) == 0.2 and adaptive.moves
+    with pytest.raises(ValueError, match="lam_schedule of kind 'taid' may have start, end, rate and momentum; got"):
+        parse_lambda_schedule("lam_schedule", {"kind": "taid", "t": 0.2})
+    with pytest.raises(ValueError, match="one of constant, linear, cosine, taid; got"):
+        parse_lambda_schedule("lam_schedule", {"kind": "tiad"})
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
