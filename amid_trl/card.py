@@ -26,7 +26,6 @@ PAPER = {
 OPTIONAL_FIELDS = (
     "assistant_alpha_schedule",
     "assistant_lambda_schedule",
-    "lmbda_schedule",
     "student_text_objective",
     "student_text_objective_kwargs",
 )
@@ -39,7 +38,8 @@ def objective_card(config: AMiDConfig, objective: Objective) -> str:
         settings |= {"alpha": objective.alpha, "lam": objective.lam, "detach_assistant": objective.detach_assistant}
     settings |= {"distill_temperature": objective.temperature, "sft_weight": config.sft_weight}
     settings |= {"seq_kd": config.seq_kd, "sampling": config.sampling}
-    shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else ("lmbda",)
+    share = "lmbda" if config.lmbda_schedule is None else "lmbda_schedule"
+    shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
     settings |= {name: getattr(config, name) for name in shares}
     settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
     settings |= {"sampling temperature": config.temperature}

@@ -4,9 +4,9 @@ import dataclasses
 import math
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
+from reference import assistant, over_tokens, random_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_trl import DIVERGENCES, OBJECTIVES, Objective, linear_distillation_loss
@@ -296,15 +296,15 @@ def test_figures_are_those_of_the_models_at_temperature_one(temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_figure_that_taid_follows_is_the_cross_entropy_to_the_assistant(temperature):
-    student, teacher = (reference.random_logits(seed, 6, VOCAB) for seed in (1, 2))
+    student, teacher = (random_logits(seed, 6, VOCAB) for seed in (1, 2))
     objective = Objective("kl", "rq", alpha=1.0, lam=0.3, temperature=temperature, detach_assistant=True)
     labels = torch.zeros(6, dtype=torch.long)
     _, figures = DistillationTokenLoss(objective, moves=True)(student, teacher, labels)
 
     def cross_entropy(p, q):
-        return sum(-x * math.log(y) for x, y in zip(reference.assistant(p, q, 1.0, 0.3), q, strict=True))
+        return sum(-x * math.log(y) for x, y in zip(assistant(p, q, 1.0, 0.3), q, strict=True))
 
-    want = reference.over_tokens(cross_entropy, student / temperature, teacher / temperature)
+    want = over_tokens(cross_entropy, student / temperature, teacher / temperature)
     torch.testing.assert_close(figures[:, FIGURES.index("assistant_nll")], want, rtol=1e-10, atol=1e-12)
 
 

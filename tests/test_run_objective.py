@@ -9,6 +9,7 @@ from tiny import messages_dataset, tiny_llama
 
 import amid_trl.kernel
 from amid_trl import OBJECTIVES, AMiDConfig, Objective
+from amid_trl.card import objective_card
 from amid_trl.run_objective import RunObjective
 from amid_trl.schedules import TaidLambda
 
@@ -115,8 +116,9 @@ def test_every_window_is_trained_with_its_objective(train, settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"eval_strategy": "steps", "eval_steps": 1}])
-def test_taids_t_follows_the_cross_entropy_of_the_windows_and_no_evaluation(train, settings):
-    rule = {"start": 0.3, "end": 0.9, "rate": 0.5, "momentum": 0.6}
+@pytest.mark.parametrize("rate", [0.5, 0.01])
+def test_taids_t_follows_the_cross_entropy_of_the_windows_and_no_evaluation(train, settings, rate):
+    rule = {"start": 0.3, "end": 0.9, "rate": rate, "momentum": 0.6}
     steps = 6
     trainer = train(
         objective="taid",
@@ -137,8 +139,32 @@ def test_taids_t_follows_the_cross_entropy_of_the_windows_and_no_evaluation(trai
         r = (taid.t * teacher.double() + (1 - taid.t) * student.double()).softmax(-1)
         taid.update(-(r * student.double().log_softmax(-1)).sum(-1).mean().item(), step / steps)
     assert logged(trainer, "assistant_lambda") == pytest.approx(want, rel=1e-5)
+    # The first window's loss is only remembered; then the slow rule is the line, and the fast one is above it.
     linear = [0.3 + 0.6 * max(0, step - 1) / steps for step in range(steps)]
-    assert want[1] == 0.3 and all(t > least for t, least in zip(want[2:], linear[2:], strict=True))
+    assert want[1] == 0.3
+    if rate == 0.5:
+        assert all(t > least for t, least in zip(want[2:], linear[2:], strict=True))
+    else:
+        assert want[2:] == pytest.approx(linear[2:], abs=1e-12)
+
+
+def test_the_model_card_says_what_moved_and_who_wrote():
+    moving = {"kind": "linear", "start": 0.1, "end": 0.9}
+    config = AMiDConfig(output_dir="unused", use_cpu=True, lmbda_schedule=moving, assistant_lambda_schedule=moving)
+    card = objective_card(config, Objective(lam=0.9))
+    for line in (
+        "| `lam` | `0.9` |",
+        f"| `assistant_lambda_schedule` | `{moving}` |",
+        f"| `lmbda_schedule` | `{moving}` |",
+        "| `sampling` | `mixed` |",
+    ):
+        assert line in card
+    assert "`lmbda`" not in card and "student_text" not in card
+    config = AMiDConfig(output_dir="unused", use_cpu=True, sampling="adaptive", eval_strategy="epoch", **SKL_PAIR)
+    card = objective_card(config, OBJECTIVES["skl"]())
+    for line in ("| `adaptive_threshold` | `0.0` |", "| `student_text_objective` | `srkl` |"):
+        assert line in card
+    assert "`lmbda" not in card
 
 
 def test_an_objective_that_moves_is_never_compiled(train, tokenizer, monkeypatch):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from amid_trl.sampling import FRESH_PARTS, AdaptiveShare, completion_seed, next_source, window_draw
+from amid_trl.sampling import FRESH_PARTS, AdaptiveShare, completion_seed, next_source, replay_seed, window_draw
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,7 @@ def test_completion_seeds_differ_between_processes_steps_and_seeds():
     seeds = {completion_seed(seed, step, rank) for seed in range(5) for step in range(5) for rank in range(5)}
     assert len(seeds) == 125
     assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len({replay_seed(seed, rank) for seed in range(5) for rank in range(5)}) == 25
 
 
 def test_draws_are_the_same_on_every_machine():
