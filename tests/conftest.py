@@ -1,6 +1,7 @@
 """Settings and fixtures shared by all tests; the builders are in tests/tiny.py."""
 
 import os
+import shutil
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,10 +13,12 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from amid_trl import AMiDConfig, AMiDTrainer
+from amid_trl.kernel import _compiled
 
 
 @pytest.fixture
@@ -73,3 +76,16 @@ def train(tmp_path, tokenizer, student, teacher):
         )
 
     return build
+
+
+@pytest.fixture
+def compiling(monkeypatch, caplog):
+    """The loss is compiled whatever the vocabulary, and the test fails if that did not work."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr("amid_trl.kernel.COMPILE_FROM_VOCAB", 0)
+    _compiled.cache_clear()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    assert not [record for record in caplog.get_records("call") if record.name == "amid_trl.kernel"]

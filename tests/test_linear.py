@@ -71,11 +71,9 @@ def test_equals_the_dense_objective_for_every_divergence_order_and_alpha(diverge
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
-def test_compiled_it_equals_the_dense_objective_whatever_is_left_for_the_last_chunk(monkeypatch, caplog):
-    monkeypatch.setattr("amid_trl.kernel.COMPILE_FROM_VOCAB", 0)
+def test_compiled_it_equals_the_dense_objective_whatever_is_left_for_the_last_chunk(compiling):
     for chunk_size in (5, TOKENS - 1, None):
         assert_is_dense(OBJECTIVES["amid"](divergence="kl"), chunk_size)
-    assert not [record for record in caplog.records if record.name == "amid_trl.kernel"]
 
 
 def test_blocks_within_a_chunk_change_nothing(monkeypatch):

@@ -34,6 +34,22 @@ def test_left_padding_by_a_collator_of_ones_own_changes_nothing(train, tokenizer
     torch.testing.assert_close(trainer.compute_loss(trainer.model, left), trainer.compute_loss(trainer.model, batch))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
+def test_training_with_the_compiled_kernel_is_training_without(train, tokenizer, monkeypatch, compiling):
+    weights, figures = [], []
+    for least_vocab in (0, 10**9):
+        monkeypatch.setattr("amid_trl.kernel.COMPILE_FROM_VOCAB", least_vocab)
+        trainer = train(
+            model=tiny_llama(tokenizer), objective="gkd", eval_dataset=messages_dataset(3), sft_weight=0.5, max_steps=3
+        )
+        trainer.train()
+        weights.append(torch.cat([parameter.flatten() for parameter in trainer.model.parameters()]).detach())
+        figures.append(trainer.evaluate() | {name: logged(trainer, name)[-1] for name in ("loss", "kl", "nll")})
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    for name in ("eval_loss", "eval_top1_agreement", "loss", "kl", "nll"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-4)
+
+
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(train, student):
     trainer = train(teacher_model=copy.deepcopy(student), max_steps=1)
     trainer.train()

@@ -209,6 +209,13 @@ def test_an_adapter_on_the_head_is_refused(train):
         train(peft_config=LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
 
 
+@pytest.mark.filterwarnings("ignore:.*(torch.ao|quantiz).*")
+def test_a_quantised_head_is_refused(train, teacher):
+    teacher.lm_head = torch.ao.nn.quantized.dynamic.Linear(32, teacher.config.vocab_size)
+    with pytest.raises(ValueError, match="multiplies by its weight, so it must be a plain"):
+        train(teacher_model=teacher)
+
+
 def test_a_prompt_learning_adapter_is_refused(train, student):
     prompted = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="the student uses a prompt-learning adapter"):

@@ -1,0 +1,83 @@
+"""Two real processes under DeepSpeed ZeRO give the numbers and the weights of one without it (on CPU, over gloo)."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import zero_worker
+
+from amid_trl.teacher import load_causal_lm
+
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra `deepspeed`")
+
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+FIGURES = ("loss", "grad_norm", "kl", "student_entropy", "eval_loss", "eval_kl")
+OFF_POLICY = {
+    "full": {},
+    "without checkpointing": {"gradient_checkpointing": False},
+    "tied": {"student": "tied_student"},
+    "lora": {"lora": True},
+}
+ON_POLICY = {
+    "gathered": {"lmbda": 1.0},
+    "sharded": {"lmbda": 1.0, "ds3_gather_for_generation": False},
+    "teacher's text": {"seq_kd": True},
+}
+
+
+@pytest.fixture
+def models(tmp_path) -> Path:
+    zero_worker.save_models(tmp_path / "models")
+    return tmp_path / "models"
+
+
+def run_two(models: Path, output_dir: Path, stage: int, cases: dict[str, dict]) -> dict[str, list[dict]]:
+    """What both ranks saw of every case."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [zero_worker.__file__, str(models), str(output_dir), str(stage), json.dumps(cases)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: [json.loads((output_dir / name / f"rank{rank}.json").read_text()) for rank in (0, 1)] for name in cases}
+
+
+def figures(result: dict) -> list[float]:
+    return [entry[name] for entry in result["log"] for name in FIGURES if name in entry]
+
+
+def assert_equal_runs(models: Path, tmp_path: Path, stage: int, cases: dict[str, dict]) -> dict[str, list[dict]]:
+    """Every case on two processes equals the same on one: figures of each step and evaluation, and the saved student."""
+    two = run_two(models, tmp_path / "two", stage, cases)
+    for name, settings in cases.items():
+        one = zero_worker.run(models, tmp_path / "one" / name, per_device_train_batch_size=4, **settings)
+        assert len(figures(one)) == 3 * 4 + 2 * 2
+        for rank in two[name]:
+            assert figures(rank) == pytest.approx(figures(one), rel=1e-5), name
+        trained = [load_causal_lm(str(tmp_path / split / name), {}, distributed=False) for split in ("one", "two")]
+        torch.testing.assert_close(trained[1].state_dict(), trained[0].state_dict(), rtol=1e-5, atol=1e-6, msg=name)
+    return two
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_equal_one(tmp_path, models, stage):
+    two = assert_equal_runs(models, tmp_path, stage, OFF_POLICY)
+    for name, ranks in two.items():
+        assert all((sum(rank["whole"]) == 0) == (stage == 3) for rank in ranks), f"{name}: who is sharded?"
+
+
+def test_text_is_written_under_zero_3_by_ranks_that_stop_at_different_lengths(tmp_path, models):
+    two = assert_equal_runs(models, tmp_path, 3, ON_POLICY)
+    for name, (first, second) in two.items():
+        longest = [[max(lengths) for lengths in rank["lengths"]] for rank in (first, second)]
+        assert longest[0] != longest[1], name
