@@ -155,7 +155,9 @@ def test_the_dev_loss_is_the_students_cross_entropy_before_the_first_step(adapti
 
 
 def test_replayed_rows_are_those_that_the_student_wrote_token_for_token(adaptive):
-    trainer = adaptive(adaptive_threshold=1.0, max_steps=12, gradient_accumulation_steps=2, sft_weight=0.5)
+    trainer = adaptive(
+        adaptive_threshold=1.0, replay_capacity=6, max_steps=12, gradient_accumulation_steps=2, sft_weight=0.5
+    )
     seen = Windows(trainer)
     trainer.train()
     chosen, written = sources_of(seen), []
@@ -165,9 +167,13 @@ def test_replayed_rows_are_those_that_the_student_wrote_token_for_token(adaptive
         if source == "student":
             written.extend(rows)
         else:
-            assert all(row in written[-4:] for row in rows)  # the newest rows, as many as there is room for
-            assert len({tuple(ids) for ids, _ in rows}) == len({tuple(ids) for ids, _ in written[-4:]})
+            assert all(row in written[-6:] for row in rows)  # the newest rows, as many as there is room for
+            assert len({tuple(ids) for ids, _ in rows}) == 4
         assert int(window[1]) == sum(map(len, completions_of(window)))
+    kept = trainer._sources.state_dict()["replay"]
+    assert [ids.tolist() for ids in kept["ids"].split(kept["lengths"].sum(1).tolist())] == [
+        ids for ids, _ in written[-6:]
+    ]
     assert logged(trainer, "on_policy_share") == [source == "student" for source in chosen]
     assert logged(trainer, "replay_share") == [source == "replay" for source in chosen]
     # The cross-entropy joins on neither.
