@@ -29,7 +29,7 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
-from amid_trl.batches import DistillationCollator, completion_batch
+from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length
 from amid_trl.completions import CompletionLog
 from amid_trl.config import AMiDConfig, build_objective, data_settings, objective_card, own_copy
 from amid_trl.data import prepare_dataset
@@ -211,6 +211,8 @@ class AMiDTrainer(GKDTrainer):
         source = next_source(window_draw(self.args.seed, self.state.global_step), lmbda=self.lmbda, seq_kd=self.seq_kd)
         if source != "dataset" and batches:
             batches = self._written_by(source, batches)
+        if isinstance(self.data_collator, DistillationCollator):
+            batches = deal_by_length(batches, self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         for batch in batches:
             batch["source"] = source
         self._train_means.add("on_policy_share", source == "student", 1)
