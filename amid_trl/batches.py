@@ -75,9 +75,11 @@ def deal_by_length(
     """
     rows = [row for batch in batches for row in _without_padding(batch)]
     rows.sort(key=lambda row: len(row[0]))
-    dealt = iter(rows)
-    shares = [list(islice(dealt, len(batch["input_ids"]))) for batch in batches]
-    return [_batch(*zip(*share, strict=True), pad_token_id, pad_to_multiple_of) for share in shares if share]
+    rest, dealt = iter(rows), []
+    for batch in batches:
+        ids, labels, prompts = zip(*islice(rest, len(batch["input_ids"])), strict=True)
+        dealt.append(_batch(ids, labels, prompts, pad_token_id, pad_to_multiple_of))
+    return dealt
 
 
 def _without_padding(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
