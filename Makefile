@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TRL_EXPERIMENTAL_SILENCE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test test-all bench lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,13 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+# The tables and figures of benchmarks/results, in an hour or two on an otherwise idle machine. Liger without what it
+# depends on: its JSD needs no Triton on a CPU.
+bench: $(INSTALLED)
+	$(BIN)/pip install --no-deps -c constraints.txt liger-kernel
+	$(BIN)/python benchmarks/linear_loss.py
+	$(BIN)/python benchmarks/trainer_step.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

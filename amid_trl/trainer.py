@@ -28,7 +28,7 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
-from amid_trl.batches import DistillationCollator, completion_batch, window_prompts
+from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length, window_prompts
 from amid_trl.card import PAPER, objective_card
 from amid_trl.checkpoint import load_state, save_state
 from amid_trl.completions import CompletionLog
@@ -210,6 +210,8 @@ class AMiDTrainer(GKDTrainer):
         source = self._sources.choose(step, steps)
         if source != "dataset" and batches:
             batches = self._written_by(source, batches)
+        if isinstance(self.data_collator, DistillationCollator):
+            batches = deal_by_length(batches, self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         for batch in batches:
             batch["source"] = source
         for name, share in self._sources.shares(source).items():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from trl.experimental.utils import DataCollatorForChatML
 
-from amid_trl.batches import DistillationCollator, completion_batch, pad_rows
+from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length, pad_rows
 from amid_trl.data import prepare_dataset
 from amid_trl.rows import UNTRAINED, DataSettings, fit
 
@@ -661,3 +661,26 @@ def test_padding_can_be_undone(rows, side, multiple_of):
     assert [ids[keep.bool()].tolist() for ids, keep in zip(padded, mask, strict=True)] == rows
     assert padded.shape[1] % (multiple_of or 1) == 0
     assert (padded[mask == 0] == 3).all()
+
+
+def test_rows_are_dealt_by_length_and_stay_what_they_are():
+    def row(length: int) -> dict:
+        ids = list(range(100 * length, 100 * length + length))
+        return {"input_ids": ids, "labels": [-100] * 2 + ids[2:], "prompt_ids": ids[:2] * (length % 3)}
+
+    def rows_of(batches):
+        seen = []
+        for batch in batches:
+            for ids, mask, labels, prompt, prompt_mask in zip(*(batch[name] for name in names), strict=True):
+                kept, kept_prompt = mask.bool(), prompt_mask.bool()
+                assert (ids[~kept] == 7).all() and (labels[~kept] == -100).all()
+                seen.append((ids[kept].tolist(), labels[kept].tolist(), prompt[kept_prompt].tolist()))
+        return seen
+
+    names = ("input_ids", "attention_mask", "labels", "prompts", "prompt_attention_mask")
+    collate = DistillationCollator(pad_token_id=7, pad_to_multiple_of=4)
+    window = [collate(map(row, lengths)) for lengths in ([9, 3, 20], [5, 18, 4], [10])]
+    dealt = deal_by_length(window, 7, 4)
+    assert sorted(rows_of(dealt)) == sorted(rows_of(window))
+    assert [batch["attention_mask"].sum(-1).tolist() for batch in dealt] == [[3, 4, 5], [9, 10, 18], [20]]
+    assert [batch["input_ids"].shape[1] for batch in dealt] == [8, 20, 20]

@@ -126,3 +126,13 @@ def test_a_ban_of_ones_own_joins_the_ban_of_padded_ids(train, tokenizer):
     student = tiny_llama(tokenizer, vocab_size=len(tokenizer) + 24)
     trainer = train(model=student, lmbda=1.0, generation_kwargs={"suppress_tokens": [5]})
     assert trainer.generation_config.suppress_tokens == [5, *range(len(tokenizer), len(tokenizer) + 24)]
+
+
+def test_the_rows_of_a_window_are_dealt_by_length_whoever_wrote_them(train):
+    for lmbda in (0.0, 1.0):
+        trainer = train(lmbda=lmbda, gradient_accumulation_steps=4, max_steps=2)
+        seen = Windows(trainer)
+        trainer.train()
+        for batches, _ in seen.windows:
+            lengths = [length for batch in batches for length in batch["attention_mask"].sum(-1).tolist()]
+            assert lengths == sorted(lengths) and len(set(lengths)) > 1

@@ -1,0 +1,136 @@
+"""The benchmarks measure what they say: real runs at tiny sizes, memory of a known size, invented records."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SIZE = {"tokens": 8, "vocabulary": 64}
+
+
+@pytest.fixture
+def linear_loss(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import linear_loss
+
+    return linear_loss
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    return measure
+
+
+def test_the_script_measures_and_writes_its_three_files(tmp_path):
+    methods = ("products", "dense_gkd", "gkd", "gkd_frozen")
+    settings = ("--repeats", "2", "--threads", "1", "--output", tmp_path)
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "linear_loss.py", "--tiny", "--methods", *methods, *settings],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"linear_loss.md", "linear_loss.json", "linear_loss.png"}
+    records = json.loads((tmp_path / "linear_loss.json").read_text())["records"]
+    assert [record["method"] for record in records] == list(methods)
+    for record in records:
+        assert len(record["all_seconds"]) == 2
+        assert record["seconds"] > 0
+    products, dense, ours, frozen = (record["values"] for record in records)
+    assert not products
+    assert ours.keys() == dense.keys() == {"loss", "hidden_gradient", "weight_gradient"}
+    assert frozen.keys() == {"loss", "hidden_gradient"}
+    report = (tmp_path / "linear_loss.md").read_text()
+    assert "| ours, JSD: time / four matrix products | 1.25 |" in report
+    assert (tmp_path / "linear_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_peak_counts_memory_that_is_freed_before_the_call_ends(measure):
+    mebibytes = 2**20 / measure.MB
+    torch.ones(64, 2**20)  # an earlier, higher peak
+    added = [measure.cost(lambda: torch.ones(16, 2**20), "cpu").added_mb for _ in range(2)]
+    assert added == pytest.approx([64 * mebibytes] * 2, abs=4)
+
+
+def test_matrix_products_are_those_of_a_head_and_its_gradient(linear_loss, monkeypatch):
+    import linear_methods
+
+    monkeypatch.setattr(linear_methods, "PRODUCT_SLICE", 24)  # 64 entries: the last slice is shorter
+    inputs = linear_methods.Inputs.random(8, 64, "float32", "cpu", frozen_head=False)
+    linear_methods.METHODS["products"].load()(inputs)
+    hidden, weight = inputs.student_hidden.detach(), inputs.student_weight.detach()
+    logits = hidden @ weight.T
+    torch.testing.assert_close(inputs.student_hidden.grad, logits @ weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inputs.student_weight.grad, logits.T @ hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_methods_that_disagree_are_refused(linear_loss):
+    def records(**changed):
+        agreed = {"loss": 0.5, "hidden_gradient": 0.1, "weight_gradient": 0.2}
+        return [
+            {"method": "trl_dense", **SIZE, "values": agreed},
+            {"method": "kd", **SIZE, "values": {"loss": 7.0}},  # another objective
+            {"method": "gkd_frozen", **SIZE, "values": {"loss": 0.5, "hidden_gradient": 0.1}},
+            {"method": "gkd", **SIZE, "values": agreed | changed},
+        ]
+
+    linear_loss.check_values(records(loss=0.50004), 1e-4)
+    for changed in ({"loss": 0.5001}, {"hidden_gradient": 0.11}, {"weight_gradient": 0.0}, {"loss": float("nan")}):
+        with pytest.raises(RuntimeError, match="of gkd is"):
+            linear_loss.check_values(records(**changed), 1e-4)
+
+
+def test_after_a_disagreement_nothing_is_written(linear_loss, monkeypatch, tmp_path):
+    disagreeing = [{"method": name, **SIZE, "values": {"loss": loss}} for name, loss in (("gkd", 1.0), ("liger", 2.0))]
+    monkeypatch.setattr(linear_loss, "measure_all", lambda args: disagreeing)
+    with pytest.raises(RuntimeError, match="loss of liger is"):
+        linear_loss.main(["--methods", "gkd", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_counts_the_worst_of_ours(linear_loss):
+    def record(method, seconds, megabytes):
+        return {"method": method, **SIZE, "seconds": seconds, "added_mb": megabytes}
+
+    records = [
+        record("products", 1.0, 10.0),
+        record("trl_chunked", 10.0, 100.0),
+        record("gkd", 1.2, 12.0),
+        record("amid", 1.3, 11.0),
+        {"method": "liger", **SIZE, "failure": "out of memory"},
+    ]
+    rows = [(row["what"], row["at_most"], row["measured"]) for row in linear_loss.targets(records, linear_loss.TINY)]
+    assert rows == [
+        ("ours, AMiD: time / four matrix products", 1.25, 1.3),
+        ("ours, JSD: time / TRL DistillationTrainer, chunked JSD", 0.35, 0.12),
+        ("ours, JSD: memory / TRL DistillationTrainer, chunked JSD", 0.12, 0.12),
+    ]
+
+
+def test_growth_is_counted_in_hidden_states_of_both_models(linear_loss):
+    state = 4 * (576 + 960) / 1e6  # float32, in MB
+    records = [
+        {"method": "gkd", "tokens": tokens, "vocabulary": 49152, "added_mb": 100 + 3 * state * tokens}
+        for tokens in (512, 4096)
+    ]
+    (row,) = linear_loss.growth(records, linear_loss.FULL, "float32")
+    assert row["measured"] == pytest.approx(3)
+
+
+def test_what_cannot_fit_is_reported_and_not_run(linear_loss, monkeypatch):
+    args = linear_loss.parse(["--methods", "dense_gkd"])
+    records = [{"method": "dense_gkd", "tokens": 512, "vocabulary": 49152, "added_mb": 2000.0}]
+    monkeypatch.setattr(linear_loss, "free_mb", lambda device: 16_000.0)
+    monkeypatch.setattr(linear_loss, "in_new_process", lambda *args: {"added_mb": 1.0})
+    # Eight times the logits, and 327 MB of inputs: 4096 tokens and 49152 entries of 576 + 960 numbers each.
+    refused = linear_loss.measured_or_refused("dense_gkd", (4096, 49152), records, args)
+    assert refused["failure"] == "out of memory (needs about 16 GB)"
+    assert "failure" not in linear_loss.measured_or_refused("dense_gkd", (2048, 49152), records, args)
