@@ -55,7 +55,6 @@ class Head:
         return self.finish(self.project(hidden))
 
 
-@torch.compiler.disable  # it compiles what pays by itself
 def linear_token_loss(
     student_hidden: Float[Tensor, "tokens student_dim"],
     student_head: Head,
