@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 
 EXTRAS = {
-    "deepspeed": ["deepspeed>=0.19"],
+    "deepspeed": ["deepspeed>=0.19", "ninja"],
     "vllm": ["vllm<=0.31"],
     "quantization": ["bitsandbytes"],
     "eval": ["rouge-score"],
@@ -24,6 +24,7 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
     *EXTRAS["plot"],
 ]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL's own names: zero2, multi_gpu, …
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
@@ -28,11 +29,12 @@ from amid_trl.linear import Head
 
 __all__ = [
     "accelerate_launch",
+    "announce_head",
     "backbone_states",
     "causal_lm",
     "create_model_from_path",
     "forward_redirection",
-    "gathered_heads",
+    "gathered_head",
     "global_then_local_main_first",
     "language_model_head",
     "prepare_deepspeed",
@@ -83,9 +85,24 @@ def _logit_scale(config) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
 
 
-def gathered_heads(*heads: Head) -> AbstractContextManager:
-    """The heads' whole weights for the time of a direct product (ZeRO-3); nothing elsewhere."""
-    return maybe_gather_lm_head_ctx(*(tensor for head in heads for tensor in (head.weight, head.bias)))
+def announce_head(student: nn.Module) -> None:
+    """Let ZeRO-3 keep the head whole in the student's forward and backward, which use it without calling it.
+
+    Left to itself ZeRO-3 finds that out only if the head happens to be sharded when it is first read.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    import deepspeed
+
+    head = language_model_head(causal_lm(student))
+    for tensor in (head.weight, head.bias):
+        if tensor is not None:
+            deepspeed.zero.register_external_parameter(student, tensor)
+
+
+def gathered_head(head: Head) -> AbstractContextManager:
+    """The whole weights of another model's head for the time of a direct product (ZeRO-3); nothing elsewhere."""
+    return maybe_gather_lm_head_ctx(head.weight, head.bias)
 
 
 def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:

@@ -36,7 +36,8 @@ def alpha_mixture(
     Support: for alpha < 1 where p or q has mass, for alpha >= 1 where both have it; -inf elsewhere. If they share no
     token, alpha >= 1 has no distribution to give: the row is -inf throughout. Neither value nor gradient is ever NaN.
 
-    Half precision is computed and returned in float32. Raises ValueError for lam outside [0, 1], alpha NaN or
+    Both arguments are normalised; at alpha = -1 the result is so only because they are. Half precision is computed and
+    returned in float32. Raises ValueError for lam outside [0, 1], alpha NaN or
     different shapes. Source: AMiD (arXiv 2510.15982), definition of the alpha-mixture assistant.
     """
     check_mixture(alpha, lam)
@@ -48,7 +49,7 @@ def alpha_mixture(
         return torch.where(torch.full((), lam == 1, device=log_q.device), log_p, log_q)
 
     log_r = _log_power_mean(log_p.clamp(min=ZERO_LOG), log_q.clamp(min=ZERO_LOG), exponent=(1 - alpha) / 2, lam=lam)
-    unsupported = ~has_mass(log_r)
+    unsupported = log_r < ZERO_LOG / 2  # there it is ZERO_LOG, but for what the shares add
     if alpha != -1:  # the arithmetic mixture of two distributions is one already
         log_r = log_r.log_softmax(-1)
     return log_r.masked_fill(unsupported, -math.inf)
@@ -75,7 +76,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def _log_power_mean(log_p: Tensor, log_q: Tensor, *, exponent: float, lam: float) -> Tensor:
     """log (lam p^h + (1 - lam) q^h)^(1/h), not normalised; the rounding error is O(eps) for every exponent h.
 
-    ZERO_LOG stands for probability zero in the arguments, and in the result.
+    ZERO_LOG stands for probability zero in the arguments and, nearly, in the result.
     """
     if exponent == 0:
         shared = has_mass(log_p) & has_mass(log_q)

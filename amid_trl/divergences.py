@@ -167,9 +167,11 @@ def _alpha_beta_entries(log_a: Tensor, log_b: Tensor, alpha: float, beta: float)
     # Walk down from the node where exp(t d) is largest, `first` being the nearer step and `second` the farther one.
     rises = gap > 0
     distance = torch.where(rises, gap, -gap)
-    upper, lower = _descent(distance, high - middle), _descent(distance, middle - low)
+    steps = high - middle, middle - low
+    falls = [-torch.expm1(-step * distance) for step in steps]
+    upper, lower = (fall / step if step > 0 else distance for fall, step in zip(falls, steps, strict=True))
     first, second = torch.where(rises, upper, lower), torch.where(rises, lower, upper)
-    remains = torch.where(rises, 1 - (high - middle) * upper, 1 - (middle - low) * lower)
+    remains = 1 - torch.where(rises, *falls)  # exactly 0 at the end of the fall: the distance beside it may be 1e30
     top = torch.where(rises, high * log_a + (total - high) * log_b, low * log_a + (total - low) * log_b)
     return top.exp() * (first - remains * second) / (high - low)
 
@@ -190,8 +192,3 @@ def _alpha_beta_is_infinite(log_a: Tensor, log_b: Tensor, alpha: float, beta: fl
     for t in nodes:
         infinite = infinite | (in_a & in_b & (t * log_a + (total - t) * log_b > limit))
     return infinite
-
-
-def _descent(distance: Tensor, step: float) -> Tensor:
-    """(1 - e^(-step distance)) / step, for step 0 its limit; nothing cancels however small the step is."""
-    return torch.expm1(-step * distance) / -step if step > 0 else distance

@@ -6,6 +6,7 @@ beside its matrix products. Where the vocabulary makes it worth a compilation, t
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,9 @@ TokenLoss = Callable[..., tuple[Tensor, Tensor]]
 
 # A compilation takes several seconds once per objective; below this vocabulary the passes are too short to matter.
 COMPILE_FROM_VOCAB = 8192
+
+# Tracing changes state of the whole process, so nothing compiled may run beside it.
+_LOCK = threading.RLock()
 
 
 class Finish(NamedTuple):
@@ -76,18 +80,27 @@ def _compiled(kernel: RowKernel, student: torch.dtype, teacher: torch.dtype, dev
 
     def fused(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         nonlocal chosen
-        if chosen is not None:
-            return chosen(*tensors)
-        try:
-            # Traced before it is compiled: one graph that has the gradient in it and serves every shape.
-            graph = make_fx(kernel.plain, tracing_mode="symbolic")(*(tensor[:3] for tensor in tensors))
-            candidate = torch.compile(graph, dynamic=True)
-            outputs = candidate(*tensors)
-        except Exception as error:  # whatever a missing compiler or an unsupported device raises
-            logger.warning("The loss is not compiled and therefore slower (%s: %s)", type(error).__name__, error)
-            chosen = kernel.plain
-            return chosen(*tensors)
-        chosen = candidate
-        return outputs
+        with _LOCK:
+            if chosen is not None:
+                return chosen(*tensors)
+            try:
+                # Traced before it is compiled: one graph that has the gradient in it and serves every shape.
+                graph = make_fx(kernel.plain, tracing_mode="symbolic")(*(tensor[:3] for tensor in tensors))
+                candidate = torch.compile(graph, dynamic=True)
+                outputs = candidate(*tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a missing compiler or an unsupported device raises
+                outputs = kernel.plain(*tensors)  # raises what is wrong with the loss itself
+                candidate = kernel.plain
+                logger.debug("Not compiled:", exc_info=error)
+                _warn_of_plain()
+            chosen = candidate
+            return outputs
 
     return fused
+
+
+@functools.cache
+def _warn_of_plain() -> None:
+    logger.warning("The loss is not compiled and therefore slower; the reason is logged at level DEBUG")

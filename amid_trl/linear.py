@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from amid_trl.assistant import at_least_float32
 from amid_trl.kernel import Finish, RowKernel, TokenLoss
 from amid_trl.objective import Objective
 
 
-# Elements of one chunk of logits, and of the block in it that the row-wise part works on at a time. On a CPU a chunk is
-# as small as keeps the products fast, 128 tokens at a vocabulary of 49152, and a block fits the cache; on an accelerator
-# both are large enough to hide the launches.
+# Elements of one chunk of logits, and of the block in it that the row-wise part works on at a time. On a CPU a chunk
+# is as small as keeps the products fast (128 tokens at a vocabulary of 49152), and a block fits the cache; on an
+# accelerator both are large enough to hide the launches.
 CPU_ELEMENTS = (6 * 2**20, 2**19)
 ACCELERATOR_ELEMENTS = (2**26, 2**24)
 
@@ -81,6 +80,8 @@ def linear_token_loss(
             f"student and teacher heads need the same vocabulary; got {len(student_head.weight)} and "
             f"{len(teacher_head.weight)} tokens"
         )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for an automatic one; got {chunk_size}")
     student = (student_hidden, student_head.weight, student_head.bias)
     differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in student)
     chunks = _Chunks(
@@ -201,8 +202,8 @@ class _GradientInForward(torch.autograd.Function):
     def forward(ctx, chunks, hidden, weight, bias):
         _, wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
-        of_weight = torch.zeros_like(at_least_float32(weight)) if wants_weight else None
-        of_bias = torch.zeros_like(at_least_float32(bias)) if wants_bias else None
+        of_weight = _float32_zeros_like(weight) if wants_weight else None
+        of_bias = _float32_zeros_like(bias) if wants_bias else None
         parts = []
         for chunk in chunks:
             if of_hidden is not None:
@@ -229,6 +230,10 @@ class _GradientInForward(torch.autograd.Function):
                 "linear_distillation_loss can be differentiated once: its gradient is a constant, handed over uncopied"
             )
         return None, *(gradient if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients)
+
+
+def _float32_zeros_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -169,6 +169,7 @@ class AMiDTrainer(GKDTrainer):
             disable_dropout(self.model)
         if self.aux_loss_enabled:
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
+        _trl.announce_head(self.model)
         self.teacher_model = place(freeze(teacher), self.accelerator)
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -281,7 +282,7 @@ class AMiDTrainer(GKDTrainer):
         total, row_sums, predictions = _trl.forward_redirection(
             model, student, self._loss, student, inputs, *teacher_states
         )
-        if model.training:
+        if student.training:  # DeepSpeed's wrapper says so of itself even in evaluation
             self._record(self._train_means, row_sums)
             self._run_objective.add(*row_sums[:, -2:].sum(0))
         else:
@@ -314,7 +315,7 @@ class AMiDTrainer(GKDTrainer):
             hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"]).to(head.weight.device)
             targets = inputs["labels"][:, 1:].to(hidden.device)
             trained = targets != -100
-            with _trl.gathered_heads(head, teacher_head):
+            with _trl.gathered_head(teacher_head):
                 total, figures = linear_token_loss(
                     hidden[:, :-1][trained],
                     head.cut(self.vocabulary),

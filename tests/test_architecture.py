@@ -94,11 +94,12 @@ def test_private_names_of_trl_and_transformers_are_used_in_one_place():
 def test_the_names_borrowed_from_trl_are_listed():
     assert sorted(_trl.__all__) == [
         "accelerate_launch",
+        "announce_head",
         "backbone_states",
         "causal_lm",
         "create_model_from_path",
         "forward_redirection",
-        "gathered_heads",
+        "gathered_head",
         "global_then_local_main_first",
         "language_model_head",
         "prepare_deepspeed",

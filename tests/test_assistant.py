@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import mpmath
 import pytest
 import reference
 import torch
@@ -257,3 +258,31 @@ def test_every_setting_gives_a_distribution_with_a_finite_gradient(z_p, z_q, alp
     (r * torch.arange(6.0)).sum().backward()
     assert log_p.grad is not None and log_p.grad.isfinite().all()
     assert log_q.grad is not None and log_q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [-5.0, 0.4, 0.6, 0.9, 0.99, 1.05, 7.0])
+@pytest.mark.parametrize("lam", [1e-12, 0.3, 0.9])
+def test_float32_is_exact_to_a_few_rounding_errors(alpha, lam):
+    generator = torch.Generator().manual_seed(7)
+    log_p, log_q = (5 * torch.randn(2, 40, 30, generator=generator)).log_softmax(-1)
+    got = alpha_mixture(log_p, log_q, alpha=alpha, lam=lam).double()
+    with mpmath.workdps(40):
+        h = (1 - mpmath.mpf(alpha)) / 2
+        exact = []
+        for row_p, row_q in zip(log_p.tolist(), log_q.tolist(), strict=True):
+            means = [
+                mpmath.log(lam * mpmath.exp(h * p) + (1 - mpmath.mpf(lam)) * mpmath.exp(h * q)) / h
+                for p, q in zip(row_p, row_q, strict=True)
+            ]
+            total = mpmath.log(mpmath.fsum(map(mpmath.exp, means)))
+            exact.append([float(mean - total) for mean in means])
+    want = torch.tensor(exact, dtype=torch.float64)
+    error = (got - want).abs() / want.abs().clamp(min=1)
+    assert error.max() <= 11 * torch.finfo(torch.float32).eps
+
+
+def test_in_float64_too_excluded_tokens_are_excluded_beside_alpha_one():
+    log_p, log_q = torch.tensor([[[0.5, 0.5, 0.0]], [[0.0, 0.4, 0.6]]], dtype=torch.float64).log()
+    for alpha in (1 + 1e-12, 1.0, 1 + 1e-3):
+        log_r = alpha_mixture(log_p, log_q, alpha=alpha, lam=0.3)
+        assert log_r.tolist() == [[-math.inf, pytest.approx(0.0, abs=1e-12), -math.inf]]

@@ -1,12 +1,14 @@
 """The compiled kernel is the plain one, and the plain one is what a machine without a compiler gets."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from amid_trl import OBJECTIVES, Objective
-from amid_trl.kernel import Finish, RowKernel, _compiled
+from amid_trl.kernel import Finish, RowKernel, _compiled, _warn_of_plain
 from amid_trl.objective import Term
 from amid_trl.token_loss import FIGURES, DistillationTokenLoss
 
@@ -71,14 +73,15 @@ def test_without_a_working_compiler_it_warns_once_and_runs_plain(monkeypatch, ca
     monkeypatch.setattr("amid_trl.kernel.COMPILE_FROM_VOCAB", 0)
     monkeypatch.setattr(torch, "compile", broken)
     _compiled.cache_clear()
-    kernel = RowKernel(DistillationTokenLoss(Objective()), Finish(), Finish(), differentiates=True)
+    _warn_of_plain.cache_clear()
     given = rows(6)
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):
+        for sft_weight in (0.0, 0.0, 0.5):
+            kernel = RowKernel(DistillationTokenLoss(Objective(), sft_weight), Finish(), Finish(), True)
             for mine, plain in zip(kernel(*given), kernel.plain(*given), strict=True):
                 assert torch.equal(mine, plain)
     [record] = [record for record in caplog.records if record.name == "amid_trl.kernel"]
-    assert "no C++ compiler" in record.getMessage()
+    assert "not compiled" in record.getMessage()
     _compiled.cache_clear()
 
 
@@ -101,3 +104,43 @@ def test_below_the_vocabulary_that_pays_it_is_not_compiled(monkeypatch):
     monkeypatch.setattr("amid_trl.kernel._compiled", lambda *args: pytest.fail("compiled"))
     losses, figures, gradient = RowKernel(DistillationTokenLoss(Objective()), Finish(), Finish(), False)(*rows(4))
     assert losses.shape == (4,) and figures.shape == (4, len(FIGURES)) and gradient is None
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A token loss that fails while it is traced."""
+
+    error: type[BaseException]
+    compiles = True
+
+    def __call__(self, student_logits, teacher_logits, labels):
+        raise self.error("in the loss")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, IndexError])
+def test_what_is_wrong_with_the_loss_itself_is_raised_and_not_blamed_on_the_compiler(compiling, error):
+    with pytest.raises(error, match="in the loss"):
+        RowKernel(Interrupted(error), Finish(), Finish(), differentiates=True)(*rows(4))
+
+
+def test_threads_may_compile_at_the_same_time(compiling):
+    kernels = [
+        RowKernel(DistillationTokenLoss(OBJECTIVES["kd"](), sft_weight), Finish(), Finish(), True)
+        for sft_weight in (0.0, 0.1, 0.0, 0.2)
+    ]
+    given = rows(5)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda kernel: kernel(*given), kernels))
+    for kernel, (_, _, gradient) in zip(kernels, results, strict=True):
+        torch.testing.assert_close(gradient, kernel.plain(*given)[2], rtol=1e-5, atol=2e-6)
+
+
+def test_one_teacher_dtype_is_not_compiled_for_another(compiling):
+    kernel = RowKernel(DistillationTokenLoss(OBJECTIVES["kd"]()), Finish(), Finish(), True)
+    student, teacher, labels = rows(5)
+    for of_teacher in (teacher, teacher.bfloat16(), teacher.double()):
+        for mine, plain in zip(
+            kernel(student, of_teacher, labels), kernel.plain(student, of_teacher, labels), strict=True
+        ):
+            assert mine.dtype == plain.dtype
+            torch.testing.assert_close(mine, plain, rtol=1e-5, atol=2e-6)

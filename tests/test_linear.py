@@ -107,20 +107,23 @@ class Watched(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("trains", "products"), [("all", 4), ("hidden", 3), ("nothing", 2)])
+@pytest.mark.parametrize(("trains", "products"), [("all", 4), ("hidden", 3), ("nothing", 2), ("all, but not now", 2)])
 def test_a_chunk_is_one_product_for_each_model_and_one_for_each_gradient(trains, products):
     given = {name: tensor.detach() for name, tensor in tensors().items() if "bias" not in name}
     given["student_hidden"].requires_grad_(trains != "nothing")
-    given["student_weight"].requires_grad_(trains == "all")
-    with Watched() as watched:
-        total, _ = linear_distillation_loss(**given, objective=Objective(), chunk_size=TOKENS)
-        if trains != "nothing":
+    given["student_weight"].requires_grad_(trains.startswith("all"))
+    with torch.set_grad_enabled(trains != "all, but not now"), Watched() as watched:
+        total, per_token = linear_distillation_loss(**given, objective=Objective(), chunk_size=TOKENS)
+        if trains in ("all", "hidden"):
             total.backward()
+    assert not per_token.requires_grad
     assert watched.products == products
     assert (given["student_weight"].grad is not None) == (trains == "all")
 
 
-def test_no_result_is_larger_than_a_chunk_of_logits():
+@pytest.mark.parametrize("automatic", [False, True])
+def test_no_result_is_larger_than_a_chunk_of_logits(automatic, monkeypatch):
+    monkeypatch.setattr("amid_trl.linear.CPU_ELEMENTS", (40 * VOCAB, 9 * VOCAB))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(300, 4, generator=generator).requires_grad_()
     weight = torch.randn(VOCAB, 4, generator=generator).requires_grad_()
@@ -235,6 +238,41 @@ def test_cutting_a_head_leaves_the_first_tokens():
     cut = Head(weight, bias).cut(4)
     torch.testing.assert_close(cut.weight, weight[:4])
     torch.testing.assert_close(cut.bias, bias[:4])
+
+
+def test_a_cut_head_keeps_its_cap_and_its_whole_weight_gets_the_gradient():
+    finish = Finish(scale=2.0, softcap=1.5)
+    weight = tensors()["student_weight"].detach().requires_grad_()
+    cut = Head(weight, None, finish).cut(30)
+    hidden = torch.randn(4, STUDENT_DIM, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(cut(hidden), finish(hidden @ weight[:30].T))
+    teacher = Head(torch.randn(30, STUDENT_DIM, generator=torch.Generator().manual_seed(3)))
+    labels = (torch.zeros(4, dtype=torch.long),)
+    total, _ = linear_token_loss(hidden, cut, hidden, teacher, DistillationTokenLoss(Objective("kl", "pq")), labels)
+    [gradient] = torch.autograd.grad(total, weight)
+    [want] = torch.autograd.grad(Objective("kl", "pq")(cut(hidden), teacher(hidden)).sum(), weight)
+    torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-6)
+    assert gradient[:30].abs().max() > 0 and not gradient[30:].any()
+
+
+def test_a_head_tied_to_the_embedding_gets_both_gradients():
+    weight = tensors()["student_weight"].detach().requires_grad_()
+    ids = torch.arange(5)
+    teacher = tensors(seed=1)
+    total, _ = linear_distillation_loss(
+        *(F.embedding(ids, weight), weight, teacher["teacher_hidden"][:5], teacher["teacher_weight"]),
+        objective=Objective("kl", "pq"),
+    )
+    logits = F.embedding(ids, weight) @ weight.T, teacher["teacher_hidden"][:5] @ teacher["teacher_weight"].T
+    [want] = torch.autograd.grad(Objective("kl", "pq")(*logits).sum(), weight)
+    [gradient] = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3])
+def test_a_chunk_has_at_least_one_token(chunk_size):
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, or None"):
+        linear_distillation_loss(**tensors(), objective=Objective(), chunk_size=chunk_size)
 
 
 def test_different_vocabularies_are_an_error_that_counts_them():
