@@ -158,14 +158,21 @@ def test_replayed_rows_are_those_that_the_student_wrote_token_for_token(adaptive
     trainer = adaptive(
         adaptive_threshold=1.0, replay_capacity=6, max_steps=12, gradient_accumulation_steps=2, sft_weight=0.5
     )
-    seen = Windows(trainer)
+    seen, remembered, remember = Windows(trainer), [], trainer._sources.remember
+
+    def remember_too(prompts, completions):
+        remembered.append([torch.cat(row).tolist() for row in zip(prompts, completions, strict=True)])
+        remember(prompts, completions)
+
+    trainer._sources.remember = remember_too
     trainer.train()
-    chosen, written = sources_of(seen), []
+    chosen, fresh, written = sources_of(seen), iter(remembered), []
     assert chosen[0] == "student" and Counter(chosen)["replay"] >= 3
     for source, window in zip(chosen, seen.windows, strict=True):
         rows = rows_of(window)
         if source == "student":
-            written.extend(rows)
+            in_order = next(fresh)  # the window's own rows, which are dealt by length afterwards
+            written.extend(sorted(rows, key=lambda row: in_order.index(row[0])))
         else:
             assert all(row in written[-6:] for row in rows)  # the newest rows, as many as there is room for
             assert len({tuple(ids) for ids, _ in rows}) == 4
