@@ -36,7 +36,7 @@ LAYERS = {
     "entry": ["__init__", "__main__", "cli", "train"],
 }
 # Imported by modules of the maths layer, and nothing else.
-STANDARD_LIBRARY = {"collections", "dataclasses", "functools", "inspect", "logging", "math", "typing"}
+STANDARD_LIBRARY = {"collections", "dataclasses", "functools", "inspect", "logging", "math", "threading", "typing"}
 MATHS_IMPORTS = {"torch", "jaxtyping", "amid_trl", *STANDARD_LIBRARY}
 
 
