@@ -11,7 +11,7 @@ from amid_trl._trl import backbone_states, causal_lm, language_model_head
 from amid_trl.assistant import at_least_float32
 from amid_trl.divergences import kl
 from amid_trl.generation import eos_token_ids, generate_completions
-from amid_trl.linear import linear_token_loss
+from amid_trl.linear import States, linear_token_loss
 
 
 @torch.no_grad()
@@ -128,7 +128,8 @@ def _token_figures(
         return value, torch.stack([figure.to(nll) for figure in each], dim=-1)
 
     columns = (labels[trained].to(device),)
-    return linear_token_loss(hidden[0], heads[0].cut(vocab), hidden[1], heads[1].cut(vocab), figures, columns)[1]
+    pair = (States(states, head.cut(vocab)) for states, head in zip(hidden, heads, strict=True))
+    return linear_token_loss(*pair, figures, columns)[1]
 
 
 def _trained_states(model: PreTrainedModel, batch: Mapping[str, Tensor], trained: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 logger = logging.getLogger(__name__)
 
-# (student logits, teacher logits, *columns) -> (loss per row, figures per row); columns are tensors with one entry per
-# row, such as labels. Compiled only if its attribute `compiles` is true: it must not read what may change later.
+# (student logits, teacher logits, *columns) -> (loss per row, figures per row), or without the teacher's logits.
+# Columns are tensors with an entry for every row, such as labels. Compiled only if its attribute `compiles` is true:
+# it must not read what may change later.
 TokenLoss = Callable[..., tuple[Tensor, Tensor]]
 
 # A compilation takes several seconds once per objective; below this vocabulary the passes are too short to matter.
@@ -51,30 +52,34 @@ class RowKernel:
 
     token_loss: TokenLoss
     student: Finish
-    teacher: Finish
+    teacher: Finish | None  # None if the token loss reads no teacher's logits
     differentiates: bool
 
-    def __call__(
-        self, student: Float[Tensor, "rows vocab"], teacher: Float[Tensor, "rows vocab"], *columns: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(losses, figures, gradient of Σ losses with respect to `student`, or None unless `differentiates`)."""
+    def __call__(self, student: Float[Tensor, "rows vocab"], *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(losses, figures, gradient of Σ losses with respect to `student`, or None unless `differentiates`).
+
+        `others` are the teacher's projection, if there is one, and the columns.
+        """
         # A single row would be a compilation of its own: shapes of size 1 are special to it.
         large = len(student) > 1 and student.shape[-1] >= COMPILE_FROM_VOCAB
         if large and getattr(self.token_loss, "compiles", False):
-            return _compiled(self, student.dtype, teacher.dtype, student.device.type)(student, teacher, *columns)
-        return self.plain(student, teacher, *columns)
+            dtypes = tuple(tensor.dtype for tensor in (student, *others))
+            return _compiled(self, dtypes, student.device.type)(student, *others)
+        return self.plain(student, *others)
 
-    def plain(self, student: Tensor, teacher: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def plain(self, student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by autograd, operation by operation."""
+        if self.teacher is not None:
+            others = (self.teacher(others[0]), *others[1:])
         with torch.set_grad_enabled(self.differentiates):
             leaf = student.detach().requires_grad_(self.differentiates)
-            losses, figures = self.token_loss(self.student(leaf), self.teacher(teacher), *columns)
+            losses, figures = self.token_loss(self.student(leaf), *others)
             gradient = torch.autograd.grad(losses.sum(), leaf)[0] if self.differentiates else None
         return losses.detach(), figures.detach(), gradient
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(kernel: RowKernel, student: torch.dtype, teacher: torch.dtype, device: str) -> Callable:
+def _compiled(kernel: RowKernel, dtypes: tuple[torch.dtype, ...], device: str) -> Callable:
     """`kernel.plain` fused into one function for any number of rows, or itself where it does not compile."""
     chosen: Callable | None = None
 

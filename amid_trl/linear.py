@@ -18,9 +18,9 @@ from amid_trl.objective import Objective
 
 
 # Elements of one chunk of logits, and of the block in it that the row-wise part works on at a time. On a CPU a chunk
-# is as small as keeps the products fast (128 tokens at a vocabulary of 49152), and a block fits the cache; on an
+# is as small as keeps the products fast (512 tokens at a vocabulary of 49152), and a block fits the cache; on an
 # accelerator both are large enough to hide the launches.
-CPU_ELEMENTS = (6 * 2**20, 2**19)
+CPU_ELEMENTS = (24 * 2**20, 2**19)
 ACCELERATOR_ELEMENTS = (2**26, 2**24)
 
 
@@ -46,59 +46,78 @@ class Head:
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return Head(self.weight.detach().to(dtype), bias, self.finish)
 
-    def project(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
-        """What `finish` makes logits of, on the device and in the dtype of the weight."""
-        return F.linear(hidden.to(self.weight), self.weight, self.bias)
+    def project(
+        self, hidden: Float[Tensor, "tokens dim"], out: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, "tokens vocab"]:
+        """What `finish` makes logits of, in the first rows of `out`, which has the weight's dtype and device."""
+        hidden, out = hidden.to(self.weight), out[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
 
     def __call__(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
         """The logits, all at once."""
-        return self.finish(self.project(hidden))
+        return self.finish(F.linear(hidden.to(self.weight), self.weight, self.bias))
+
+
+class States(NamedTuple):
+    """A model's last hidden states at some tokens, and the head that makes logits of them."""
+
+    hidden: Float[Tensor, "tokens dim"]
+    head: Head
+
+    def frozen(self) -> "States":
+        """The same without gradient."""
+        return States(self.hidden.detach(), self.head.frozen())
 
 
 def linear_token_loss(
-    student_hidden: Float[Tensor, "tokens student_dim"],
-    student_head: Head,
-    teacher_hidden: Float[Tensor, "tokens teacher_dim"],
-    teacher_head: Head,
+    student: States,
+    teacher: States | None,
     token_loss: TokenLoss,
     columns: tuple[Tensor, ...] = (),
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens figures"]]:
     """Σ over tokens of `token_loss`, and its figures, which have no gradient.
 
-    `token_loss` gets the logits of some tokens, and of each tensor in `columns` the entries of those tokens.
+    `token_loss` gets the logits of some tokens (the student's, and the teacher's if there is one), and of each tensor
+    in `columns` the entries of those tokens.
 
     Differentiable once with respect to the student's hidden states, head weight and head bias; the teacher gets no
     gradient. `chunk_size` is the number of tokens projected at a time; by default it follows from the vocabulary.
     """
-    if len(student_hidden) != len(teacher_hidden):
-        raise ValueError(
-            f"student and teacher need the same tokens; got {len(student_hidden)} and {len(teacher_hidden)}"
-        )
-    if len(student_head.weight) != len(teacher_head.weight):
-        raise ValueError(
-            f"student and teacher heads need the same vocabulary; got {len(student_head.weight)} and "
-            f"{len(teacher_head.weight)} tokens"
-        )
+    if teacher is not None:
+        _check_pair(student, teacher)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for an automatic one; got {chunk_size}")
-    student = (student_hidden, student_head.weight, student_head.bias)
-    differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in student)
+    tensors = (student.hidden, student.head.weight, student.head.bias)
+    differentiates = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    finishes = (student.head.finish, None if teacher is None else teacher.head.finish)
     chunks = _Chunks(
-        student_hidden.detach(),
-        student_head.frozen(),
-        teacher_hidden.detach(),
-        teacher_head.frozen(),
-        RowKernel(token_loss, student_head.finish, teacher_head.finish, differentiates),
+        student.frozen(),
+        None if teacher is None else teacher.frozen(),
+        RowKernel(token_loss, *finishes, differentiates),
         columns,
         chunk_size,
     )
-    with torch.autocast(student_hidden.device.type, enabled=False):  # the heads have the dtype it would choose
+    with torch.autocast(student.hidden.device.type, enabled=False):  # the heads have the dtype it would choose
         if differentiates:
-            return _GradientInForward.apply(chunks, *student)
+            return _GradientInForward.apply(chunks, *tensors)
         parts = [(chunk.losses, chunk.figures) for chunk in chunks]
     losses, figures = map(torch.cat, zip(*parts, strict=True))
     return losses.sum(), figures
+
+
+def _check_pair(student: States, teacher: States) -> None:
+    if len(student.hidden) != len(teacher.hidden):
+        raise ValueError(
+            f"student and teacher need the same tokens; got {len(student.hidden)} and {len(teacher.hidden)}"
+        )
+    vocabularies = [len(states.head.weight) for states in (student, teacher)]
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            f"student and teacher heads need the same vocabulary; got {vocabularies[0]} and {vocabularies[1]} tokens"
+        )
 
 
 def linear_distillation_loss(
@@ -118,10 +137,8 @@ def linear_distillation_loss(
     per_token is detached. Memory beyond the inputs and their gradients grows with chunk_size × vocab only.
     """
     total, figures = linear_token_loss(
-        student_hidden,
-        Head(student_weight, student_bias),
-        teacher_hidden,
-        Head(teacher_weight, teacher_bias),
+        States(student_hidden, Head(student_weight, student_bias)),
+        States(teacher_hidden, Head(teacher_weight, teacher_bias)),
         _ObjectiveAlone(objective),
         chunk_size=chunk_size,
     )
@@ -155,27 +172,35 @@ class _Chunk(NamedTuple):
 class _Chunks:
     """The tokens a chunk at a time: project, and let the kernel do the rest block by block."""
 
-    student_hidden: Tensor
-    student_head: Head
-    teacher_hidden: Tensor
-    teacher_head: Head
+    student: States
+    teacher: States | None
     kernel: RowKernel
     columns: tuple[Tensor, ...]
     chunk_size: int | None
 
     def __iter__(self) -> Iterator[_Chunk]:
-        tokens_at_a_time = self.chunk_size or self._elements[0] // len(self.student_head.weight)
-        return map(self._chunk, _slices(len(self.student_hidden), tokens_at_a_time))
+        tokens_at_a_time = self.chunk_size or self._elements[0] // len(self.student.head.weight)
+        slices = _slices(len(self.student.hidden), tokens_at_a_time)
+        # Memory that every chunk uses again, because on a CPU fresh memory is slow; a chunk is lost with the next one.
+        rows = min(slices[0].stop, len(self.student.hidden))
+        buffers = [
+            states.head.weight.new_empty(rows, len(states.head.weight))
+            for states in (self.student, self.teacher)
+            if states is not None
+        ]
+        return (self._chunk(tokens, *buffers) for tokens in slices)
 
-    def _chunk(self, tokens: slice) -> _Chunk:
-        hidden = self.student_hidden[tokens].to(self.student_head.weight.dtype)
-        student = self.student_head.project(hidden)
-        # On the teacher head's own device, where models are split over several.
-        teacher = self.teacher_head.project(self.teacher_hidden[tokens]).to(student.device)
-        columns = [column[tokens] for column in self.columns]
+    def _chunk(self, tokens: slice, student_out: Tensor, teacher_out: Tensor | None = None) -> _Chunk:
+        hidden = self.student.hidden[tokens].to(self.student.head.weight.dtype)
+        student = self.student.head.project(hidden, student_out)
+        others = [column[tokens] for column in self.columns]
+        if self.teacher is not None and teacher_out is not None:
+            # On the teacher head's own device, where models are split over several.
+            teacher = self.teacher.head.project(self.teacher.hidden[tokens], teacher_out)
+            others.insert(0, teacher.to(student.device))
         outputs = []
         for rows in _slices(len(student), self._elements[1] // student.shape[1]):
-            *output, gradient = self.kernel(student[rows], teacher[rows], *(column[rows] for column in columns))
+            *output, gradient = self.kernel(student[rows], *(other[rows] for other in others))
             outputs.append(output)
             if gradient is not None:
                 student[rows] = gradient  # in the place of the projection, which is not needed any more
@@ -184,7 +209,7 @@ class _Chunks:
 
     @property
     def _elements(self) -> tuple[int, int]:
-        return CPU_ELEMENTS if self.student_hidden.device.type == "cpu" else ACCELERATOR_ELEMENTS
+        return CPU_ELEMENTS if self.student.hidden.device.type == "cpu" else ACCELERATOR_ELEMENTS
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -207,7 +232,7 @@ class _GradientInForward(torch.autograd.Function):
         parts = []
         for chunk in chunks:
             if of_hidden is not None:
-                of_hidden[chunk.tokens] = chunk.gradient @ chunks.student_head.weight
+                of_hidden[chunk.tokens] = chunk.gradient @ chunks.student.head.weight
             if of_weight is not None:
                 _add_product(of_weight, chunk.gradient.T, chunk.hidden)
             if of_bias is not None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_trl import DIVERGENCES, OBJECTIVES, Objective, linear_distillation_loss
 from amid_trl.kernel import Finish
-from amid_trl.linear import Head, linear_token_loss
+from amid_trl.linear import Head, States, linear_token_loss
 from amid_trl.objective import ORDERS
 from amid_trl.token_loss import FIGURES, DistillationTokenLoss
 
@@ -195,7 +195,8 @@ def test_scale_and_soft_cap_are_differentiated_too(finish):
     objective = Objective("kl", "pr", -1.0, 0.2)
     labels = torch.zeros(TOKENS, dtype=torch.long)
     total, _ = linear_token_loss(
-        *(given["student_hidden"], student_head, given["teacher_hidden"], teacher_head),
+        States(given["student_hidden"], student_head),
+        States(given["teacher_hidden"], teacher_head),
         *(DistillationTokenLoss(objective), (labels,), 5),
     )
     want = objective(student_head(given["student_hidden"]), teacher_head(given["teacher_hidden"])).sum()
@@ -248,7 +249,9 @@ def test_a_cut_head_keeps_its_cap_and_its_whole_weight_gets_the_gradient():
     torch.testing.assert_close(cut(hidden), finish(hidden @ weight[:30].T))
     teacher = Head(torch.randn(30, STUDENT_DIM, generator=torch.Generator().manual_seed(3)))
     labels = (torch.zeros(4, dtype=torch.long),)
-    total, _ = linear_token_loss(hidden, cut, hidden, teacher, DistillationTokenLoss(Objective("kl", "pq")), labels)
+    total, _ = linear_token_loss(
+        States(hidden, cut), States(hidden, teacher), DistillationTokenLoss(Objective("kl", "pq")), labels
+    )
     [gradient] = torch.autograd.grad(total, weight)
     [want] = torch.autograd.grad(Objective("kl", "pq")(cut(hidden), teacher(hidden)).sum(), weight)
     torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-6)
@@ -298,10 +301,8 @@ def token_loss_case(temperature: float = 1.0, sft_weight: float = 0.0):
     student_head = Head(given["student_weight"], given["student_bias"])
     teacher_head = Head(given["teacher_weight"], given["teacher_bias"])
     total, figures = linear_token_loss(
-        given["student_hidden"],
-        student_head,
-        given["teacher_hidden"],
-        teacher_head,
+        States(given["student_hidden"], student_head),
+        States(given["teacher_hidden"], teacher_head),
         DistillationTokenLoss(objective, sft_weight),
         (labels,),
         chunk_size=5,
