@@ -1,0 +1,96 @@
+"""A teacher known by its likeliest tokens, as servers send and caches keep them: all other tokens are one bucket."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from amid_trl.assistant import at_least_float32
+from amid_trl.divergences import kl
+from amid_trl.objective import entropy
+from amid_trl.token_loss import FIGURES, DistillationTokenLoss
+
+
+# In front, so that what is read from the end of FIGURES is read from the end of these.
+SPARSE_FIGURES = ("teacher_tail_mass", *FIGURES)
+
+
+class SparseTeacher(NamedTuple):
+    """Log-probabilities of k different tokens at every position, and of all others together.
+
+    A position with fewer tokens is filled up with log_p = -inf, whatever the id.
+    """
+
+    ids: Int[Tensor, "tokens k"]
+    log_p: Float[Tensor, "tokens k"]
+    log_tail: Float[Tensor, " tokens"]
+
+
+def sparse_top_k(logits: Float[Tensor, "tokens vocab"], k: int) -> SparseTeacher:
+    """The k likeliest tokens of a dense teacher, or all if there are fewer, from logits or log-probabilities."""
+    logits = at_least_float32(logits)
+    # As in Objective.log_probs: a token that is excluded still has a bucket of its own.
+    log_p = logits.clamp(min=torch.finfo(logits.dtype).min).log_softmax(-1)
+    top = log_p.topk(min(k, log_p.shape[-1]), dim=-1)
+    # Not 1 - Σ p, which loses a tail below the rounding of 1.
+    log_tail = log_p.scatter(-1, top.indices, -math.inf).logsumexp(-1)
+    return SparseTeacher(top.indices, top.values, log_tail)
+
+
+@dataclass(frozen=True)
+class SparseTokenLoss(DistillationTokenLoss):
+    """DistillationTokenLoss over k + 1 buckets: the teacher's k tokens one by one, and all others together.
+
+    Where nothing is left over it is the dense loss. Between p and q (orders pq, qp) an f-divergence of the buckets is
+    a lower bound on that of the tokens (data processing inequality). With an assistant it is one for alpha = -1 alone,
+    where the mixture of the buckets is the bucket of the mixture; for any other alpha it is an approximation.
+
+    The tail is known at temperature 1: an objective with another one is a ValueError.
+    """
+
+    figures: ClassVar[tuple[str, ...]] = SPARSE_FIGURES
+
+    def __post_init__(self):
+        """Refuse a tempered objective."""
+        if self.objective.temperature != 1.0:
+            raise ValueError(
+                "temperature must be 1 with a teacher known by its likeliest tokens: the mass of the others is "
+                f"unknown at any other; got {self.objective.temperature!r}"
+            )
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # the columns are the teacher
+        self,
+        student_logits: Float[Tensor, "tokens vocab"],
+        labels: Int[Tensor, " tokens"],
+        ids: Int[Tensor, "tokens k"],
+        log_p: Float[Tensor, "tokens k"],
+        log_tail: Float[Tensor, " tokens"],
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
+        """Losses, and `SPARSE_FIGURES` without gradient: kl, teacher_entropy and assistant_nll are of the buckets."""
+        log_q = self.objective.log_probs(student_logits)
+        p = torch.cat([log_p, log_tail[:, None]], dim=-1).to(log_q)
+        q = _buckets(log_q, ids, log_p > -math.inf)
+        distilled = self.objective.from_log_probs(p, q)
+        nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)
+        with torch.no_grad():
+            student_top1 = log_q.argmax(-1)
+            teacher_top1 = ids.gather(-1, log_p.argmax(-1, keepdim=True)).squeeze(-1)
+            agreement = (student_top1 == teacher_top1).to(log_q)
+            comparison = (kl(p, q), agreement, entropy(log_q), entropy(p), self._assistant_nll(p, q))
+            figures = torch.stack([p[:, -1].exp(), distilled, nll, *comparison, student_top1.to(log_q)], dim=-1)
+        return (distilled + self.sft_weight * nll if self.sft_weight else distilled), figures
+
+
+def _buckets(
+    log_q: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens k"], listed: Bool[Tensor, "tokens k"]
+) -> Float[Tensor, "tokens buckets"]:
+    """log q of the listed tokens, and of all others together."""
+    lowest = torch.finfo(log_q.dtype).min  # not -inf: the logsumexp of nothing else would have a NaN for a gradient
+    tokens, vocab = log_q.shape
+    # Padding falls into a column of its own, because its id may be listed too.
+    inside = ids.new_zeros(tokens, vocab + 1, dtype=torch.bool).scatter(-1, ids.where(listed, vocab), True)[:, :-1]
+    tail = log_q.masked_fill(inside, lowest).logsumexp(-1, keepdim=True)
+    return torch.cat([log_q.gather(-1, ids).masked_fill(~listed, lowest), tail], dim=-1)
