@@ -41,7 +41,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["amid_trl", "amid_trl.*"]),
-    package_data={"amid_trl": ["py.typed"]},
+    package_data={"amid_trl": ["py.typed"], "amid_trl.recipes": ["*.yaml"]},
     install_requires=[
         "torch>=2.7",
         "transformers>=5.19,<6",
@@ -50,6 +50,7 @@ setup(
         "datasets>=4.7",
         "peft>=0.18",
         "jaxtyping",
+        "urllib3>=2",
     ],
     extras_require={**EXTRAS, "demo": DEMO, "test": TEST, "dev": sorted({*TEST, *DEMO})},
     entry_points={"console_scripts": ["amid-trl=amid_trl.cli:main"]},
