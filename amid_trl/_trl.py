@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL's own names: zero2, multi_gpu, …
+from trl.generation.vllm_generation import VLLMGeneration  # the engine, its weights and its requests
+from trl.import_utils import is_vllm_available
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
     prepare_deepspeed,  # shards the teacher like the student under ZeRO-3
@@ -28,6 +30,7 @@ from amid_trl.linear import Head
 
 
 __all__ = [
+    "VLLMGeneration",
     "accelerate_launch",
     "announce_head",
     "backbone_states",
@@ -36,6 +39,7 @@ __all__ = [
     "forward_redirection",
     "gathered_head",
     "global_then_local_main_first",
+    "is_vllm_available",
     "language_model_head",
     "prepare_deepspeed",
     "print_prompt_completions_sample",

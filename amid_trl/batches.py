@@ -80,6 +80,11 @@ def window_prompts(batches: Sequence[Mapping[str, Tensor]], writer: str) -> list
     ]
 
 
+def several_each(prompts: Sequence[Tensor], times: int) -> list[Tensor]:
+    """As many prompts, but only every `times`-th of them, that often in a row."""
+    return [prompts[i - i % times] for i in range(len(prompts))]
+
+
 def deal_by_length(
     batches: Sequence[dict[str, Tensor]], pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> list[dict[str, Tensor]]:

@@ -1,8 +1,13 @@
-"""The command `amid-trl`: train, and init-student."""
+"""The command `amid-trl`: train, cache-teacher, init-student, merge."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+
+
+# Commands that run under accelerate, in a module of their own.
+LAUNCHED = {"train": "amid_trl.train", "cache-teacher": "amid_trl.caching"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     commands.add_parser("train", help="train a student (options: amid-trl train --help)", add_help=False)
+    commands.add_parser("cache-teacher", help="write the teacher's answers that train reads then", add_help=False)
     init_student = commands.add_parser("init-student", help="make a student from some of the teacher's layers")
     init_student.add_argument("teacher", help="name or path of the model to start from")
     init_student.add_argument("output_dir", help="where the student and its tokenizer are saved")
@@ -23,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     merge.add_argument("adapter", help="path of the adapter")
     merge.add_argument("output_dir", help="where the merged model and its tokenizer are saved")
 
-    # `train` has its own parser, and everything behind it belongs to that one or to accelerate.
-    if argv[:1] == ["train"]:
-        return _train(argv[1:])
+    # These have a parser of their own, and everything behind them belongs to that one or to accelerate.
+    if argv and argv[0] in LAUNCHED:
+        return _launch(argv[0], argv[1:])
     args = parser.parse_args(argv)
     try:
         return {"init-student": _init_student, "merge": _merge}[args.command](args)
@@ -34,20 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _train(argv: list[str]) -> int:
-    from amid_trl import train
+def _launch(command: str, argv: list[str]) -> int:
+    from amid_trl import recipes, train
 
     if train.is_launched():
-        train.run(argv)
+        train.run(argv, import_module(LAUNCHED[command]).main)
         return 0
 
     from amid_trl._trl import accelerate_launch
 
+    argv = recipes.resolve(argv)
     # Parsed here once, so that --help and mistakes show at once; what the parser does not know is for accelerate.
-    *_, from_config, from_flags = train.make_parser(prog="amid-trl train").parse_args_and_config(
+    *_, from_config, from_flags = train.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
-    accelerate_launch([*from_config, *from_flags], "amid_trl.train", _without(argv, from_flags))
+    accelerate_launch([*from_config, *from_flags], LAUNCHED[command], _without(argv, from_flags))
     return 0
 
 

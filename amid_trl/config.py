@@ -1,9 +1,7 @@
 """AMiDConfig: TRL's GKDConfig plus the objective, its assistant, and what the loss and the sampling need."""
 
 import copy
-import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,15 +9,13 @@ from typing import Any, Literal
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.experimental.gkd import GKDConfig
 
-from amid_trl.objective import OBJECTIVES, Objective
+from amid_trl.building import build_objective, build_schedule, build_student_text_objective, check_schedules
+from amid_trl.objective import OBJECTIVES
 from amid_trl.rows import DataSettings
-from amid_trl.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
-from amid_trl.validation import check_config, check_shares, without_effect
+from amid_trl.validation import check_config, check_shares
 
 
 logger = logging.getLogger(__name__)
-
-AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
 
 # Passed on to transformers' GenerationConfig as they are.
 SAMPLING_FIELDS = (
@@ -32,8 +28,6 @@ SAMPLING_FIELDS = (
     "cache_implementation",
     "generation_kwargs",
 )
-
-ASSISTANT_SCHEDULES = ("assistant_alpha_schedule", "assistant_lambda_schedule")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -92,6 +86,14 @@ class AMiDConfig(GKDConfig):
 
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
+        teacher_model_server_url (`str`, *optional*):
+            A vLLM server (OpenAI-compatible, with `prompt_logprobs`) that the teacher runs on, in place of a model in
+            memory. Its `teacher_top_k` likeliest tokens are compared, and all others as one.
+        teacher_cache (`str`, *optional*):
+            A folder written by `amid-trl cache-teacher` with the same settings, in place of a model in memory. For
+            runs on the dataset's text.
+        teacher_top_k (`int`, *optional*, defaults to `100`):
+            How many of the teacher's likeliest tokens the server gives, or the cache holds, for each token.
 
         > Parameters that control the data
 
@@ -99,6 +101,14 @@ class AMiDConfig(GKDConfig):
             Which turns of a conversation are trained: `"all"` assistant turns, or the `"last"` one as GKD does.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to the chat template, e.g. `{"enable_thinking": false}`.
+        pretrain_dataset (`str`, *optional*):
+            Name or path of a dataset of plain text whose `train` split is streamed beside the distillation. Its column
+            `dataset_text_field` is read as blocks of `max_length` tokens, as many to a micro-batch as it has rows. The
+            trainer also takes a dataset.
+        pretrain_dataset_config (`str`, *optional*):
+            Its configuration, for a dataset that has several.
+        pretrain_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the student's mean cross-entropy on that text, added to the loss (the paper's code: 1).
 
         > Parameters that control who writes the text
 
@@ -123,6 +133,10 @@ class AMiDConfig(GKDConfig):
         replay_capacity (`int`, *optional*, defaults to `1000`):
             Rows of student text that each process keeps. Nothing is replayed before so many have been written.
 
+        num_generations (`int`, *optional*, defaults to `1`):
+            Completions that the student writes for one prompt. A window keeps its size and has fewer different
+            prompts: every so-many-th of those it would have had.
+
         > Parameters that control generation
 
         top_p, top_k, min_p, repetition_penalty, cache_implementation, generation_kwargs:
@@ -131,6 +145,11 @@ class AMiDConfig(GKDConfig):
             The most prompts in one call of `generate`. By default one call serves a whole window.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Under ZeRO-3, gather the weights for generation: faster, if one device can hold them.
+        use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_structured_outputs_regex,
+        vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout, vllm_group_port,
+        vllm_gpu_memory_utilization, vllm_max_model_length, vllm_tensor_parallel_size:
+            As in [`~trl.DistillationConfig`]: the student writes in a vLLM engine. `generation_kwargs` are then fields
+            of vLLM's `SamplingParams`.
 
         > Parameters that control logging
 
@@ -179,9 +198,17 @@ class AMiDConfig(GKDConfig):
     logits_chunk_size: int | None = _option(None, "Tokens projected to the vocabulary at a time; automatic if unset.")
 
     teacher_model_revision: str | None = _option(None, "Revision of the teacher on the Hub.")
+    teacher_model_server_url: str | None = _option(None, "A vLLM server that the teacher runs on.")
+    teacher_cache: str | None = _option(None, "A folder that `amid-trl cache-teacher` writes and training reads.")
+    teacher_top_k: int = _option(
+        100, "How many of the teacher's likeliest tokens the server gives or the cache holds."
+    )
 
     assistant_turns: Literal["all", "last"] = _option("all", "Which assistant turns of a conversation are trained.")
     chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Passed to the chat template.")
+    pretrain_dataset: str | None = _option(None, "A dataset of plain text, streamed beside the distillation.")
+    pretrain_dataset_config: str | None = _option(None, "Its configuration, for a dataset that has several.")
+    pretrain_weight: float = _option(1.0, "Weight of the cross-entropy on that text.")
 
     lmbda_schedule: dict[str, Any] | str | None = _option(None, "lmbda moves instead, as α and λ may.")
     sampling: Literal["mixed", "adaptive"] = _option(
@@ -195,6 +222,7 @@ class AMiDConfig(GKDConfig):
         "decreasing", "How the FRESH part of student text moves; decreasing: it shrinks to 0, so that replay grows."
     )
     replay_capacity: int = _option(1000, "Rows of student text that each process keeps for replay.")
+    num_generations: int = _option(1, "Completions that the student writes for one prompt.")
 
     top_p: float = _option(1.0, "Nucleus sampling: keep the most likely tokens up to this mass.")
     top_k: int = _option(0, "Keep the k most likely tokens; 0 keeps all.")
@@ -204,6 +232,19 @@ class AMiDConfig(GKDConfig):
     generation_kwargs: dict[str, Any] | str | None = _option(None, "Further fields of GenerationConfig; they win.")
     generation_batch_size: int | None = _option(None, "The most prompts in one call of generate; all if unset.")
     ds3_gather_for_generation: bool = _option(True, "Gather ZeRO-3 weights for generation.")
+    use_vllm: bool = _option(False, "The student writes in a vLLM engine.")
+    vllm_mode: Literal["colocate", "server"] = _option("colocate", "Where the engine runs.")
+    vllm_model_impl: Literal["vllm", "transformers"] = _option("vllm", "Whose model the engine runs.")
+    vllm_enable_sleep_mode: bool = _option(False, "colocate: free the engine's memory during the optimizer step.")
+    vllm_structured_outputs_regex: str | None = _option(None, "What completions have to match.")
+    vllm_server_base_url: str | None = _option(None, "server: its address, in place of host and port.")
+    vllm_server_host: str = _option("0.0.0.0", "server: its host.")
+    vllm_server_port: int = _option(8000, "server: its port.")
+    vllm_server_timeout: float = _option(240.0, "server: seconds to wait until it is up.")
+    vllm_group_port: int = _option(51216, "server: port over which it gets the weights.")
+    vllm_gpu_memory_utilization: float = _option(0.3, "colocate: the engine's share of the device's memory.")
+    vllm_max_model_length: int | None = _option(None, "colocate: the engine's longest sequence, in tokens.")
+    vllm_tensor_parallel_size: int = _option(1, "colocate: devices that share one engine.")
 
     log_completions: bool = _option(False, "Print and save a table of completions at each log.")
     num_completions_to_print: int | None = _option(None, "Rows of that table; all of the last window if unset.")
@@ -221,8 +262,13 @@ class AMiDConfig(GKDConfig):
             logger.warning(
                 "beta=%s belongs to objective='gkd'; objective=%r does not read it.", self.beta, self.objective
             )
-        _check_schedules(self, build_objective(self))
+        check_schedules(self, build_objective(self))
         build_student_text_objective(self)
+
+    @property
+    def window_rows(self) -> int:
+        """Rows that one process trains on in an optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
     def student_shares(self) -> tuple[float, float]:
@@ -236,82 +282,6 @@ class AMiDConfig(GKDConfig):
     def generates(self) -> bool:
         """Whether any window of the run is written by the student or the teacher."""
         return self.student_shares[1] > 0 or self.seq_kd
-
-
-def build_objective(config: AMiDConfig) -> Objective:
-    """The objective that the configuration describes; a ValueError names a field that it would leave unused."""
-    if config.objective == "amid":
-        if config.objective_kwargs:
-            raise ValueError(
-                f"objective_kwargs={config.objective_kwargs} has no effect on objective='amid'; set "
-                f"{', '.join(AMID_FIELDS)}"
-            )
-        parameters = {
-            "alpha": config.assistant_alpha,
-            "lam": config.assistant_lambda,
-            "divergence": config.divergence,
-            "order": config.divergence_order,
-            "divergence_kwargs": config.divergence_kwargs,
-        }
-    else:
-        without_effect(
-            config,
-            (*AMID_FIELDS, "assistant_alpha_schedule"),
-            f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
-            f"{config.objective!r} in objective_kwargs",
-        )
-        parameters = dict(config.objective_kwargs or {})
-        if config.objective == "gkd":
-            if "beta" in parameters:
-                raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
-            parameters["beta"] = config.beta
-    return _named_objective(config, "objective", parameters)
-
-
-def build_student_text_objective(config: AMiDConfig) -> Objective | None:
-    """The objective of text that the student wrote, where it has one of its own."""
-    if config.student_text_objective is None:
-        without_effect(config, ("student_text_objective_kwargs",), "without student_text_objective")
-        return None
-    if config.student_shares[1] == 0:
-        without_effect(config, ("student_text_objective",), "on a run without student text; set lmbda")
-    if isinstance(build_schedule(config, "assistant_lambda"), TaidLambda):
-        raise ValueError("TAID's λ follows the loss of one objective; leave student_text_objective unset beside it")
-    return _named_objective(config, "student_text_objective", config.student_text_objective_kwargs or {})
-
-
-def _named_objective(config: AMiDConfig, field: str, parameters: dict[str, Any]) -> Objective:
-    name = getattr(config, field)
-    if name not in OBJECTIVES:
-        raise ValueError(f"{field} must be one of {', '.join(OBJECTIVES)}; got {name!r}")
-    try:
-        objective = OBJECTIVES[name](**parameters)
-    except TypeError as error:
-        raise ValueError(f"{field}_kwargs={parameters} does not fit {name!r}: {error}") from error
-    return dataclasses.replace(objective, temperature=config.distill_temperature)
-
-
-def build_schedule(config: AMiDConfig, name: str) -> Schedule | TaidLambda:
-    """How the number in the field `name` moves: as the field `<name>_schedule` says, else not at all."""
-    field = f"{name}_schedule"
-    spec = getattr(config, field)
-    if spec is None:
-        return Schedule("constant", getattr(config, name), getattr(config, name))
-    if name == "assistant_lambda":
-        return parse_lambda_schedule(field, spec)
-    low, high = (0, 1) if name == "lmbda" else (-math.inf, math.inf)
-    return parse_schedule(field, spec, low, high)
-
-
-def _check_schedules(config: AMiDConfig, objective: Objective) -> None:
-    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
-    if given and not objective.uses_assistant:
-        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
-    fixed = {"skew", "lam"} & set(config.objective_kwargs or {})
-    if given and fixed:
-        raise ValueError(f"objective_kwargs={config.objective_kwargs} fixes what assistant_lambda_schedule moves")
-    build_schedule(config, "assistant_alpha")
-    build_schedule(config, "assistant_lambda")
 
 
 def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:

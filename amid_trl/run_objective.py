@@ -8,11 +8,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from amid_trl.config import AMiDConfig, build_objective, build_schedule, build_student_text_objective
+from amid_trl.building import build_objective, build_schedule, build_student_text_objective
+from amid_trl.config import AMiDConfig
 from amid_trl.metrics import Means
 from amid_trl.objective import Objective
 from amid_trl.sampling import STUDENT_TEXT, Source
 from amid_trl.schedules import TaidLambda
+from amid_trl.sparse import SparseTokenLoss
 from amid_trl.token_loss import DistillationTokenLoss
 
 
@@ -23,7 +25,13 @@ MOVABLE = {"assistant_alpha": "alpha", "assistant_lambda": "lam"}
 class RunObjective:
     """What each window is trained with; `current` is the objective of dataset and teacher text, and of evaluations."""
 
-    def __init__(self, config: AMiDConfig, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: AMiDConfig,
+        accelerator: Accelerator,
+        token_loss: type[DistillationTokenLoss] | type[SparseTokenLoss] = DistillationTokenLoss,
+    ):
+        self._token_loss = token_loss
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
         self._sft_weight = config.sft_weight
@@ -40,13 +48,13 @@ class RunObjective:
         self.current = dataclasses.replace(self.current, **numbers)
         return self.current
 
-    def token_loss(self, source: Source | None) -> DistillationTokenLoss:
+    def token_loss(self, source: Source | None) -> DistillationTokenLoss | SparseTokenLoss:
         """The loss of text from `source`, None for an evaluation; the cross-entropy never joins on the student's."""
         if source not in STUDENT_TEXT:
-            return DistillationTokenLoss(self.current, self._sft_weight, self._moves)
+            return self._token_loss(self.current, self._sft_weight, self._moves)
         if self._of_student_text is None:
-            return DistillationTokenLoss(self.current, moves=self._moves)
-        return DistillationTokenLoss(self._of_student_text)
+            return self._token_loss(self.current, moves=self._moves)
+        return self._token_loss(self._of_student_text)
 
     def add(self, assistant_nll: Tensor, tokens: Tensor) -> None:
         """Count a micro-batch of the window: its sum of CE(r, q), and its tokens."""

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from amid_trl.config import AMiDConfig, build_schedule
+from amid_trl.building import build_schedule
+from amid_trl.config import AMiDConfig
 from amid_trl.replay import ReplayBuffer
 from amid_trl.sampling import FRESH_PARTS, AdaptiveShare, Source, next_source, replay_seed, window_draw
 

@@ -24,6 +24,45 @@ from amid_trl.config import AMiDConfig
 logger = logging.getLogger(__name__)
 
 
+def load_models(
+    model: str | nn.Module | None,
+    teacher_model: str | nn.Module | None,
+    args: AMiDConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: BitsAndBytesConfig | None,
+    *,
+    adapter_follows: bool,
+) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    """Student, teacher and tokenizer, loaded where they are names, and checked against each other.
+
+    The teacher is None where a server or a cache stands for it.
+    """
+    absent = args.teacher_model_server_url or args.teacher_cache
+    if teacher_model is not None and absent:
+        raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")
+    teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+    if model is None or (teacher_model is None and not absent):
+        missing = "model" if model is None else "teacher_model (or args.teacher_model_name_or_path)"
+        raise ValueError(f"{missing} is missing: pass a name, a path or a model")
+
+    revision = (args.model_init_kwargs or {}).get("revision")
+    remote = args.trust_remote_code
+    student = load_student(model, args, quantization_config)
+    tokenizer = tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
+    check_student(student, tokenizer, adapter_follows=adapter_follows)
+    teacher = None
+    if not absent:
+        teacher = load_teacher(teacher_model, args)
+        revision = args.teacher_model_revision
+        check_teacher(student, teacher)
+        check_same_tokenizer(
+            tokenizer, load_tokenizer(teacher, teacher_model, revision=revision, trust_remote_code=remote)
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return student, teacher, tokenizer
+
+
 def load_student(
     model: str | nn.Module, args: AMiDConfig, quantization_config: BitsAndBytesConfig | None = None
 ) -> nn.Module:
@@ -121,13 +160,15 @@ def load_tokenizer(
     return None
 
 
-def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of tokens that both models and the tokenizer know: what lies behind is padding of the weight matrices.
+def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens that all models and the tokenizer know: what lies behind is padding of the weight matrices.
 
     Raises a ValueError if a model has fewer rows than the tokenizer has tokens.
     """
     tokens = max(tokenizer.get_vocab().values()) + 1
     for role, model in (("student", student), ("teacher", teacher)):
+        if model is None:
+            continue
         rows = causal_lm(model).config.get_text_config().vocab_size
         if rows < tokens:
             raise ValueError(
@@ -137,9 +178,9 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: PreTrai
     return tokens
 
 
-def common_positions(student: nn.Module, teacher: nn.Module) -> int | None:
-    """The longest sequence, in tokens, that both models have positions for; None if neither declares a bound."""
-    configs = [causal_lm(model).config.get_text_config() for model in (student, teacher)]
+def common_positions(*models: nn.Module | None) -> int | None:
+    """The longest sequence, in tokens, that all models have positions for; None if none declares a bound."""
+    configs = [causal_lm(model).config.get_text_config() for model in models if model is not None]
     bounds = [getattr(config, "max_position_embeddings", None) for config in configs]
     return min((bound for bound in bounds if bound), default=None)
 
@@ -174,18 +215,8 @@ def check_same_tokenizer(
         logger.warning("The teacher's tokenizer does not know %s; its probability for them is untrained.", missing)
 
 
-def check_models(
-    student: nn.Module,
-    teacher: nn.Module,
-    tokenizer: Any,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    adapter_follows: bool,
-) -> None:
-    """Refuse, before anything is trained, a pair of models that the loss could not compare.
-
-    `adapter_follows` says that the student gets a new adapter, so that it may be frozen now.
-    """
+def check_student(student: nn.Module, tokenizer: Any, *, adapter_follows: bool) -> None:
+    """Refuse a student that cannot be trained; it may be frozen now if an adapter follows."""
     if tokenizer is None:
         raise ValueError("processing_class is missing, and no tokenizer lies beside the student's weights")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -193,14 +224,17 @@ def check_models(
             f"processing_class must be a tokenizer; got a {type(tokenizer).__name__}: only text is trained"
         )
     check_text_only(student, "student")
-    check_text_only(teacher, "teacher")
-    if causal_lm(teacher) is causal_lm(student):
-        raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")
     if not adapter_follows and not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "the student has no trainable parameter; load an adapter with is_trainable=True, or pass peft_config"
         )
-    check_same_tokenizer(tokenizer, teacher_tokenizer)
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that the loss could not read, or that would change with the student."""
+    check_text_only(teacher, "teacher")
+    if causal_lm(teacher) is causal_lm(student):
+        raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")
 
 
 def check_text_only(model: nn.Module, role: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,8 @@ class DistillationTokenLoss:
     objective: Objective
     sft_weight: float = 0.0
     moves: bool = False
+
+    figures: ClassVar[tuple[str, ...]] = FIGURES
 
     @property
     def compiles(self) -> bool:

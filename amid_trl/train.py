@@ -1,7 +1,11 @@
 """The training script behind `amid-trl train`; also `accelerate launch -m amid_trl train …`."""
 
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
+
+from amid_trl import recipes
 
 
 def make_parser(prog: str | None = None) -> Any:
@@ -10,11 +14,15 @@ def make_parser(prog: str | None = None) -> Any:
 
     from amid_trl import AMiDConfig
 
-    return TrlParser((ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return TrlParser(
+        (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig),
+        prog=prog,
+        epilog=f"--config reads them from a YAML file, or from a recipe: {', '.join(recipes.names())}",
+    )
 
 
-def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Train, save, and push if asked to."""
+def build_trainer(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> Any:
+    """The trainer that the arguments describe."""
     from trl import get_peft_config, get_quantization_config
 
     from amid_trl import AMiDTrainer
@@ -34,7 +42,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     }
 
     dataset = load_splits(script_args, dataset_args)
-    trainer = AMiDTrainer(
+    return AMiDTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
@@ -42,6 +50,11 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Train, save, and push if asked to."""
+    trainer = build_trainer(script_args, training_args, model_args, dataset_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.accelerator.print("✅ Training completed.")
 
@@ -70,15 +83,17 @@ def load_splits(script_args: Any, dataset_args: Any) -> Any:
     )
 
 
-def run(argv: list[str] | None = None) -> None:
-    """Parse and train. Under a launcher, keys of the YAML file that are the launcher's are left to it."""
+def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> None:
+    """Parse and work. Under a launcher, keys of the YAML file that are the launcher's are left to it."""
     *parsed, from_config, from_flags = make_parser().parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
+        recipes.resolve(sys.argv[1:] if argv is None else argv),
+        return_remaining_strings=True,
+        separate_remaining_strings=True,
     )
     unknown = from_flags if is_launched() else [*from_config, *from_flags]
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    main(*parsed)
+    (work or main)(*parsed)
 
 
 def is_launched() -> bool:

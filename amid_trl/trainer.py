@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -28,39 +28,45 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
-from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length, window_prompts
+from amid_trl.absent_teacher import absent_teacher
+from amid_trl.batch_loss import BatchLoss, ModelTeacher, batch_loss
+from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length, several_each, window_prompts
 from amid_trl.card import PAPER, objective_card
-from amid_trl.checkpoint import load_state, save_state
+from amid_trl.checkpoint import Stateful, load_state, save_state
 from amid_trl.completions import CompletionLog
-from amid_trl.config import SAMPLING_FIELDS, AMiDConfig, data_settings, own_copy
+from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
-from amid_trl.generation import eos_token_ids, generate_completions, sampling_config
-from amid_trl.linear import Head, linear_token_loss
+from amid_trl.generation import eos_token_ids
+from amid_trl.linear import States
 from amid_trl.metrics import Means
+from amid_trl.plain_text import PlainText
 from amid_trl.run_objective import RunObjective
-from amid_trl.sampling import Source, completion_seed
+from amid_trl.sampling import Source
 from amid_trl.sources import Sources
+from amid_trl.sparse import SparseTeacher, SparseTokenLoss
 from amid_trl.teacher import (
-    check_models,
     common_positions,
     common_vocabulary,
     disable_dropout,
     freeze,
-    load_student,
-    load_teacher,
-    load_tokenizer,
+    load_models,
     merge_adapter,
     place,
 )
-from amid_trl.token_loss import FIGURES
-from amid_trl.validation import check_evaluation_set
+from amid_trl.token_loss import DistillationTokenLoss
+from amid_trl.validation import check_evaluation_set, without_effect
+from amid_trl.writers import ModelWriter, VLLMWriter, Writer, require_vllm, writer_config
 
 
 logger = logging.getLogger(__name__)
 
-# Logged as means over trained tokens. The last two figures are not: TAID's loss and the student's token, a prediction.
-TOKEN_MEANS = FIGURES[:-2]
-WINDOW_MEANS = ("on_policy_share", "replay_share", "completions/mean_length", "completions/clipped_ratio")
+WINDOW_MEANS = (
+    "on_policy_share",
+    "replay_share",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "pretrain_nll",
+)
 
 
 class AMiDTrainer(GKDTrainer):
@@ -71,7 +77,8 @@ class AMiDTrainer(GKDTrainer):
             The student: a name, a path (of a model or of an adapter, which is trained further), or a model.
         teacher_model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`, *optional*):
             The teacher, likewise; an adapter is kept beside its base, not merged. By default
-            `args.teacher_model_name_or_path`. Frozen in place.
+            `args.teacher_model_name_or_path`. Frozen in place. None beside `args.teacher_model_server_url` or
+            `args.teacher_cache`.
         args ([`AMiDConfig`], *optional*):
             The settings. Never changed: the trainer works on a copy, `trainer.args`.
         data_collator (`DataCollator`, *optional*):
@@ -82,6 +89,8 @@ class AMiDTrainer(GKDTrainer):
             Any of TRL's text formats (docs/data.md).
         processing_class (`~transformers.PreTrainedTokenizerBase`, *optional*):
             The tokenizer, by default the student's.
+        pretrain_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Plain text for the cross-entropy beside the distillation, by default `args.pretrain_dataset`.
         compute_metrics (`Callable`, *optional*):
             Gets the student's most likely token ids as `predictions` (batch, tokens), -100 where nothing is trained,
             never logits.
@@ -111,29 +120,17 @@ class AMiDTrainer(GKDTrainer):
         peft_config: Any | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
+        pretrain_dataset: Dataset | IterableDataset | None = None,
     ):
         args = own_copy(args, model)
         if preprocess_logits_for_metrics is not None:
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
-        teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if model is None or teacher_model is None:
-            missing = "model" if model is None else "teacher_model (or args.teacher_model_name_or_path)"
-            raise ValueError(f"{missing} is missing: pass a name, a path or a model")
-
+        if args.use_vllm:
+            require_vllm()
         set_seed(args.seed)
-        revision = (args.model_init_kwargs or {}).get("revision")
-        student = load_student(model, args, quantization_config)
-        teacher = load_teacher(teacher_model, args)
-        tokenizer = processing_class or load_tokenizer(
-            student, model, revision=revision, trust_remote_code=args.trust_remote_code
+        student, teacher, tokenizer = load_models(
+            model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None
         )
-        teacher_tokenizer = load_tokenizer(
-            teacher, teacher_model, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-        )
-        check_models(student, teacher, tokenizer, teacher_tokenizer, adapter_follows=peft_config is not None)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-
         check_evaluation_set(args, eval_dataset)
         if is_peft_model(student) and peft_config is not None:
             folder = Path(args.output_dir, "merged_base")
@@ -170,14 +167,25 @@ class AMiDTrainer(GKDTrainer):
         if self.aux_loss_enabled:
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         _trl.announce_head(self.model)
-        self.teacher_model = place(freeze(teacher), self.accelerator)
+        if teacher is None:
+            data = (self.train_dataset, self.eval_dataset)
+            self.teacher_model, self._teacher = None, absent_teacher(args, tokenizer, self.vocabulary, *data)
+            token_loss = SparseTokenLoss
+        else:
+            self.teacher_model = place(freeze(teacher), self.accelerator)
+            self._teacher, token_loss = ModelTeacher(self.teacher_model, self.accelerator), DistillationTokenLoss
+        self._plain_text = self._open_plain_text(pretrain_dataset)
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
-        self.generation_config = self._sampling_config("student")
-        self._sources, self._run_objective = Sources(args, self.accelerator), RunObjective(args, self.accelerator)
+        self._writers = self._open_writers()
+        self.generation_config = self._writers["student"].config
+        self._sources = Sources(args, self.accelerator)
+        self._run_objective = RunObjective(args, self.accelerator, token_loss)
         self.objective = self._run_objective.current
-        self._train_means = Means((*TOKEN_MEANS, *WINDOW_MEANS), self.accelerator.device)
-        self._eval_means = Means(TOKEN_MEANS, self.accelerator.device)
+        # The last two figures are no means: TAID's loss and the student's token, a prediction.
+        self._token_means = token_loss.figures[:-2]
+        self._train_means = Means((*self._token_means, *WINDOW_MEANS), self.accelerator.device)
+        self._eval_means = Means(self._token_means, self.accelerator.device)
         self._completion_log = (
             CompletionLog(args.output_dir, tokenizer, args.num_completions_to_print) if args.log_completions else None
         )
@@ -195,6 +203,47 @@ class AMiDTrainer(GKDTrainer):
         with _trl.global_then_local_main_first():
             rows = prepare_dataset(dataset, processing_class, settings, name=dataset_name)
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+
+    def _open_writers(self) -> dict[Source, Writer]:
+        config = partial(writer_config, self.args, self._tokenizer, self.vocabulary)
+        own = self._student_generation_config
+        student = config(self.model, own)
+        parts = (student, self.args, self.accelerator)
+        writers: dict[Source, Writer] = {
+            "student": VLLMWriter(self.model, *parts, self._tokenizer)
+            if self.args.use_vllm
+            else ModelWriter(lambda: self.model_wrapped, *parts)
+        }
+        if self.args.seq_kd:
+            writers["teacher"] = ModelWriter(
+                lambda: self.teacher_model, config(self.teacher_model, own), self.args, self.accelerator
+            )
+        return writers
+
+    def _open_plain_text(self, dataset: Dataset | IterableDataset | None) -> PlainText | None:
+        args = self.args
+        if dataset is None and args.pretrain_dataset is None:
+            without_effect(args, ("pretrain_weight", "pretrain_dataset_config"), "without pretrain_dataset")
+            return None
+        if args.max_length is None:
+            raise ValueError("pretrain_dataset is read in blocks of max_length tokens; set max_length")
+        if dataset is None:
+            dataset = load_dataset(args.pretrain_dataset, args.pretrain_dataset_config, split="train", streaming=True)
+        return PlainText(
+            dataset,
+            self._tokenizer,
+            text_field=args.dataset_text_field,
+            block_size=min(args.max_length, self._positions or args.max_length),
+            blocks=args.train_batch_size,
+            seed=args.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    @property
+    def _stateful(self) -> tuple[Stateful, ...]:
+        parts = (self._sources, self._run_objective, self._plain_text)
+        return tuple(part for part in parts if part is not None)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "prompt_ids"]
@@ -215,6 +264,10 @@ class AMiDTrainer(GKDTrainer):
             batches = deal_by_length(batches, self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         for batch in batches:
             batch["source"] = source
+        if self._plain_text is not None:
+            for batch, blocks in zip(batches, self._plain_text.next_window(len(batches)), strict=True):
+                batch["plain_text"] = blocks.to(device)
+                batch["plain_weight"] = self.args.pretrain_weight / len(batches)
         for name, share in self._sources.shares(source).items():
             self._train_means.add(name, share, 1)
         return batches, self._get_num_items_in_batch(batches, device)
@@ -224,9 +277,10 @@ class AMiDTrainer(GKDTrainer):
             prompts, completions = self._sources.replayed(sum(len(batch["input_ids"]) for batch in batches))
         else:
             prompts = window_prompts(batches, writer=source)
-            config = self._sampling_config(source)
-            completions = self._generate(source, prompts, config)
-            self._record_completions(source, prompts, completions, config)
+            if source == "student":
+                prompts = several_each(prompts, self.args.num_generations)
+            completions = self._writers[source](prompts, self.state.global_step)
+            self._record_completions(source, prompts, completions)
         if source == "student":
             self._sources.remember(prompts, completions)
         window, start = [], 0
@@ -235,33 +289,6 @@ class AMiDTrainer(GKDTrainer):
             pad = (self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
             window.append(self._prepare_inputs(completion_batch(prompts[rows], completions[rows], *pad)))
         return window
-
-    def _generate(self, source: Source, prompts: list[Tensor], config) -> list[Tensor]:
-        wrapped = self.model_wrapped if source == "student" else self.teacher_model
-        device = self.accelerator.device
-        seed = completion_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            _trl.unwrap_model_for_generation(
-                wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.accelerator.autocast(),
-        ):
-            torch.manual_seed(seed)
-            return generate_completions(_trl.causal_lm(model), prompts, config, self.args.generation_batch_size)
-
-    def _sampling_config(self, source: Source):
-        model = self.model if source == "student" else self.teacher_model
-        base = _trl.causal_lm(self.accelerator.unwrap_model(model))
-        return sampling_config(
-            eos_token_ids=eos_token_ids(self._tokenizer, self._student_generation_config, base.generation_config),
-            pad_token_id=self._tokenizer.pad_token_id,
-            padded_ids=range(self.vocabulary, base.config.get_text_config().vocab_size),
-            **{name: getattr(self.args, name) for name in SAMPLING_FIELDS},
-        )
 
     # ---- The loss ----
 
@@ -278,9 +305,8 @@ class AMiDTrainer(GKDTrainer):
         Multiplied by the number of processes where the count is global, because their gradients are averaged.
         """
         student = self.accelerator.unwrap_model(model)
-        teacher_states = self._teacher_states(inputs)
-        total, row_sums, predictions = _trl.forward_redirection(
-            model, student, self._loss, student, inputs, *teacher_states
+        total, row_sums, predictions, plain_nll = _trl.forward_redirection(
+            model, student, self._loss, student, inputs, self._teacher(inputs)
         )
         if student.training:  # DeepSpeed's wrapper says so of itself even in evaluation
             self._record(self._train_means, row_sums)
@@ -293,42 +319,15 @@ class AMiDTrainer(GKDTrainer):
             loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if plain_nll is not None:
+            self._train_means.add("pretrain_nll", plain_nll.detach(), 1)
+            loss = loss + inputs["plain_weight"] * plain_nll
         return (loss, {"predictions": predictions}) if return_outputs else loss
 
-    def _teacher_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
-        """The teacher's hidden states at trained positions, and its head."""
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        base = _trl.causal_lm(teacher)
-        tokens = (inputs["input_ids"], inputs["attention_mask"])
-        with torch.no_grad(), self.accelerator.autocast():
-            hidden = _trl.forward_redirection(self.teacher_model, teacher, _trl.backbone_states, base, *tokens)
-        trained = inputs["labels"][:, 1:] != -100
-        return hidden[:, :-1][trained.to(hidden.device)], _trl.language_model_head(base)
-
-    def _loss(
-        self, student: nn.Module, inputs: dict[str, Any], teacher_hidden: Tensor, teacher_head: Head
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Σ loss; per row, sums of FIGURES[:-1] and the token count; the student's tokens (batch, tokens - 1)."""
+    def _loss(self, student: nn.Module, inputs: dict[str, Any], teacher: States | SparseTeacher) -> BatchLoss:
+        token_loss = self._run_objective.token_loss(inputs.get("source"))
         with self.accelerator.autocast():
-            base = _trl.causal_lm(student)
-            head = _trl.language_model_head(base)
-            hidden = _trl.backbone_states(base, inputs["input_ids"], inputs["attention_mask"]).to(head.weight.device)
-            targets = inputs["labels"][:, 1:].to(hidden.device)
-            trained = targets != -100
-            with _trl.gathered_head(teacher_head):
-                total, figures = linear_token_loss(
-                    hidden[:, :-1][trained],
-                    head.cut(self.vocabulary),
-                    teacher_hidden,
-                    teacher_head.cut(self.vocabulary),
-                    self._run_objective.token_loss(inputs.get("source")),
-                    (targets[trained],),
-                    self.args.logits_chunk_size,
-                )
-        predictions = torch.full_like(targets, -100).masked_scatter(trained, figures[:, -1].long())
-        summands = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1)
-        row_sums = summands.new_zeros(len(targets), summands.shape[1])
-        return total, row_sums.index_add(0, trained.nonzero()[:, 0], summands), predictions
+            return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, self.args.logits_chunk_size)
 
     # ---- Evaluation ----
 
@@ -361,11 +360,11 @@ class AMiDTrainer(GKDTrainer):
 
     def _record(self, means: Means, row_sums: Tensor) -> None:
         *sums, _, tokens = row_sums.sum(0)
-        for name, total in zip(TOKEN_MEANS, sums, strict=True):
+        for name, total in zip(self._token_means, sums, strict=True):
             means.add(name, total, tokens)
 
-    def _record_completions(self, source: Source, prompts: list[Tensor], completions: list[Tensor], config) -> None:
-        ends = set(config.eos_token_id or ())
+    def _record_completions(self, source: Source, prompts: list[Tensor], completions: list[Tensor]) -> None:
+        ends = set(self._writers[source].config.eos_token_id or ())
         clipped = [len(ids) == 0 or int(ids[-1]) not in ends for ids in completions]
         self._train_means.add("completions/mean_length", sum(map(len, completions)), len(completions))
         self._train_means.add("completions/clipped_ratio", sum(clipped), len(completions))
@@ -384,12 +383,12 @@ class AMiDTrainer(GKDTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_state(output_dir, (self._sources, self._run_objective), self.accelerator)
+        save_state(output_dir, self._stateful, self.accelerator)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_state(checkpoint, (self._sources, self._run_objective), self.accelerator)
+            load_state(checkpoint, self._stateful, self.accelerator)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card, followed by the objective's settings."""

@@ -36,6 +36,21 @@ MANAGED_GENERATION_KWARGS = (
     "use_cache",
 )
 
+VLLM_SERVER_FIELDS = (
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+)
+VLLM_COLOCATE_FIELDS = (
+    "vllm_enable_sleep_mode",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+    "vllm_model_impl",
+)
+
 ADAPTIVE_FIELDS = ("adaptive_threshold", "adaptive_tolerance", "adaptive_step", "replay_share", "replay_capacity")
 
 
@@ -64,9 +79,10 @@ def check_config(config: AMiDConfig) -> None:
             raise ValueError(f"{name} must be a positive, finite number; got {getattr(config, name)!r}")
     if config.top_p > 1 or not 0 <= (config.min_p or 0) <= 1:
         raise ValueError(f"top_p and min_p must be at most 1; got top_p={config.top_p}, min_p={config.min_p}")
-    if not (_is_number(config.sft_weight) and 0 <= config.sft_weight < math.inf):
-        raise ValueError(f"sft_weight must be a finite number, 0 or more; got {config.sft_weight!r}")
-    for name in config.generation_kwargs or {}:
+    for name in ("sft_weight", "pretrain_weight"):
+        if not (_is_number(getattr(config, name)) and 0 <= getattr(config, name) < math.inf):
+            raise ValueError(f"{name} must be a finite number, 0 or more; got {getattr(config, name)!r}")
+    for name in () if config.use_vllm else config.generation_kwargs or ():
         if name in MANAGED_GENERATION_KWARGS or not hasattr(GenerationConfig(), name):
             raise ValueError(
                 f"generation_kwargs may have fields of transformers' GenerationConfig other than "
@@ -75,6 +91,8 @@ def check_config(config: AMiDConfig) -> None:
     if config.assistant_turns not in ("all", "last"):
         raise ValueError(f"assistant_turns must be 'all' or 'last'; got {config.assistant_turns!r}")
     _check_sampling(config)
+    _check_vllm(config)
+    _check_absent_teacher(config)
     if config.generates and config.max_length is not None and config.max_length <= config.max_new_tokens:
         raise ValueError(
             f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in max_length={config.max_length}"
@@ -87,6 +105,14 @@ def check_config(config: AMiDConfig) -> None:
 
 def _check_sampling(config: AMiDConfig) -> None:
     _at_least("sampling_block_size", config.sampling_block_size, 1)
+    _at_least("num_generations", config.num_generations, 1)
+    if config.window_rows % config.num_generations:
+        raise ValueError(
+            f"num_generations={config.num_generations} must divide the {config.window_rows} rows that one process "
+            "trains on in each optimizer step"
+        )
+    if config.student_shares[1] == 0:
+        without_effect(config, ("num_generations", "use_vllm"), "on a run without student text; set lmbda")
     for name in ("assistant_alpha", "assistant_lambda", "lmbda"):
         if getattr(config, f"{name}_schedule") is not None:
             without_effect(config, (name,), f"beside {name}_schedule")
@@ -97,11 +123,10 @@ def _check_sampling(config: AMiDConfig) -> None:
         AdaptiveShare(config.adaptive_threshold, config.adaptive_tolerance, config.adaptive_step)
         if config.replay_share not in FRESH_PARTS:
             raise ValueError(f"replay_share must be one of {', '.join(FRESH_PARTS)}; got {config.replay_share!r}")
-        rows = config.train_batch_size * config.gradient_accumulation_steps
-        if config.replay_capacity < rows:
+        if config.replay_capacity < config.window_rows:
             raise ValueError(
-                f"replay_capacity={config.replay_capacity} is smaller than a window: one process trains on {rows} "
-                "rows in each optimizer step"
+                f"replay_capacity={config.replay_capacity} is smaller than a window: one process trains on "
+                f"{config.window_rows} rows in each optimizer step"
             )
         if config.eval_strategy == "no":
             raise ValueError(
@@ -109,6 +134,41 @@ def _check_sampling(config: AMiDConfig) -> None:
             )
     else:
         raise ValueError(f"sampling must be 'mixed' or 'adaptive'; got {config.sampling!r}")
+
+
+def _check_vllm(config: AMiDConfig) -> None:
+    if not config.use_vllm:
+        names = ("vllm_mode", "vllm_structured_outputs_regex", *VLLM_SERVER_FIELDS, *VLLM_COLOCATE_FIELDS)
+        without_effect(config, names, "without use_vllm=True")
+        return
+    if config.vllm_mode not in ("colocate", "server"):
+        raise ValueError(f"vllm_mode must be 'colocate' or 'server'; got {config.vllm_mode!r}")
+    elsewhere = VLLM_SERVER_FIELDS if config.vllm_mode == "colocate" else VLLM_COLOCATE_FIELDS
+    without_effect(config, elsewhere, f"on vllm_mode={config.vllm_mode!r}")
+    without_effect(config, ("cache_implementation", "generation_batch_size"), "on use_vllm=True")
+    if config.seq_kd and config.generation_kwargs:
+        raise ValueError(
+            f"generation_kwargs={config.generation_kwargs} are vLLM's, but with seq_kd=True the teacher writes too, "
+            "which is not in vLLM; leave one of them out"
+        )
+    longest = config.vllm_max_model_length
+    if longest is not None and config.max_length is not None and longest < config.max_length:
+        raise ValueError(f"vllm_max_model_length={longest} is less than max_length={config.max_length}")
+
+
+def _check_absent_teacher(config: AMiDConfig) -> None:
+    _at_least("teacher_top_k", config.teacher_top_k, 1)
+    if config.teacher_model_server_url is None and config.teacher_cache is None:
+        without_effect(config, ("teacher_top_k",), "on a teacher in memory")
+        return
+    if config.teacher_model_server_url is not None:
+        names = ("teacher_cache", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
+        without_effect(config, names, "beside teacher_model_server_url")
+    elif config.student_shares[1] > 0:
+        raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
+    if config.seq_kd:
+        raise ValueError("seq_kd=True needs a teacher in memory, which writes the text")
+    without_effect(config, ("distill_temperature",), "on a teacher of which only the likeliest tokens are known")
 
 
 def check_evaluation_set(config: AMiDConfig, evaluation_set: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -51,6 +52,8 @@ def train(tmp_path, tokenizer, student, teacher):
     def build(*, model=None, teacher_model=None, train_dataset=None, **settings) -> AMiDTrainer:
         own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "quantization_config")
         extra = {name: settings.pop(name) for name in own if name in settings}
+        if isinstance(settings.get("pretrain_dataset"), Dataset):  # a field of the same name takes a path
+            extra["pretrain_dataset"] = settings.pop("pretrain_dataset")
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "use_cpu": True,

@@ -16,10 +16,24 @@ PACKAGE = ROOT / "amid_trl"
 
 # Lower layers first; a module imports from its own layer and from those above it in this list.
 LAYERS = {
-    "maths": ["assistant", "divergences", "objective", "kernel", "linear", "token_loss", "schedules"],
-    "batches": ["sampling", "replay", "rows", "conversations", "batches", "data", "generation"],
+    "maths": ["assistant", "divergences", "objective", "kernel", "linear", "token_loss", "sparse", "schedules"],
+    "batches": [
+        "sampling",
+        "replay",
+        "rows",
+        "conversations",
+        "batches",
+        "data",
+        "generation",
+        "plain_text",
+        "teacher_cache",
+        "teacher_server",
+    ],
     "training": [
         "_trl",
+        "absent_teacher",
+        "batch_loss",
+        "building",
         "card",
         "checkpoint",
         "completions",
@@ -32,8 +46,9 @@ LAYERS = {
         "teacher",
         "trainer",
         "validation",
+        "writers",
     ],
-    "entry": ["__init__", "__main__", "cli", "train"],
+    "entry": ["__init__", "__main__", "caching", "cli", "recipes", "train"],
 }
 # Imported by modules of the maths layer, and nothing else.
 STANDARD_LIBRARY = {"collections", "dataclasses", "functools", "inspect", "logging", "math", "threading", "typing"}
@@ -41,7 +56,8 @@ MATHS_IMPORTS = {"torch", "jaxtyping", "amid_trl", *STANDARD_LIBRARY}
 
 
 def imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    file = PACKAGE / f"{module}.py"
+    tree = ast.parse((file if file.exists() else PACKAGE / module / "__init__.py").read_text())
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,7 +70,9 @@ def imports(module: str) -> set[str]:
 
 
 def test_every_module_has_a_layer():
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
     assert modules == {module for layer in LAYERS.values() for module in layer}
 
 
@@ -93,6 +111,7 @@ def test_private_names_of_trl_and_transformers_are_used_in_one_place():
 
 def test_the_names_borrowed_from_trl_are_listed():
     assert sorted(_trl.__all__) == [
+        "VLLMGeneration",
         "accelerate_launch",
         "announce_head",
         "backbone_states",
@@ -101,6 +120,7 @@ def test_the_names_borrowed_from_trl_are_listed():
         "forward_redirection",
         "gathered_head",
         "global_then_local_main_first",
+        "is_vllm_available",
         "language_model_head",
         "prepare_deepspeed",
         "print_prompt_completions_sample",

@@ -9,7 +9,9 @@ from trl import TrlParser
 from trl.experimental.gkd import GKDConfig
 
 from amid_trl import AMiDConfig, Objective
-from amid_trl.config import build_objective, build_schedule, data_settings
+from amid_trl.building import build_objective, build_schedule
+from amid_trl.config import data_settings
+from amid_trl.validation import VLLM_COLOCATE_FIELDS, VLLM_SERVER_FIELDS
 
 
 OWN_FIELDS = [
@@ -231,6 +233,22 @@ EFFECTS = {
     "generation_kwargs": "test_fields.py::test_sampling_fields_reach_the_generation_config",
     "generation_batch_size": "test_windows.py::test_one_generate_call_serves_a_window_and_the_bound_splits_it",
     "ds3_gather_for_generation": "test_fields.py::test_gathering_for_generation_is_passed_on",
+    **dict.fromkeys(
+        ("teacher_model_server_url", "teacher_top_k"),
+        "test_absent_teacher.py::test_what_the_server_leaves_out_is_logged_and_kl_is_a_lower_bound",
+    ),
+    "teacher_cache": (
+        "test_absent_teacher.py::test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding"
+    ),
+    "pretrain_dataset": "test_pretraining.py::test_a_dataset_is_named_and_streamed_and_read_on_by_a_resumed_run",
+    "pretrain_dataset_config": "test_pretraining.py::test_a_dataset_is_loaded_in_its_configuration",
+    "pretrain_weight": "test_pretraining.py::test_every_window_has_blocks_of_text_and_their_own_mean",
+    "num_generations": "test_writers.py::test_a_window_has_different_completions_of_the_same_prompts",
+    "use_vllm": "test_writers.py::test_the_engine_writes_the_students_windows_with_its_weights_of_that_step",
+    **dict.fromkeys(("vllm_mode", *VLLM_SERVER_FIELDS), "test_writers.py::test_settings_reach_the_server"),
+    **dict.fromkeys(
+        ("vllm_structured_outputs_regex", *VLLM_COLOCATE_FIELDS), "test_writers.py::test_settings_reach_the_engine"
+    ),
     "log_completions": "test_trainer.py::test_completions_are_printed_and_saved",
     "num_completions_to_print": "test_fields.py::test_the_printed_table_has_the_rows_asked_for",
 }

@@ -5,7 +5,7 @@ import torch
 from tiny import messages_dataset, multi_turn_dataset, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-import amid_trl.trainer
+import amid_trl.writers
 from amid_trl import AMiDConfig, AMiDTrainer, linear
 
 
@@ -113,13 +113,13 @@ def test_generation_kwargs_win(build):
 
 def test_gathering_for_generation_is_passed_on(build, monkeypatch):
     seen = []
-    unwrap = amid_trl.trainer._trl.unwrap_model_for_generation
+    unwrap = amid_trl.writers._trl.unwrap_model_for_generation
 
     def remember(*args, gather_deepspeed3_params, **kwargs):
         seen.append(gather_deepspeed3_params)
         return unwrap(*args, gather_deepspeed3_params=gather_deepspeed3_params, **kwargs)
 
-    monkeypatch.setattr(amid_trl.trainer._trl, "unwrap_model_for_generation", remember)
+    monkeypatch.setattr(amid_trl.writers._trl, "unwrap_model_for_generation", remember)
     build(lmbda=1.0, ds3_gather_for_generation=False).train()
     build(lmbda=1.0).train()
     assert seen == [False, True]

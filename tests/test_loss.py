@@ -130,15 +130,15 @@ def test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_studen
 def test_under_bf16_autocast_both_models_run_in_bf16_and_the_loss_in_float32(train, monkeypatch, student, teacher):
     seen = []
 
-    def spy(student_hidden, student_head, teacher_hidden, teacher_head, token_loss, *rest):
+    def spy(student, teacher, token_loss, *rest):
         def looking(student_logits, teacher_logits, *columns):
             losses, figures = token_loss(student_logits, teacher_logits, *columns)
             seen.append((student_logits.dtype, teacher_logits.dtype, losses.dtype))
             return losses, figures
 
-        return linear_token_loss(student_hidden, student_head, teacher_hidden, teacher_head, looking, *rest)
+        return linear_token_loss(student, teacher, looking, *rest)
 
-    monkeypatch.setattr("amid_trl.trainer.linear_token_loss", spy)
+    monkeypatch.setattr("amid_trl.batch_loss.linear_token_loss", spy)
     layers = []
     for model in (student, teacher):
         layer = model.model.layers[0].self_attn.q_proj

@@ -68,14 +68,15 @@ def run(models: Path, output_dir: Path, *, student="student", lora=False, trains
         eval_dataset=multi_turn_dataset(5),
         peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )
-    lengths, generate = [], trainer._generate
+    lengths, write = [], trainer._writers["student"]
 
-    def generate_and_measure(*args):
-        completions = generate(*args)
+    def write_and_measure(*args):
+        completions = write(*args)
         lengths.append([len(completion) for completion in completions])
         return completions
 
-    trainer._generate = generate_and_measure
+    write_and_measure.config = write.config
+    trainer._writers["student"] = write_and_measure
     if trains:
         trainer.train()
     trainer.evaluate()

@@ -1,0 +1,86 @@
+"""A teacher that is not in memory: the likeliest tokens of each position, from a server or from a cache."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from amid_trl.batch_loss import Batch
+from amid_trl.config import AMiDConfig
+from amid_trl.rows import UNTRAINED
+from amid_trl.sparse import SparseTeacher
+from amid_trl.teacher_cache import TeacherCache, row_key
+from amid_trl.teacher_server import TeacherServer
+
+
+def absent_teacher(
+    args: AMiDConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, *datasets: Any
+) -> "ServedTeacher | CachedTeacher":
+    """The teacher that the settings name; a ValueError if it is another one's, or knows not all of the datasets."""
+    if args.teacher_model_server_url is not None:
+        return ServedTeacher(TeacherServer(args.teacher_model_server_url, args.teacher_top_k, vocabulary))
+    cache = TeacherCache(args.teacher_cache)
+    cache.check(tokenizer, args.teacher_model_name_or_path, vocabulary, min(args.teacher_top_k, vocabulary))
+    for name, dataset in all_datasets(*datasets):
+        if isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names):
+            _check_rows(cache, name, dataset)
+    return CachedTeacher(cache)
+
+
+def all_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+    """(name, dataset) for the training set and each evaluation set, those that there are."""
+    several = evaluation if isinstance(evaluation, Mapping) else {"eval": evaluation}
+    for name, dataset in {"train": train, **several}.items():
+        if dataset is not None:
+            yield name, dataset
+
+
+def _check_rows(cache: TeacherCache, name: str, dataset: Dataset) -> None:
+    columns = dataset.select_columns(["input_ids", "labels"]).with_format(None)
+    missing = [i for i, row in enumerate(columns) if row_key(row["input_ids"], row["labels"]) not in cache]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "
+            f"{missing[0]} first: write them with `amid-trl cache-teacher` and these settings"
+        )
+
+
+class ServedTeacher:
+    """Asks a server about every row, whoever wrote it."""
+
+    def __init__(self, server: TeacherServer):
+        self._server = server
+
+    def __call__(self, batch: Batch) -> SparseTeacher:
+        """The predictions at the trained tokens, rows one after the other."""
+        rows = list(unpadded_rows(batch))
+        answers = self._server.log_probs([ids.tolist() for ids, _ in rows])
+        trained = [labels[1:] != UNTRAINED for _, labels in rows]
+        parts = [[part[where] for part in answer] for answer, where in zip(answers, trained, strict=True)]
+        return _joined(parts, batch["input_ids"].device)
+
+
+class CachedTeacher:
+    """Looks every row up in a cache, which has the dataset's own text."""
+
+    def __init__(self, cache: TeacherCache):
+        self._cache = cache
+
+    def __call__(self, batch: Batch) -> SparseTeacher:
+        """The predictions at the trained tokens, rows one after the other."""
+        rows = [self._cache.row(row_key(ids, labels)) for ids, labels in unpadded_rows(batch)]
+        return _joined(rows, batch["input_ids"].device)
+
+
+def unpadded_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels of every row, on the CPU."""
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    for ids, labels, length in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), lengths, strict=True):
+        yield ids[:length], labels[:length]
+
+
+def _joined(rows: list, device: torch.device) -> SparseTeacher:
+    return SparseTeacher(*(torch.cat(parts).to(device) for parts in zip(*rows, strict=True)))
