@@ -22,7 +22,7 @@ def absent_teacher(
     """The teacher that the settings name; a ValueError if it is another one's, or knows not all of the datasets."""
     if args.teacher_model_server_url is not None:
         return ServedTeacher(TeacherServer(args.teacher_model_server_url, args.teacher_top_k, vocabulary))
-    cache = TeacherCache(args.teacher_cache)
+    cache = TeacherCache(str(args.teacher_cache))
     cache.check(tokenizer, args.teacher_model_name_or_path, vocabulary, min(args.teacher_top_k, vocabulary))
     for name, dataset in all_datasets(*datasets):
         if isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names):
@@ -39,8 +39,9 @@ def all_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_rows(cache: TeacherCache, name: str, dataset: Dataset) -> None:
-    columns = dataset.select_columns(["input_ids", "labels"]).with_format(None)
-    missing = [i for i, row in enumerate(columns) if row_key(row["input_ids"], row["labels"]) not in cache]
+    plain = dataset.with_format(None)
+    rows = zip(plain["input_ids"], plain["labels"], strict=True)
+    missing = [i for i, (ids, labels) in enumerate(rows) if row_key(ids, labels) not in cache]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "

@@ -128,8 +128,8 @@ def _token_figures(
         return value, torch.stack([figure.to(nll) for figure in each], dim=-1)
 
     columns = (labels[trained].to(device),)
-    pair = (States(states, head.cut(vocab)) for states, head in zip(hidden, heads, strict=True))
-    return linear_token_loss(*pair, figures, columns)[1]
+    ours, theirs = (States(states, head.cut(vocab)) for states, head in zip(hidden, heads, strict=True))
+    return linear_token_loss(ours, theirs, figures, columns)[1]
 
 
 def _trained_states(model: PreTrainedModel, batch: Mapping[str, Tensor], trained: Tensor) -> Tensor:

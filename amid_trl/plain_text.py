@@ -100,11 +100,12 @@ class PlainText:
 
     def _fill(self) -> None:
         """Read until there is a block."""
+        eos: Any = self._tokenizer.eos_token_id
         while len(self._tokens) < self._block_size:
             ids = self._tokenizer(self._next_document(), verbose=False)["input_ids"]  # no warning of long documents
             self._tokens += ids
-            if ids[-1:] != [self._tokenizer.eos_token_id]:  # some tokenizers append it
-                self._tokens.append(self._tokenizer.eos_token_id)
+            if ids[-1:] != [eos]:  # some tokenizers append it
+                self._tokens.append(eos)
 
     def _next_document(self) -> str:
         row = next(self._rows, None)

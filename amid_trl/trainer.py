@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -205,19 +206,19 @@ class AMiDTrainer(GKDTrainer):
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _open_writers(self) -> dict[Source, Writer]:
-        config = partial(writer_config, self.args, self._tokenizer, self.vocabulary)
-        own = self._student_generation_config
-        student = config(self.model, own)
-        parts = (student, self.args, self.accelerator)
-        writers: dict[Source, Writer] = {
-            "student": VLLMWriter(self.model, *parts, self._tokenizer)
-            if self.args.use_vllm
-            else ModelWriter(lambda: self.model_wrapped, *parts)
-        }
+        def config(model: nn.Module) -> GenerationConfig:
+            base = _trl.causal_lm(self.accelerator.unwrap_model(model))
+            return writer_config(self.args, self._tokenizer, self.vocabulary, base, self._student_generation_config)
+
+        run = (self.args, self.accelerator)
+        if self.args.use_vllm:
+            writers: dict[Source, Writer] = {
+                "student": VLLMWriter(self.model, config(self.model), *run, self._tokenizer)
+            }
+        else:
+            writers = {"student": ModelWriter(lambda: self.model_wrapped, config(self.model), *run)}
         if self.args.seq_kd:
-            writers["teacher"] = ModelWriter(
-                lambda: self.teacher_model, config(self.teacher_model, own), self.args, self.accelerator
-            )
+            writers["teacher"] = ModelWriter(lambda: self.teacher_model, config(self.teacher_model), *run)
         return writers
 
     def _open_plain_text(self, dataset: Dataset | IterableDataset | None) -> PlainText | None:

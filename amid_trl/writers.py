@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from amid_trl import _trl
 from amid_trl.config import SAMPLING_FIELDS, AMiDConfig
@@ -26,17 +26,20 @@ class Writer(Protocol):
 
 
 def writer_config(
-    args: AMiDConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, model: nn.Module, *others: GenerationConfig
+    args: AMiDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    model: PreTrainedModel,
+    *others: GenerationConfig,
 ) -> GenerationConfig:
     """How `model` writes in this run; completions end at its EOS tokens, the tokenizer's, and those of `others`."""
-    base = _trl.causal_lm(model)
     settings = {name: getattr(args, name) for name in SAMPLING_FIELDS}
     if args.use_vllm:
         del settings["generation_kwargs"]  # vLLM's own, for its engine alone
     return sampling_config(
-        eos_token_ids=eos_token_ids(tokenizer, *others, base.generation_config),
+        eos_token_ids=eos_token_ids(tokenizer, *others, model.generation_config),
         pad_token_id=tokenizer.pad_token_id,
-        padded_ids=range(vocabulary, base.config.get_text_config().vocab_size),
+        padded_ids=range(vocabulary, model.config.get_text_config().vocab_size),
         **settings,
     )
 
@@ -111,7 +114,7 @@ class VLLMWriter:
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
-            min_p=args.min_p,
+            min_p=args.min_p or 0.0,
             max_completion_length=args.max_new_tokens,
             logprobs=None,  # the loss reads the models, not the engine
             generation_kwargs={**_vllm_endings(config), **(args.generation_kwargs or {})},

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zero_worker
+from datasets import load_dataset
+from tiny import CORPUS, tiny_tokenizer
 
+from amid_trl.plain_text import PlainText
 from amid_trl.teacher import load_causal_lm
 
 
@@ -94,3 +98,29 @@ def test_text_is_written_under_zero_3_by_ranks_that_stop_at_different_lengths(tm
     for name in ("gathered", "sharded"):
         first, second = ([max(lengths) for lengths in rank["lengths"]] for rank in two[name])
         assert first != second, name
+
+
+def test_every_process_reads_plain_text_of_its_own(tmp_path, models):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS * 4))
+    cases = {"plain": {"pretrain_dataset": str(tmp_path / "text"), "max_length": 64, "max_new_tokens": 4}}
+    logs = [
+        [entry for entry in rank["log"] if "pretrain_nll" in entry]
+        for stage in (2, 3)
+        for rank in run_two(models, tmp_path / str(stage), stage, cases)["plain"]
+    ]
+    assert len(logs[0]) == 3
+    for name in ("loss", "grad_norm", "pretrain_nll"):
+        for other in logs[1:]:
+            assert [entry[name] for entry in other] == pytest.approx([entry[name] for entry in logs[0]], rel=1e-5)
+
+    student, tokenizer = load_causal_lm(str(models / "student"), {}, distributed=False), tiny_tokenizer()
+    stream = load_dataset(str(tmp_path / "text"), split="train", streaming=True)
+    settings = {"text_field": "text", "block_size": 64, "blocks": 1, "seed": 42, "world_size": 2}
+    blocks = [block for rank in (0, 1) for block in PlainText(stream, tokenizer, rank=rank, **settings).next_window(2)]
+    with torch.no_grad():
+        nll = [
+            F.cross_entropy(student(block).logits[0, :-1, : len(tokenizer)], block[0, 1:]).item() for block in blocks
+        ]
+    assert len(set(nll)) == 4
+    assert logs[0][0]["pretrain_nll"] == pytest.approx(sum(nll) / 4, rel=1e-4)

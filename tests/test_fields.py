@@ -40,7 +40,7 @@ def test_the_chunk_size_bounds_the_projection(build, monkeypatch):
     tokens = []
     project = linear.Head.project
     monkeypatch.setattr(
-        linear.Head, "project", lambda head, hidden: tokens.append(len(hidden)) or project(head, hidden)
+        linear.Head, "project", lambda head, hidden, out: tokens.append(len(hidden)) or project(head, hidden, out)
     )
     build(lmbda=0.0, logits_chunk_size=3).train()
     assert max(tokens) == 3 and len(tokens) > 4
