@@ -5,6 +5,7 @@ beside its matrix products. Where the vocabulary makes it worth a compilation, t
 """
 
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -63,8 +64,8 @@ class RowKernel:
         # A single row would be a compilation of its own: shapes of size 1 are special to it.
         large = len(student) > 1 and student.shape[-1] >= COMPILE_FROM_VOCAB
         if large and getattr(self.token_loss, "compiles", False):
-            dtypes = tuple(tensor.dtype for tensor in (student, *others))
-            return _compiled(self, dtypes, student.device.type)(student, *others)
+            rows_of = tuple((tensor.dtype, tensor.shape[1:]) for tensor in (student, *others))
+            return _compiled(self, rows_of, student.device.type)(student, *others)
         return self.plain(student, *others)
 
     def plain(self, student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -79,8 +80,8 @@ class RowKernel:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(kernel: RowKernel, dtypes: tuple[torch.dtype, ...], device: str) -> Callable:
-    """`kernel.plain` fused into one function for any number of rows, or itself where it does not compile."""
+def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], ...], device: str) -> Callable:
+    """`kernel.plain` fused into one function for any number of such rows, or itself where it does not compile."""
     chosen: Callable | None = None
 
     def fused(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -89,8 +90,8 @@ def _compiled(kernel: RowKernel, dtypes: tuple[torch.dtype, ...], device: str) -
             if chosen is not None:
                 return chosen(*tensors)
             try:
-                # Traced before it is compiled: one graph that has the gradient in it and serves every shape.
-                graph = make_fx(kernel.plain, tracing_mode="symbolic")(*(tensor[:3] for tensor in tensors))
+                # Traced before it is compiled: one graph that has the gradient in it.
+                graph = make_fx(kernel.plain, tracing_mode="symbolic")(*_few_rows(tensors))
                 candidate = torch.compile(graph, dynamic=True)
                 outputs = candidate(*tensors)
             except torch.OutOfMemoryError:
@@ -104,6 +105,13 @@ def _compiled(kernel: RowKernel, dtypes: tuple[torch.dtype, ...], device: str) -
             return outputs
 
     return fused
+
+
+def _few_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Tensors to trace with. Equal sizes in them count as one size, so they have as many rows as nothing else has."""
+    widths = {width for tensor in tensors for width in tensor.shape[1:]}
+    rows = next(rows for rows in itertools.count(3) if rows not in widths)
+    return [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
 
 
 @functools.cache

@@ -51,7 +51,17 @@ LAYERS = {
     "entry": ["__init__", "__main__", "caching", "cli", "recipes", "train"],
 }
 # Imported by modules of the maths layer, and nothing else.
-STANDARD_LIBRARY = {"collections", "dataclasses", "functools", "inspect", "logging", "math", "threading", "typing"}
+STANDARD_LIBRARY = {
+    "collections",
+    "dataclasses",
+    "functools",
+    "inspect",
+    "itertools",
+    "logging",
+    "math",
+    "threading",
+    "typing",
+}
 MATHS_IMPORTS = {"torch", "jaxtyping", "amid_trl", *STANDARD_LIBRARY}
 
 
