@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -123,7 +124,7 @@ class StopOnSigterm(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Agree, and stop."""
-        asked = torch.tensor(float(self._asked), device=self._accelerator.device)
+        asked: Any = torch.tensor(float(self._asked), device=self._accelerator.device)
         if self._accelerator.num_processes > 1:
             asked = self._accelerator.reduce(asked)
         if asked.item():
