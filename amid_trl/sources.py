@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset, IterableDataset, load_dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from amid_trl.building import build_schedule
 from amid_trl.config import AMiDConfig
+from amid_trl.plain_text import PlainText
 from amid_trl.replay import ReplayBuffer
 from amid_trl.sampling import FRESH_PARTS, AdaptiveShare, Source, next_source, replay_seed, window_draw
+from amid_trl.validation import without_effect
 
 
 class Sources:
@@ -86,3 +90,31 @@ class Sources:
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["adaptive"])
             self._replay.load_state_dict(state["replay"])
+
+
+def open_plain_text(
+    dataset: Dataset | IterableDataset | None,
+    config: AMiDConfig,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+) -> PlainText | None:
+    """The plain text beside the windows, if there is any: the dataset, else the one that the config names."""
+    if dataset is None and config.pretrain_dataset is None:
+        without_effect(config, ("pretrain_weight", "pretrain_dataset_config"), "without pretrain_dataset")
+        return None
+    if config.max_length is None:
+        raise ValueError("pretrain_dataset is read in blocks of max_length tokens; set max_length")
+    if dataset is None:
+        name, configuration = str(config.pretrain_dataset), config.pretrain_dataset_config
+        dataset = load_dataset(name, configuration, split="train", streaming=True)
+    return PlainText(
+        dataset,
+        tokenizer,
+        text_field=config.dataset_text_field,
+        block_size=min(config.max_length, positions or config.max_length),
+        blocks=config.train_batch_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
@@ -40,11 +40,11 @@ from amid_trl.data import prepare_dataset
 from amid_trl.generation import eos_token_ids
 from amid_trl.linear import States
 from amid_trl.metrics import Means
-from amid_trl.plain_text import PlainText
 from amid_trl.run_objective import RunObjective
 from amid_trl.sampling import Source
-from amid_trl.sources import Sources
+from amid_trl.sources import Sources, open_plain_text
 from amid_trl.sparse import SparseTeacher, SparseTokenLoss
+from amid_trl.survival import StopOnSigterm, check_files, last_complete_checkpoint, whole_checkpoint
 from amid_trl.teacher import (
     common_positions,
     common_vocabulary,
@@ -55,7 +55,7 @@ from amid_trl.teacher import (
     place,
 )
 from amid_trl.token_loss import DistillationTokenLoss
-from amid_trl.validation import check_evaluation_set, without_effect
+from amid_trl.validation import check_evaluation_set
 from amid_trl.writers import ModelWriter, VLLMWriter, Writer, require_vllm, writer_config
 
 
@@ -175,7 +175,7 @@ class AMiDTrainer(GKDTrainer):
         else:
             self.teacher_model = place(freeze(teacher), self.accelerator)
             self._teacher, token_loss = ModelTeacher(self.teacher_model, self.accelerator), DistillationTokenLoss
-        self._plain_text = self._open_plain_text(pretrain_dataset)
+        self._plain_text = open_plain_text(pretrain_dataset, args, self.accelerator, tokenizer, self._positions)
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self._writers = self._open_writers()
@@ -187,6 +187,8 @@ class AMiDTrainer(GKDTrainer):
         self._token_means = token_loss.figures[:-2]
         self._train_means = Means((*self._token_means, *WINDOW_MEANS), self.accelerator.device)
         self._eval_means = Means(self._token_means, self.accelerator.device)
+        self._stop_on_sigterm = StopOnSigterm(self.accelerator)
+        self.add_callback(self._stop_on_sigterm)
         self._completion_log = (
             CompletionLog(args.output_dir, tokenizer, args.num_completions_to_print) if args.log_completions else None
         )
@@ -220,26 +222,6 @@ class AMiDTrainer(GKDTrainer):
         if self.args.seq_kd:
             writers["teacher"] = ModelWriter(lambda: self.teacher_model, config(self.teacher_model), *run)
         return writers
-
-    def _open_plain_text(self, dataset: Dataset | IterableDataset | None) -> PlainText | None:
-        args = self.args
-        if dataset is None and args.pretrain_dataset is None:
-            without_effect(args, ("pretrain_weight", "pretrain_dataset_config"), "without pretrain_dataset")
-            return None
-        if args.max_length is None:
-            raise ValueError("pretrain_dataset is read in blocks of max_length tokens; set max_length")
-        if dataset is None:
-            dataset = load_dataset(args.pretrain_dataset, args.pretrain_dataset_config, split="train", streaming=True)
-        return PlainText(
-            dataset,
-            self._tokenizer,
-            text_field=args.dataset_text_field,
-            block_size=min(args.max_length, self._positions or args.max_length),
-            blocks=args.train_batch_size,
-            seed=args.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
 
     @property
     def _stateful(self) -> tuple[Stateful, ...]:
@@ -357,7 +339,31 @@ class AMiDTrainer(GKDTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
-    # ---- Logs, checkpoints, cards ----
+    # ---- Checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
+        if resume_from_checkpoint is True:  # and stays so where there is none, of which transformers complains
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.accelerator) or True
+        if isinstance(resume_from_checkpoint, str):
+            check_files(resume_from_checkpoint)
+        with self._stop_on_sigterm:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with whole_checkpoint(self._get_output_dir(trial=trial), self.args, self.state, self.accelerator):
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_state(output_dir, self._stateful, self.accelerator)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_state(checkpoint, self._stateful, self.accelerator)
+
+    # ---- Logs, cards ----
 
     def _record(self, means: Means, row_sums: Tensor) -> None:
         *sums, _, tokens = row_sums.sum(0)
@@ -381,15 +387,6 @@ class AMiDTrainer(GKDTrainer):
             if self._completion_log is not None and self.is_world_process_zero():
                 self._completion_log.write(self.state.global_step)
         super().log(logs, start_time)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        save_state(output_dir, self._stateful, self.accelerator)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_state(checkpoint, self._stateful, self.accelerator)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL's card, followed by the objective's settings."""

@@ -43,6 +43,7 @@ LAYERS = {
         "run_objective",
         "sources",
         "student",
+        "survival",
         "teacher",
         "trainer",
         "validation",

@@ -88,7 +88,7 @@ def test_a_dataset_is_named_and_streamed_and_read_on_by_a_resumed_run(train, tmp
 
 def test_a_dataset_is_loaded_in_its_configuration(train, monkeypatch):
     asked = []
-    monkeypatch.setattr("amid_trl.trainer.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or TEXT)
+    monkeypatch.setattr("amid_trl.sources.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or TEXT)
     train(pretrain_dataset="wikitext", pretrain_dataset_config="wikitext-103-raw-v1", **SETTINGS)
     assert asked == [(("wikitext", "wikitext-103-raw-v1"), {"split": "train", "streaming": True})]
 

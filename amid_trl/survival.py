@@ -1,0 +1,131 @@
+"""What lets a run survive: checkpoints that are whole or known not to be, and a way out on SIGTERM."""
+
+import json
+import logging
+import re
+import signal
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+# There for as long as any process writes into a checkpoint; transformers' own name for it.
+UNFINISHED = "checkpoint-is-incomplete.txt"
+TRAINER_STATE = "trainer_state.json"  # written last
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+# What a shell reports of a process that SIGTERM has ended.
+TERMINATED = 128 + signal.SIGTERM
+
+
+@contextmanager
+def whole_checkpoint(
+    run_dir: str, args: TrainingArguments, state: TrainerState, accelerator: Accelerator
+) -> Iterator[None]:
+    """Mark this step's checkpoint as unfinished until all processes have left the block; for ever, if one does not.
+
+    Only then are older ones deleted, those beyond `save_total_limit`.
+    """
+    mark = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", UNFINISHED)
+    if accelerator.is_main_process:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    accelerator.wait_for_everyone()
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        mark.unlink()
+        rotate_checkpoints(run_dir, limit, state.best_model_checkpoint, use_mtime=True)
+
+
+def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str | None:
+    """The newest whole checkpoint; newer ones that are not are set aside with a warning. All processes have to ask."""
+    newest_first = sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True)
+    found = next((folder for folder in newest_first if is_complete(folder)), None)
+    accelerator.wait_for_everyone()  # all have looked before anything is renamed
+    if accelerator.is_main_process:
+        for folder in newest_first[: newest_first.index(found) if found else None]:
+            aside = folder.rename(folder.with_name(f"torn-{folder.name}"))  # not a name that transformers looks for
+            logger.warning("%s was being written when its run ended; it is set aside as %s", folder, aside.name)
+    return None if found is None else str(found)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the file that is written last is there, and nobody was writing any more."""
+    return (checkpoint / TRAINER_STATE).exists() and not (checkpoint / UNFINISHED).exists()
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return [path for path in output_dir.glob("*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def check_files(checkpoint: str) -> None:
+    """Refuse a checkpoint with a file that cannot be read: a ValueError that names it."""
+    for file in sorted(Path(checkpoint).rglob("*")):
+        try:
+            _check(file)
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file} is damaged ({error}); resume from an earlier checkpoint") from error
+
+
+def _check(file: Path) -> None:
+    if file.suffix == ".safetensors":
+        safe_open(file, framework="pt").keys()
+    elif file.suffix == ".json":
+        json.loads(file.read_text(encoding="utf-8"))
+    elif file.suffix in (".pt", ".pth"):  # torch writes zip archives, with check sums
+        with zipfile.ZipFile(file) as archive:
+            if (entry := archive.testzip()) is not None:
+                raise ValueError(f"its entry {entry} is not what was written")
+
+
+class StopOnSigterm(TrainerCallback):
+    """After SIGTERM on any process all of them finish the step, save a checkpoint and leave.
+
+    A context manager around the training. It listens in the main thread alone: no other one gets signals.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._asked = self._stopped = False
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+
+    def __exit__(self, *exception: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._previous)
+        if self._stopped and exception[0] is None:
+            logger.warning("SIGTERM: training has stopped, and the last step has a checkpoint to resume from")
+            raise SystemExit(TERMINATED)
+
+    def _ask(self, signum: int, frame: object) -> None:
+        self._asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Agree, and stop."""
+        asked: Any = torch.tensor(float(self._asked), device=self._accelerator.device)
+        if self._accelerator.num_processes > 1:
+            asked = self._accelerator.reduce(asked)
+        if asked.item():
+            control.should_save = control.should_training_stop = self._stopped = True

@@ -1,0 +1,180 @@
+"""Runs that are killed: the next start goes on from the last whole checkpoint and ends where an unharmed run would."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import survival_worker
+import torch
+from observe import weights
+from transformers.trainer_utils import get_last_checkpoint
+
+from amid_trl.survival import TERMINATED, UNFINISHED, is_complete
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(output_dir: Path, launch=(sys.executable,), preexec_fn=None, **settings) -> subprocess.Popen:
+    command = [*launch, survival_worker.__file__, str(output_dir), json.dumps(settings)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=preexec_fn, **pipes)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights at the end of a run that nothing happens to."""
+    return weights(survival_worker.run(str(tmp_path_factory.mktemp("unharmed"))).model)
+
+
+def assert_resumes_to(unharmed, output_dir: Path, **settings) -> None:
+    trainer = survival_worker.run(str(output_dir), resume=True, **settings)
+    assert trainer.state.global_step == 12
+    assert all(torch.equal(weight, unharmed[name]) for name, weight in weights(trainer.model).items())
+
+
+def run_until(step: int, output_dir: Path) -> None:
+    """As if a run of twelve steps had ended after `step`."""
+    survival_worker.run(str(output_dir))
+    for later in range(step + 1, 13):
+        shutil.rmtree(output_dir / f"checkpoint-{later}")
+
+
+# ---- Kills ----
+
+
+@pytest.mark.parametrize("moment", ["checkpoint-3", f"checkpoint-5/{UNFINISHED}", "checkpoint-7/trainer_state.json"])
+def test_a_killed_run_ends_in_the_weights_of_an_unharmed_one(tmp_path, unharmed, moment):
+    process = start(tmp_path)
+    wait_for(tmp_path / moment, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_resumes_to(unharmed, tmp_path)
+
+
+def test_a_torn_checkpoint_is_set_aside_where_transformers_would_take_it(tmp_path, unharmed, caplog):
+    run_until(6, tmp_path)
+    torn = tmp_path / "checkpoint-6"
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    (torn / UNFINISHED).touch()
+    assert Path(get_last_checkpoint(str(tmp_path))) == torn
+    with caplog.at_level(logging.WARNING):
+        assert_resumes_to(unharmed, tmp_path)
+    assert "checkpoint-6 was being written when its run ended; it is set aside as torn-checkpoint-6" in caplog.text
+    assert (tmp_path / "torn-checkpoint-6").is_dir()
+
+
+def test_older_checkpoints_are_deleted_only_after_a_new_one_is_whole(tmp_path, monkeypatch):
+    from amid_trl import survival
+
+    seen, rotate = [], survival.rotate_checkpoints
+
+    def look(run_dir, *args, **kwargs):
+        seen.append([is_complete(path) for path in sorted(Path(run_dir).glob("checkpoint-*"))])
+        rotate(run_dir, *args, **kwargs)
+
+    monkeypatch.setattr(survival, "rotate_checkpoints", look)
+    trainer = survival_worker.run(str(tmp_path), max_steps=4, save_total_limit=1)
+    assert seen == [[True], [True, True], [True, True], [True, True]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        survival_worker.run(str(tmp_path), resume=True)
+    assert (tmp_path / "torn-checkpoint-1").is_dir()
+
+
+# ---- SIGTERM ----
+
+
+def test_sigterm_saves_a_checkpoint_and_leaves_with_its_status(tmp_path, unharmed):
+    process = start(tmp_path, save_steps=3)
+    wait_for(tmp_path / "checkpoint-3", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == TERMINATED == 143
+    assert "SIGTERM: training has stopped" in errors
+    last = get_last_checkpoint(str(tmp_path))
+    assert is_complete(Path(last)) and int(last.rpartition("-")[2]) % 3
+    assert not (tmp_path / "model.safetensors").exists()  # what the script saves when training is over
+    assert_resumes_to(unharmed, tmp_path)
+
+
+# ---- Files ----
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a tiny model has more
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_one_before_stays_whole(tmp_path, unharmed):
+    run_until(3, tmp_path)
+    process = start(tmp_path, preexec_fn=limit_file_size, resume=True)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0 and "File too large" in errors
+    assert is_complete(tmp_path / "checkpoint-3") and not is_complete(tmp_path / "checkpoint-4")
+    assert_resumes_to(unharmed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "distillation_state_0.pt", "trainer_state.json"]
+)
+def test_a_damaged_file_is_named(tmp_path, file):
+    survival_worker.run(str(tmp_path), max_steps=1)
+    damaged = tmp_path / "checkpoint-1" / file
+    content = damaged.read_bytes()
+    middle = len(content) // 2
+    for broken in (content[:middle], b"", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+        if file in ("model.safetensors", "trainer_state.json") and len(broken) == len(content):
+            continue  # neither has a check sum
+        damaged.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{file} is damaged .*; resume from an earlier checkpoint"):
+            survival_worker.run(str(tmp_path), resume=True, max_steps=2)
+
+
+# ---- Several processes ----
+
+
+def test_when_a_process_dies_the_others_end_with_an_error(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(tmp_path, launch, max_steps=1000, save_steps=2)
+    wait_for(tmp_path / "checkpoint-2", process)
+    workers = [child for child in psutil.Process(process.pid).children() if "survival_worker" in str(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(tmp_path, launch, max_steps=1000, save_steps=1000, logging_steps=1)
+    wait_for(tmp_path / "started", process)
+    workers = [child for child in psutil.Process(process.pid).children() if "survival_worker" in str(child.cmdline())]
+    workers[1].send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    assert is_complete(checkpoint)
+    assert (checkpoint / "distillation_state_1.pt").exists()
