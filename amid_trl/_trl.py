@@ -5,13 +5,13 @@ A test lists these names, so that an upgrade which moves one fails there and now
 
 import inspect
 from contextlib import AbstractContextManager
+from typing import Any
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL's own names: zero2, multi_gpu, …
-from trl.generation.vllm_generation import VLLMGeneration  # the engine, its weights and its requests
 from trl.import_utils import is_vllm_available
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
@@ -30,7 +30,6 @@ from amid_trl.linear import Head
 
 
 __all__ = [
-    "VLLMGeneration",
     "accelerate_launch",
     "announce_head",
     "backbone_states",
@@ -44,6 +43,7 @@ __all__ = [
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "unwrap_model_for_generation",
+    "vllm_engine",
 ]
 
 forward_redirection = _ForwardRedirection()
@@ -107,6 +107,13 @@ def announce_head(student: nn.Module) -> None:
 def gathered_head(head: Head) -> AbstractContextManager:
     """The whole weights of another model's head for the time of a direct product (ZeRO-3); nothing elsewhere."""
     return maybe_gather_lm_head_ctx(head.weight, head.bias)
+
+
+def vllm_engine(**settings: Any) -> Any:
+    """TRL's VLLMGeneration: the engine, its weights and its requests. Imported here, because it imports vLLM."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    return VLLMGeneration(**settings)
 
 
 def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:

@@ -17,14 +17,25 @@ from amid_trl.teacher_server import TeacherServer
 
 
 def absent_teacher(
-    args: AMiDConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, *datasets: Any
+    args: AMiDConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    positions: int | None,
+    train_dataset: Any,
+    eval_dataset: Any,
 ) -> "ServedTeacher | CachedTeacher":
-    """The teacher that the settings name; a ValueError if it is another one's, or knows not all of the datasets."""
+    """The teacher that the settings name; a ValueError if it is another one's, or does not know all of the datasets.
+
+    `positions` bounds the rows, as far as the student is concerned.
+    """
     if args.teacher_model_server_url is not None:
-        return ServedTeacher(TeacherServer(args.teacher_model_server_url, args.teacher_top_k, vocabulary))
+        server = TeacherServer(args.teacher_model_server_url, args.teacher_top_k, vocabulary)
+        server.check(tokenizer, min((bound for bound in (args.max_length, positions) if bound), default=None))
+        return ServedTeacher(server)
     cache = TeacherCache(str(args.teacher_cache))
-    cache.check(tokenizer, args.teacher_model_name_or_path, vocabulary, min(args.teacher_top_k, vocabulary))
-    for name, dataset in all_datasets(*datasets):
+    teacher = (args.teacher_model_name_or_path, args.teacher_model_revision)
+    cache.check(tokenizer, *teacher, vocabulary, min(args.teacher_top_k, vocabulary))
+    for name, dataset in all_datasets(train_dataset, eval_dataset):
         if isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names):
             _check_rows(cache, name, dataset)
     return CachedTeacher(cache)
@@ -78,9 +89,9 @@ class CachedTeacher:
 
 def unpadded_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels of every row, on the CPU."""
-    lengths = batch["attention_mask"].sum(-1).tolist()
-    for ids, labels, length in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), lengths, strict=True):
-        yield ids[:length], labels[:length]
+    columns = (batch[name].cpu() for name in ("input_ids", "labels", "attention_mask"))
+    for ids, labels, mask in zip(*columns, strict=True):
+        yield ids[mask.bool()], labels[mask.bool()]
 
 
 def _joined(rows: list, device: torch.device) -> SparseTeacher:

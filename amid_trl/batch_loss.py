@@ -85,13 +85,16 @@ def batch_loss(
     summands = torch.cat([figures[:, :-1], torch.ones_like(figures[:, :1])], dim=1)
     row_sums = summands.new_zeros(len(targets), summands.shape[1])
     row_sums.index_add_(0, trained.nonzero()[:, 0], summands)
-    plain_nll = _plain_nll(base, head.cut(vocabulary), batch["plain_text"]) if "plain_text" in batch else None
+    plain_nll = None
+    if "plain_text" in batch:
+        plain_nll = _plain_nll(base, head.cut(vocabulary), batch["plain_text"], chunk_size)
     return BatchLoss(total, row_sums, predictions, plain_nll)
 
 
-def _plain_nll(base: PreTrainedModel, head: Head, blocks: Tensor) -> Tensor:
+def _plain_nll(base: PreTrainedModel, head: Head, blocks: Tensor, chunk_size: int | None) -> Tensor:
     """Mean of -log q of every token but the first of each block, (blocks, tokens)."""
     hidden = _trl.backbone_states(base, blocks, torch.ones_like(blocks)).to(head.weight.device)
     labels = blocks[:, 1:].flatten().to(hidden.device)
-    total, _ = linear_token_loss(States(hidden[:, :-1].flatten(0, 1), head), None, cross_entropy, (labels,))
+    states = States(hidden[:, :-1].flatten(0, 1), head)
+    total, _ = linear_token_loss(states, None, cross_entropy, (labels,), chunk_size)
     return total / len(labels)

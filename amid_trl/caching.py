@@ -1,7 +1,7 @@
 """`amid-trl cache-teacher`: what a teacher in memory expects for every row of a run, written into a folder."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,7 +13,7 @@ from amid_trl.batch_loss import Batch, ModelTeacher, trained_targets
 from amid_trl.linear import States
 from amid_trl.rows import UNTRAINED
 from amid_trl.sparse import SparseTeacher, sparse_top_k
-from amid_trl.teacher_cache import CacheAbout, CacheWriter, row_key, tokenizer_fingerprint
+from amid_trl.teacher_cache import CacheAbout, CacheWriter, TeacherCache, row_key, tokenizer_fingerprint
 from amid_trl.trainer import AMiDTrainer
 
 
@@ -21,18 +21,19 @@ from amid_trl.trainer import AMiDTrainer
 CHUNK = 128
 
 
-def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int) -> int:
-    """Write what is missing of the trainer's training and evaluation sets; returns how many rows this process wrote.
-
-    All processes have to call it.
-    """
+def cache_teacher(
+    trainer: AMiDTrainer, folder: str, top_k: int, dtype: Literal["float16", "float32"] = "float16"
+) -> None:
+    """Write what is missing of the trainer's training and evaluation sets. All processes have to call it."""
     accelerator, top_k = trainer.accelerator, min(top_k, trainer.vocabulary)
-    teacher, written = ModelTeacher(trainer.teacher_model, accelerator), 0
+    teacher = ModelTeacher(trainer.teacher_model, accelerator)
     about = CacheAbout(
         teacher=trainer.args.teacher_model_name_or_path or _trl.causal_lm(trainer.teacher_model).name_or_path,
+        revision=trainer.args.teacher_model_revision,
         tokenizer=tokenizer_fingerprint(trainer.processing_class),
         vocabulary=trainer.vocabulary,
         top_k=top_k,
+        dtype=dtype,
     )
     with CacheWriter(folder, about, accelerator.process_index) as writer:
         for batch in tqdm(_batches(trainer), desc="Teacher", disable=not accelerator.is_main_process):
@@ -43,9 +44,7 @@ def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int) -> int:
                 continue
             for key, row in zip(keys, _rows(teacher(batch), batch, trainer.vocabulary, top_k), strict=True):
                 writer.add(key, row)
-            written += missing
     accelerator.wait_for_everyone()
-    return written
 
 
 def _batches(trainer: AMiDTrainer) -> Iterator[Batch]:
@@ -71,8 +70,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise ValueError("teacher_cache is missing: name the folder with --teacher_cache")
     training_args.teacher_cache = None
     trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
-    rows = torch.tensor(cache_teacher(trainer, folder, training_args.teacher_top_k), device=trainer.accelerator.device)
-    trainer.accelerator.print(f"{folder}: {trainer.accelerator.reduce(rows).item()} rows written")
+    cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)
+    trainer.accelerator.print(f"{folder}: {len(TeacherCache(folder))} rows")
     trainer.end()
 
 

@@ -28,6 +28,7 @@ OPTIONAL_FIELDS = (
     "assistant_lambda_schedule",
     "student_text_objective",
     "student_text_objective_kwargs",
+    "pretrain_dataset",
 )
 
 
@@ -42,6 +43,10 @@ def objective_card(config: AMiDConfig, objective: Objective) -> str:
     shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
     settings |= {name: getattr(config, name) for name in shares}
     settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
+    if config.teacher_model_server_url or config.teacher_cache:
+        settings["teacher_top_k"] = config.teacher_top_k
+    if config.pretrain_dataset:
+        settings["pretrain_weight"] = config.pretrain_weight
     settings |= {"sampling temperature": config.temperature}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
     return f"\n## Objective\n\nTrained with `amid_trl.AMiDTrainer`.\n\n| setting | value |\n|---|---|\n{rows}\n"

@@ -94,6 +94,8 @@ class AMiDConfig(GKDConfig):
             runs on the dataset's text.
         teacher_top_k (`int`, *optional*, defaults to `100`):
             How many of the teacher's likeliest tokens the server gives, or the cache holds, for each token.
+        teacher_cache_dtype (`str`, *optional*, defaults to `"float16"`):
+            In what `amid-trl cache-teacher` writes their log-probabilities: `"float16"`, or `"float32"`.
 
         > Parameters that control the data
 
@@ -203,6 +205,7 @@ class AMiDConfig(GKDConfig):
     teacher_top_k: int = _option(
         100, "How many of the teacher's likeliest tokens the server gives or the cache holds."
     )
+    teacher_cache_dtype: Literal["float16", "float32"] = _option("float16", "In what the cache holds them.")
 
     assistant_turns: Literal["all", "last"] = _option("all", "Which assistant turns of a conversation are trained.")
     chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Passed to the chat template.")

@@ -261,10 +261,14 @@ def freeze(teacher: nn.Module) -> nn.Module:
     return teacher.requires_grad_(False).eval()
 
 
-def place(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The teacher where the student is: sharded with it under ZeRO-3, whole on each device otherwise."""
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse engines that the loss does not know."""
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         raise ValueError("FSDP is not supported; use data parallelism or DeepSpeed")
+
+
+def place(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The teacher where the student is: sharded with it under ZeRO-3, whole on each device otherwise."""
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(teacher, accelerator)
     base = causal_lm(teacher)

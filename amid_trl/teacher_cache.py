@@ -25,6 +25,8 @@ from amid_trl.sparse import SparseTeacher
 
 FORMAT = 1
 ABOUT = "teacher.json"
+# Numbers that wait to be written, at most: 100 MB with their ids.
+PENDING = 2**24
 TEACHER = ("ids", "log_p", "log_tail")  # the tensors of a shard beside the keys of its rows and where they end
 
 
@@ -33,6 +35,7 @@ class CacheAbout:
     """What all rows of a cache have in common; `tokenizer` is a `tokenizer_fingerprint`."""
 
     teacher: str
+    revision: str | None
     tokenizer: str
     vocabulary: int
     top_k: int
@@ -53,7 +56,7 @@ def row_key(input_ids: Sequence[int] | Tensor, labels: Sequence[int] | Tensor) -
 
 
 class CacheWriter:
-    """Appends rows to a cache, `rows_per_shard` to a file; as a context manager it writes the last ones on leaving.
+    """Appends rows to a cache, at most `rows_per_shard` to a file; as a context manager it writes the last on leaving.
 
     A shard is there as a whole or not at all, and the rows of those that are there are not missing again, in a later
     run either. ValueError if the folder holds rows about something else.
@@ -86,8 +89,10 @@ class CacheWriter:
         if key in self._known:
             return
         self._known.add(key)
-        self._pending[key] = SparseTeacher(*(tensor.cpu() for tensor in teacher))
-        if len(self._pending) >= self._rows_per_shard:
+        ids, log_p, log_tail = (tensor.cpu() for tensor in teacher)
+        self._pending[key] = SparseTeacher(ids.int(), log_p.to(getattr(torch, self._about.dtype)), log_tail.float())
+        numbers = sum(row.ids.numel() for row in self._pending.values())
+        if len(self._pending) >= self._rows_per_shard or numbers >= PENDING:
             self._write_shard()
 
     def _write_shard(self) -> None:
@@ -98,9 +103,9 @@ class CacheWriter:
         tensors = {
             "keys": torch.tensor([list(key) for key in self._pending], dtype=torch.uint8),
             "ends": lengths.cumsum(0),
-            "ids": ids.int(),
-            "log_p": log_p.to(getattr(torch, self._about.dtype)),
-            "log_tail": log_tail.float(),
+            "ids": ids,
+            "log_p": log_p,
+            "log_tail": log_tail,
         }
         self._write(f"shard-{self._rank}-{self._number:05d}.safetensors", lambda file: save_file(tensors, file))
         self._number += 1
@@ -130,10 +135,18 @@ class TeacherCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, teacher_name: str | None, vocabulary: int, top_k: int) -> None:
+    def check(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_name: str | None,
+        revision: str | None,
+        vocabulary: int,
+        top_k: int,
+    ) -> None:
         """ValueError, with what differs, unless the cache is of just these; a `teacher_name` of None is any."""
         wanted = {"tokenizer": tokenizer_fingerprint(tokenizer), "vocabulary": vocabulary, "top_k": top_k}
-        _check_about(self._folder, wanted if teacher_name is None else {"teacher": teacher_name, **wanted})
+        teacher = {} if teacher_name is None else {"teacher": teacher_name, "revision": revision}
+        _check_about(self._folder, {**teacher, **wanted})
 
     def row(self, key: bytes) -> SparseTeacher:
         """What the teacher expects at the trained positions of a row, in float32; ValueError for an unknown row."""

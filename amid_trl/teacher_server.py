@@ -1,6 +1,8 @@
 """A teacher behind HTTP: an OpenAI-compatible server that has vLLM's `prompt_logprobs`."""
 
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,9 +11,12 @@ import torch
 import urllib3
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from amid_trl.sparse import SparseTeacher
 
+
+logger = logging.getLogger(__name__)
 
 UNAVAILABLE = (500, 502, 503, 504)
 
@@ -26,6 +31,9 @@ EXCLUDED = torch.finfo(torch.float32).min
 # student has some mass, would make KL(q || p) infinite.
 ROUNDING = 2.0**-24
 
+# Seconds that a connection may take; an answer may take longer.
+CONNECT = 10.0
+
 # By how much the listed probabilities may exceed 1, as a sum of rounded numbers.
 EXCESS = 1e-3
 
@@ -37,6 +45,7 @@ class TeacherServer:
 
     A request has at most `batch_size` rows. If the connection fails or the server is unavailable (HTTP 500, 502, 503,
     504), it is made `attempts` times in all, `backoff` · (0, 2, 4, 8, …) seconds apart; `timeout` is for one of them.
+    The key of a server that wants one is in the environment, as VLLM_API_KEY.
     """
 
     def __init__(
@@ -60,9 +69,34 @@ class TeacherServer:
         repeat = urllib3.Retry(
             attempts - 1, allowed_methods=None, status_forcelist=UNAVAILABLE, backoff_factor=backoff
         )
-        self._http = urllib3.PoolManager(maxsize=REQUESTS, retries=repeat, timeout=timeout)
-        self.model: str = self._ask("GET", "models")["data"][0]["id"]
+        key = os.environ.get("VLLM_API_KEY")
+        self._http = urllib3.PoolManager(
+            maxsize=REQUESTS,
+            retries=repeat,
+            timeout=urllib3.Timeout(connect=min(CONNECT, timeout), read=timeout),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
+        about = self._ask("GET", "v1/models")["data"][0]
+        self.model: str = about["id"]
+        self._positions: int | None = about.get("max_model_len")
         self.log_probs([[0, 0]])
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+        """ValueError if the server's tokenizer is another one, or its teacher does not read rows of that length."""
+        if self._positions is not None and (max_length is None or max_length >= self._positions):
+            raise ValueError(
+                f"the teacher at {self.url} reads at most {self._positions - 1} tokens and writes one; lower "
+                f"max_length={max_length}"
+            )
+        text = tokenizer.decode([*range(0, self.vocabulary, 1 + self.vocabulary // 500)], skip_special_tokens=True)
+        question = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        try:
+            answer = self._ask("POST", "tokenize", question)
+        except ValueError as error:
+            logger.warning("Whether the teacher has the student's tokenizer is not known: %s", error)
+            return
+        if answer["tokens"] != list(tokenizer(text, add_special_tokens=False)["input_ids"]):
+            raise ValueError(f"the teacher at {self.url} has another tokenizer than the student")
 
     def log_probs(self, rows: Sequence[Sequence[int]]) -> list[SparseTeacher]:
         """For every row what the teacher expects after each of its tokens but the last, in float32 on the CPU.
@@ -83,7 +117,7 @@ class TeacherServer:
             "temperature": 1.0,
             "prompt_logprobs": self.top_k,
         }
-        choices = self._ask("POST", "completions", question)["choices"]
+        choices = self._ask("POST", "v1/completions", question)["choices"]
         if len(choices) != len(rows):
             raise ValueError(f"rows {start} to {start + len(rows) - 1}: {self.url} answered {len(choices)} rows")
         return [self._row(start + i, row, choice) for i, (row, choice) in enumerate(zip(rows, choices, strict=True))]
@@ -95,7 +129,7 @@ class TeacherServer:
             raise ValueError(f"row {index}: {self.url} answered {error}") from error
 
     def _ask(self, method: str, path: str, question: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        url = f"{self.url}/v1/{path}"
+        url = f"{self.url}/{path}"
         try:
             response = self._http.request(method, url, json=question)
         except urllib3.exceptions.MaxRetryError as error:

@@ -46,6 +46,7 @@ from amid_trl.sources import Sources, open_plain_text
 from amid_trl.sparse import SparseTeacher, SparseTokenLoss
 from amid_trl.survival import StopOnSigterm, check_files, last_complete_checkpoint, whole_checkpoint
 from amid_trl.teacher import (
+    check_engine,
     common_positions,
     common_vocabulary,
     disable_dropout,
@@ -168,9 +169,10 @@ class AMiDTrainer(GKDTrainer):
         if self.aux_loss_enabled:
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         _trl.announce_head(self.model)
+        check_engine(self.accelerator)
         if teacher is None:
-            data = (self.train_dataset, self.eval_dataset)
-            self.teacher_model, self._teacher = None, absent_teacher(args, tokenizer, self.vocabulary, *data)
+            known = (self._positions, self.train_dataset, self.eval_dataset)
+            self.teacher_model, self._teacher = None, absent_teacher(args, tokenizer, self.vocabulary, *known)
             token_loss = SparseTokenLoss
         else:
             self.teacher_model = place(freeze(teacher), self.accelerator)

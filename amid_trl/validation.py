@@ -36,6 +36,9 @@ MANAGED_GENERATION_KWARGS = (
     "use_cache",
 )
 
+# Likewise of vLLM's SamplingParams; those with a field of ours win over it without a word.
+MANAGED_VLLM_KWARGS = ("n", "max_tokens", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "detokenize")
+
 VLLM_SERVER_FIELDS = (
     "vllm_server_base_url",
     "vllm_server_host",
@@ -146,6 +149,13 @@ def _check_vllm(config: AMiDConfig) -> None:
     elsewhere = VLLM_SERVER_FIELDS if config.vllm_mode == "colocate" else VLLM_COLOCATE_FIELDS
     without_effect(config, elsewhere, f"on vllm_mode={config.vllm_mode!r}")
     without_effect(config, ("cache_implementation", "generation_batch_size"), "on use_vllm=True")
+    if taken := sorted({*MANAGED_VLLM_KWARGS} & {*(config.generation_kwargs or ())}):
+        raise ValueError(f"generation_kwargs may not have {', '.join(taken)} on use_vllm=True: the trainer sets them")
+    if not 0 < config.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1]; got {config.vllm_gpu_memory_utilization!r}")
+    _at_least("vllm_tensor_parallel_size", config.vllm_tensor_parallel_size, 1)
+    if config.vllm_mode == "server" and not config.accelerator_config.even_batches:
+        raise ValueError("vllm_mode='server' needs as many prompts on every process; leave even_batches at True")
     if config.seq_kd and config.generation_kwargs:
         raise ValueError(
             f"generation_kwargs={config.generation_kwargs} are vLLM's, but with seq_kd=True the teacher writes too, "
@@ -159,11 +169,19 @@ def _check_vllm(config: AMiDConfig) -> None:
 def _check_absent_teacher(config: AMiDConfig) -> None:
     _at_least("teacher_top_k", config.teacher_top_k, 1)
     if config.teacher_model_server_url is None and config.teacher_cache is None:
-        without_effect(config, ("teacher_top_k",), "on a teacher in memory")
+        without_effect(config, ("teacher_top_k", "teacher_cache_dtype"), "on a teacher in memory")
         return
     if config.teacher_model_server_url is not None:
-        names = ("teacher_cache", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
+        names = (
+            "teacher_cache",
+            "teacher_cache_dtype",
+            "teacher_model_name_or_path",
+            "teacher_model_revision",
+            "teacher_model_init_kwargs",
+        )
         without_effect(config, names, "beside teacher_model_server_url")
+    elif config.teacher_cache_dtype not in ("float16", "float32"):
+        raise ValueError(f"teacher_cache_dtype must be 'float16' or 'float32'; got {config.teacher_cache_dtype!r}")
     elif config.student_shares[1] > 0:
         raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
     if config.seq_kd:

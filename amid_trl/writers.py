@@ -92,7 +92,7 @@ class VLLMWriter:
     ):
         self.config = config
         self._ends = torch.tensor(config.eos_token_id or [], dtype=torch.long)
-        self._engine = _trl.VLLMGeneration(
+        self._engine = _trl.vllm_engine(
             model=student,
             accelerator=accelerator,
             processing_class=tokenizer,
@@ -124,6 +124,8 @@ class VLLMWriter:
         """One request for all prompts, each by itself: rows of one prompt share the engine's prefix cache."""
         self._engine.sync_weights()
         _, completions, *_ = self._engine.generate([ids.tolist() for ids in prompts], images=None, num_generations=1)
+        if len(completions) != len(prompts):
+            raise ValueError(f"vLLM wrote {len(completions)} completions for {len(prompts)} prompts")
         return [until_eos(torch.tensor(ids, dtype=torch.long), self._ends) for ids in completions]
 
 

@@ -22,9 +22,11 @@ class LogprobServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model, max_logprobs: int = 20):
+    def __init__(self, model, max_logprobs: int = 20, tokenizer=None, max_model_len: int | None = None):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.max_logprobs = model, max_logprobs
+        self.tokenizer, self.max_model_len = tokenizer, max_model_len  # without a tokenizer there is no /tokenize
+        self.keys: list[str | None] = []  # what came with the POSTs
         self.faults: list[int] = []
         self.tamper: Callable[[list[dict], list[list[int]]], list[dict]] = lambda choices, prompts: choices
         self.questions: list[dict[str, Any]] = []  # the POSTs that came, faults included
@@ -57,12 +59,17 @@ class _Handler(BaseHTTPRequestHandler):
     server: LogprobServer
 
     def do_GET(self):
-        self._send(200, {"data": [{"id": "tiny"}]} if self.path == "/v1/models" else {})
+        about = {"id": "tiny", "max_model_len": self.server.max_model_len}
+        self._send(200, {"data": [about]} if self.path == "/v1/models" else {})
 
     def do_POST(self):
         question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self._tokenize(question)
+            return
         with self.server.lock:
             self.server.questions.append(question)
+            self.server.keys.append(self.headers["Authorization"])
             fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == HANG_UP:
             return
@@ -79,6 +86,13 @@ class _Handler(BaseHTTPRequestHandler):
         if max(map(len, prompts)) > 2:
             choices = self.server.tamper(choices, prompts)
         self._send(200, {"choices": choices}, cut_short=fault == CUT_SHORT)
+
+    def _tokenize(self, question: dict[str, Any]):
+        if self.server.tokenizer is None:
+            self._send(404, {"detail": "Not Found"})
+            return
+        settings = {"add_special_tokens": question["add_special_tokens"]}
+        self._send(200, {"tokens": self.server.tokenizer(question["prompt"], **settings)["input_ids"]})
 
     def _send(self, status: int, answer: dict[str, Any], cut_short: bool = False):
         body = json.dumps(answer).encode()

@@ -4,16 +4,20 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from observe import logged, weights
 from server import HANG_UP, serving
-from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
+from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
 from amid_trl import OBJECTIVES, AMiDConfig, AMiDTrainer
+from amid_trl.batches import DistillationCollator
 from amid_trl.caching import cache_teacher
+from amid_trl.data import prepare_dataset
+from amid_trl.rows import DataSettings
 from amid_trl.teacher_cache import TeacherCache
 from amid_trl.teacher_server import TeacherServer
 
@@ -143,34 +147,73 @@ def test_a_server_with_too_small_a_limit_is_refused_before_the_first_step(run, t
 def cache(tmp_path, tokenizer, teacher):
     """Writes what the teacher expects for so many of the rows; the folder."""
 
-    def write(rows=8, top_k=VOCABULARY, folder="cache"):
+    def write(rows=8, top_k=VOCABULARY, folder="cache", teacher=teacher, **settings):
         config = AMiDConfig(str(tmp_path / "caching"), **{**CONFIG, "lmbda": 0.0})
         data = {"train_dataset": messages_dataset(rows), "eval_dataset": messages_dataset(3)}
         trainer = AMiDTrainer(tiny_llama(tokenizer), teacher, config, processing_class=tokenizer, **data)
-        written = cache_teacher(trainer, str(tmp_path / folder), top_k)
-        return str(tmp_path / folder), written
+        cache_teacher(trainer, str(tmp_path / folder), top_k, **settings)
+        return str(tmp_path / folder)
 
     return write
 
 
-def test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding(run, cache, teacher):
-    folder, written = cache()
-    assert written == 8  # the evaluation set's rows are among them
-    cached = run(teacher_cache=folder, teacher_top_k=VOCABULARY, lmbda=0.0)
-    # float16 has 11 bits: log-probabilities about 10 are 0.004 apart.
-    same_runs(cached, run(teacher, folder="memory", lmbda=0.0), rel=0.01)
+# float16 has 11 bits: log-probabilities about 10 are 0.004 apart.
+@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-5), ("float16", 0.01)])
+def test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding(
+    run, cache, teacher, dtype, rel
+):
+    cached = run(teacher_cache=cache(dtype=dtype), teacher_top_k=1000, lmbda=0.0)  # more than there are
+    same_runs(cached, run(teacher, folder="memory", lmbda=0.0), rel=rel)
     assert logged(cached, "teacher_tail_mass") == [0.0] * 3
 
 
+def test_padding_of_the_teachers_vocabulary_is_not_cached(run, cache, tokenizer):
+    padded = tiny_llama(tokenizer, seed=1, vocab_size=368)
+    cached = run(teacher_cache=cache(teacher=padded, dtype="float32"), teacher_top_k=VOCABULARY, lmbda=0.0)
+    same_runs(cached, run(padded, folder="memory", lmbda=0.0))
+
+
+def test_rows_of_a_collator_that_pads_on_the_left_are_found(tmp_path, tokenizer, teacher):
+    def left(rows):
+        batch = DistillationCollator(tokenizer.pad_token_id)(rows)
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            shift = len(mask) - int(mask.sum())
+            for column in (ids, labels, mask):
+                column.copy_(column.roll(shift))
+        return batch
+
+    settings = {name: value for name, value in CONFIG.items() if not name.startswith("eval")}
+    prepared = prepare_dataset(messages_dataset(8), tokenizer, DataSettings(), name="train")
+
+    def run(teacher_model, folder, **more):
+        trainer = AMiDTrainer(
+            tiny_llama(tokenizer),
+            teacher_model,
+            AMiDConfig(str(tmp_path / folder), **{**settings, **more, "lmbda": 0.0}),
+            data_collator=left,
+            train_dataset=prepared,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        return logged(trainer, "loss")
+
+    with serving(teacher, max_logprobs=VOCABULARY) as server:
+        served = run(None, "served", teacher_model_server_url=server.url, teacher_top_k=VOCABULARY)
+    assert served == pytest.approx(run(teacher, "memory"), rel=1e-5)
+
+
 def test_only_rows_that_are_missing_are_written(cache):
-    assert cache(rows=5)[1] == 5
-    folder, written = cache(rows=8)
-    assert written == 3 and len(TeacherCache(folder)) == 8
-    assert cache(rows=8)[1] == 0
+    shards = []
+    for rows in (5, 8, 8):
+        folder = Path(cache(rows=rows))
+        assert len(TeacherCache(folder)) == rows
+        shards.append(sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("shard*")))
+    assert [len(names) for names in shards] == [1, 2, 2]
+    assert shards[0] == shards[1][:1] and shards[1] == shards[2]
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_the_first_step(run, cache, tokenizer):
-    folder, _ = cache(rows=5, top_k=8)
+    folder = cache(rows=5, top_k=8)
     settings = {"teacher_cache": folder, "lmbda": 0.0}
     with pytest.raises(
         ValueError, match="3 of 8 rows of the train dataset are not in the teacher's cache, row 5 first"
@@ -180,6 +223,9 @@ def test_a_cache_that_does_not_fit_is_refused_before_the_first_step(run, cache, 
         run(**settings)
     with pytest.raises(ValueError, match=r"written with teacher .*, not 'another'"):
         run(teacher_top_k=8, teacher_model_name_or_path="another", **settings)
+    name = json.loads(Path(folder, "teacher.json").read_text())["teacher"]
+    with pytest.raises(ValueError, match="written with revision None, not 'v2'"):
+        run(teacher_top_k=8, teacher_model_name_or_path=name, teacher_model_revision="v2", **settings)
     model = tiny_llama(tokenizer, vocab_size=380)
     with pytest.raises(ValueError, match="written with tokenizer"):
         AMiDTrainer(
@@ -188,6 +234,19 @@ def test_a_cache_that_does_not_fit_is_refused_before_the_first_step(run, cache, 
             train_dataset=messages_dataset(5),
             eval_dataset=messages_dataset(3),
             processing_class=tiny_tokenizer(vocab_size=370),
+        )
+
+
+def test_a_cache_without_the_evaluation_sets_rows_is_refused(tmp_path, tokenizer, cache):
+    with pytest.raises(ValueError, match="4 of 4 rows of the eval dataset are not in the teacher's cache"):
+        AMiDTrainer(
+            tiny_llama(tokenizer),
+            args=AMiDConfig(
+                str(tmp_path), **{**CONFIG, "teacher_cache": cache(), "lmbda": 0.0, "teacher_top_k": 1000}
+            ),
+            train_dataset=messages_dataset(8),
+            eval_dataset=multi_turn_dataset(4),
+            processing_class=tokenizer,
         )
 
 
@@ -203,6 +262,7 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher):
         "dataset_name": str(tmp_path / "data"),
         "teacher_cache": str(tmp_path / "cache"),
         "teacher_top_k": 12,
+        "teacher_cache_dtype": "float32",
         "lmbda": 0.0,
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
@@ -221,7 +281,8 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher):
         done = subprocess.run(call, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         printed[command] = done.stdout
-    assert f"{tmp_path / 'cache'}: 6 rows written" in printed["cache-teacher"]
+    assert f"{tmp_path / 'cache'}: 6 rows" in printed["cache-teacher"]
+    assert json.loads((tmp_path / "cache" / "teacher.json").read_text())["dtype"] == "float32"
     assert "teacher_tail_mass" in printed["train"]
 
 
@@ -232,6 +293,8 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher):
     ("settings", "message"),
     [
         ({"teacher_top_k": 5}, "teacher_top_k has no effect on a teacher in memory"),
+        ({"teacher_cache_dtype": "float32"}, "teacher_cache_dtype has no effect on a teacher in memory"),
+        ({"teacher_cache": "x", "lmbda": 0.0, "teacher_cache_dtype": "int8"}, "'float16' or 'float32'; got 'int8'"),
         ({"teacher_cache": "x", "teacher_top_k": 0}, "teacher_top_k must be at least 1; got 0"),
         ({"teacher_cache": "x"}, "teacher_cache holds .* dataset's text alone; set lmbda=0.0"),
         ({"teacher_cache": "x", "lmbda": 0.0, "seq_kd": True}, "seq_kd=True needs a teacher in memory"),

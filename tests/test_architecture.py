@@ -122,7 +122,6 @@ def test_private_names_of_trl_and_transformers_are_used_in_one_place():
 
 def test_the_names_borrowed_from_trl_are_listed():
     assert sorted(_trl.__all__) == [
-        "VLLMGeneration",
         "accelerate_launch",
         "announce_head",
         "backbone_states",
@@ -136,6 +135,7 @@ def test_the_names_borrowed_from_trl_are_listed():
         "prepare_deepspeed",
         "print_prompt_completions_sample",
         "unwrap_model_for_generation",
+        "vllm_engine",
     ]
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from observe import Windows, dense_loss, logged, weights
 from tiny import CORPUS, tiny_llama
@@ -28,6 +29,26 @@ def test_its_gradient_is_that_of_the_mean_cross_entropy_beside_the_distillation(
     parameters = list(student.parameters())
     for mine, theirs in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_of_the_students_vocabulary_has_no_probability(train, tokenizer):
+    student = tiny_llama(tokenizer, vocab_size=len(tokenizer) + 8)
+    trainer = train(model=student, pretrain_dataset=TEXT, learning_rate=0.0, max_steps=1, **SETTINGS)
+    seen = Windows(trainer)
+    trainer.train()
+    [batch], _ = seen.windows[0]
+    with torch.no_grad():
+        logits = student(batch["plain_text"]).logits[:, :-1, : len(tokenizer)]
+    want = F.cross_entropy(logits.flatten(0, 1), batch["plain_text"][:, 1:].flatten()).item()
+    assert logged(trainer, "pretrain_nll") == [pytest.approx(want, rel=1e-5)]
+
+
+def test_blocks_are_no_longer_than_the_models_positions(train, tokenizer):
+    student = tiny_llama(tokenizer, max_position_embeddings=72)
+    trainer = train(model=student, pretrain_dataset=TEXT, max_steps=1, **SETTINGS)
+    seen = Windows(trainer)
+    trainer.train()
+    assert seen.windows[0][0][0]["plain_text"].shape == (2, 72)
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])

@@ -16,7 +16,7 @@ from amid_trl.token_loss import DistillationTokenLoss
 
 
 VOCAB, K = 50, 6
-ABOUT = CacheAbout("teacher", "fingerprint", VOCAB, K)
+ABOUT = CacheAbout("teacher", None, "fingerprint", VOCAB, K)
 
 
 def row(n: int) -> tuple[bytes, torch.Tensor]:
@@ -137,6 +137,19 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert files(tmp_path) == [] and len(TeacherCache(tmp_path)) == 0
 
 
+def test_what_is_written_when_the_teacher_fails_stays(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), CacheWriter(tmp_path, ABOUT) as writer:
+        writer.add(*row(0))
+        raise RuntimeError("out of memory")
+    assert row(0)[0] in TeacherCache(tmp_path)
+
+
+def test_a_shard_is_written_when_it_is_large_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("amid_trl.teacher_cache.PENDING", 1)
+    write(tmp_path, range(3), rows_per_shard=1000)
+    assert len(list(tmp_path.glob("shard-*"))) == 3
+
+
 def test_a_damaged_shard_is_no_shorter_cache(tmp_path):
     write(tmp_path, range(4))
     file = tmp_path / files(tmp_path)[0]
@@ -168,7 +181,7 @@ def test_an_unknown_row_is_named(tmp_path):
         TeacherCache(tmp_path).row(key)
 
 
-@pytest.mark.parametrize("name", ["teacher", "tokenizer", "vocabulary", "top_k", "dtype", "format"])
+@pytest.mark.parametrize("name", ["teacher", "revision", "tokenizer", "vocabulary", "top_k", "dtype", "format"])
 def test_a_folder_about_something_else_is_not_written_to(tmp_path, name):
     write(tmp_path, range(2))
     other = replace(ABOUT, **{name: "float32" if name == "dtype" else 77})
@@ -181,17 +194,19 @@ def test_a_cache_of_another_teacher_tokenizer_vocabulary_or_k_is_refused(tmp_pat
     about = replace(ABOUT, tokenizer=tokenizer_fingerprint(tokenizer))
     write(tmp_path, range(2), about)
     cache = TeacherCache(tmp_path)
-    cache.check(tokenizer, "teacher", VOCAB, K)
-    cache.check(tiny_tokenizer(), None, VOCAB, K)
+    cache.check(tokenizer, "teacher", None, VOCAB, K)
+    cache.check(tiny_tokenizer(), None, "any", VOCAB, K)
     with pytest.raises(ValueError, match=r"teacher 'teacher', not 'another'$"):
-        cache.check(tokenizer, "another", VOCAB, K)
+        cache.check(tokenizer, "another", None, VOCAB, K)
+    with pytest.raises(ValueError, match=r"revision None, not 'v2'$"):
+        cache.check(tokenizer, "teacher", "v2", VOCAB, K)
     with pytest.raises(ValueError, match=f"vocabulary {VOCAB}, not 51$"):
-        cache.check(tokenizer, None, 51, K)
+        cache.check(tokenizer, None, None, 51, K)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(
         ValueError, match=r"with tokenizer '[0-9a-f]{64}', not .*; vocabulary 50, not 51; top_k 6, not 7$"
     ):
-        cache.check(tokenizer, "teacher", 51, 7)
+        cache.check(tokenizer, "teacher", None, 51, 7)
 
 
 def test_what_is_no_cache_is_refused(tmp_path):

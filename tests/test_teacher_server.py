@@ -1,6 +1,7 @@
 """A teacher behind HTTP gives the numbers of the same teacher in memory, and what a bad answer gives has a name."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -214,3 +215,74 @@ def test_zero_is_refused(server, name):
 
 def test_an_address_may_end_as_that_of_openai_clients(server):
     assert TeacherServer(f"{server.url}/v1/", 2, VOCAB).model == "tiny"
+
+
+# ---- What it is asked about before the first step ----
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(model, caplog):
+    ours, another = tiny_tokenizer(), tiny_tokenizer(vocab_size=300)
+    with serving(model, tokenizer=ours) as server:
+        connect(server).check(ours, 64)
+    assert not caplog.text
+    with serving(model, tokenizer=another) as server, pytest.raises(ValueError, match="has another tokenizer"):
+        connect(server).check(ours, 64)
+
+
+def test_a_server_that_does_not_tokenize_is_taken_at_its_word(model, caplog):
+    with serving(model) as server:
+        connect(server).check(tiny_tokenizer(), 64)
+    assert "Whether the teacher has the student's tokenizer is not known" in caplog.text
+
+
+@pytest.mark.parametrize("max_length", [64, None])
+def test_a_teacher_that_reads_shorter_rows_is_refused(model, max_length):
+    with serving(model, max_model_len=64) as server:
+        connect(server).check(tiny_tokenizer(), 63)
+        with pytest.raises(ValueError, match=f"reads at most 63 tokens .* lower max_length={max_length}"):
+            connect(server).check(tiny_tokenizer(), max_length)
+
+
+def test_the_key_of_the_environment_is_sent(model, monkeypatch):
+    with serving(model) as server:
+        connect(server)
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        connect(server)
+    assert server.keys == [None, "Bearer secret"]
+
+
+def test_the_teacher_is_asked_at_temperature_one(model, server):
+    connect(server).log_probs(ROWS)
+    assert {question["temperature"] for question in server.questions} == {1.0}
+
+
+def test_requests_are_repeated_later_and_later(model, monkeypatch):
+    slept = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
+    with serving(model) as server:
+        server.faults = [503, 503, 503]
+        connect(server, attempts=4, backoff=0.25)
+    assert slept == [0.5, 1.0]  # the first repetition is at once
+
+
+def test_an_answer_that_takes_too_long_is_no_answer(model):
+    with serving(model) as server:
+        teacher = connect(server, attempts=1, timeout=0.2)
+        server.tamper = lambda choices, prompts: time.sleep(1.0) or choices
+        with pytest.raises(ConnectionError, match="in 1 attempts"):
+            teacher.log_probs(ROWS)
+
+
+def test_probabilities_that_sum_to_more_than_one_by_a_percent_are_refused(model, server):
+    teacher = connect(server)
+
+    def more(choices, prompts):
+        listed = choices[0]["prompt_logprobs"][1]
+        mass = sum(math.exp(entry["logprob"]) for entry in listed.values())
+        for entry in listed.values():
+            entry["logprob"] = min(0.0, entry["logprob"] + math.log(1.01 / mass))
+        return choices
+
+    server.tamper = more
+    with pytest.raises(ValueError, match=r"probabilities that sum to 1\.01"):
+        teacher.log_probs(ROWS)

@@ -85,7 +85,7 @@ class StandIn:
 @pytest.fixture
 def vllm(monkeypatch):
     monkeypatch.setattr("amid_trl._trl.is_vllm_available", lambda: True)
-    monkeypatch.setattr("amid_trl._trl.VLLMGeneration", StandIn)
+    monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", StandIn)
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)])
@@ -117,11 +117,17 @@ def test_settings_reach_the_engine(vllm, train, tokenizer):
         "repetition_penalty": 1.2,
         "max_new_tokens": 5,
         "generation_kwargs": {"presence_penalty": 0.5},
+        "trust_remote_code": True,
     }
     train(model=student, lmbda=1.0, use_vllm=True, gradient_accumulation_steps=4, **settings)
     got = StandIn.last.settings
     padded = range(len(tokenizer), len(tokenizer) + 8)
-    assert got["mode"] == "colocate" and got["max_num_seqs"] == 2 * 4 * 2 and got["logprobs"] is None
+    assert (
+        got["trust_remote_code"]
+        and got["mode"] == "colocate"
+        and got["max_num_seqs"] == 2 * 4 * 2
+        and got["logprobs"] is None
+    )
     assert got["generation_kwargs"] == {
         "stop_token_ids": [tokenizer.eos_token_id],
         "logit_bias": dict.fromkeys(padded, -100.0),
@@ -145,8 +151,15 @@ def test_settings_reach_the_server(vllm, train):
     }
     train(lmbda=1.0, use_vllm=True, vllm_mode="server", **settings)
     got = StandIn.last.settings
-    assert got["mode"] == "server"
+    assert got["mode"] == "server" and got["min_p"] == 0.0
     assert {name: got[name.removeprefix("vllm_")] for name in settings} == settings
+
+
+def test_completions_that_are_not_one_to_a_prompt_are_refused(vllm, train, monkeypatch):
+    monkeypatch.setattr(StandIn, "generate", lambda self, prompts, **settings: (prompts, [[7]] * 9, None, None))
+    trainer = train(lmbda=1.0, use_vllm=True)
+    with pytest.raises(ValueError, match="vLLM wrote 9 completions for 2 prompts"):
+        trainer.train()
 
 
 def test_the_teacher_still_writes_with_transformers(vllm, train):
@@ -171,6 +184,13 @@ def test_the_teacher_still_writes_with_transformers(vllm, train):
         ({"use_vllm": True, "seq_kd": True, "generation_kwargs": {"seed": 1}}, "generation_kwargs=.* are vLLM's"),
         ({"use_vllm": True, "vllm_max_model_length": 100}, "vllm_max_model_length=100 is less than max_length=1024"),
         ({"use_vllm": True, "lmbda": 0.0}, "use_vllm has no effect on a run without student text"),
+        ({"use_vllm": True, "generation_kwargs": {"n": 2}}, "generation_kwargs may not have n on use_vllm=True"),
+        ({"use_vllm": True, "vllm_gpu_memory_utilization": 7.0}, r"must be in \(0, 1\]; got 7.0"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 0}, "vllm_tensor_parallel_size must be at least 1; got 0"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "accelerator_config": {"even_batches": False}},
+            "as many prompts on every process",
+        ),
         ({"num_generations": 0}, "num_generations must be at least 1; got 0"),
         ({"num_generations": 3}, "num_generations=3 must divide the 8 rows"),
     ],
