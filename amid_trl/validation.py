@@ -154,7 +154,8 @@ def _check_vllm(config: AMiDConfig) -> None:
     if not 0 < config.vllm_gpu_memory_utilization <= 1:
         raise ValueError(f"vllm_gpu_memory_utilization must be in (0, 1]; got {config.vllm_gpu_memory_utilization!r}")
     _at_least("vllm_tensor_parallel_size", config.vllm_tensor_parallel_size, 1)
-    if config.vllm_mode == "server" and not config.accelerator_config.even_batches:
+    dataloaders: Any = config.accelerator_config
+    if config.vllm_mode == "server" and not dataloaders.even_batches:
         raise ValueError("vllm_mode='server' needs as many prompts on every process; leave even_batches at True")
     if config.seq_kd and config.generation_kwargs:
         raise ValueError(
