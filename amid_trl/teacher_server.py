@@ -95,7 +95,7 @@ class TeacherServer:
         except ValueError as error:
             logger.warning("Whether the teacher has the student's tokenizer is not known: %s", error)
             return
-        if answer["tokens"] != list(tokenizer(text, add_special_tokens=False)["input_ids"]):
+        if answer["tokens"] != list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
             raise ValueError(f"the teacher at {self.url} has another tokenizer than the student")
 
     def log_probs(self, rows: Sequence[Sequence[int]]) -> list[SparseTeacher]:

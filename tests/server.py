@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.tokenizer is None:
             self._send(404, {"detail": "Not Found"})
             return
-        settings = {"add_special_tokens": question["add_special_tokens"]}
+        settings = {"add_special_tokens": question["add_special_tokens"], "verbose": False}
         self._send(200, {"tokens": self.server.tokenizer(question["prompt"], **settings)["input_ids"]})
 
     def _send(self, status: int, answer: dict[str, Any], cut_short: bool = False):

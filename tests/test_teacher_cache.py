@@ -139,7 +139,7 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_what_is_written_when_the_teacher_fails_stays(tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"), CacheWriter(tmp_path, ABOUT) as writer:
-        writer.add(*row(0))
+        writer.add(row(0)[0], sparse_top_k(row(0)[1], K))
         raise RuntimeError("out of memory")
     assert row(0)[0] in TeacherCache(tmp_path)
 
