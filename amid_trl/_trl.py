@@ -23,6 +23,7 @@ from trl.trainer.utils import (
     global_then_local_main_first,  # one process tokenises, the others read its cache
     maybe_gather_lm_head_ctx,  # materialises heads that ZeRO-3 has sharded
     print_prompt_completions_sample,
+    use_adapter,
 )
 
 from amid_trl.kernel import Finish
@@ -43,6 +44,7 @@ __all__ = [
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "unwrap_model_for_generation",
+    "use_adapter",
     "vllm_engine",
 ]
 
@@ -67,7 +69,10 @@ def language_model_head(model: PreTrainedModel) -> Head:
     """The head as transformers applies it; configurations have several names for its scale."""
     config, layer = model.config.get_text_config(), model.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # PEFT's trainable copy of the whole head
-        layer = layer.modules_to_save[layer.active_adapters[0]]
+        active = (
+            [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.modules_to_save]
+        )
+        layer = layer.modules_to_save[active[0]] if active else layer.original_module
     if type(layer) is not nn.Linear:
         raise ValueError(
             f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "

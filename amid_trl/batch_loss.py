@@ -1,9 +1,8 @@
 """The loss of one micro-batch: both models' hidden states at its trained tokens, compared by a token loss."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,31 +14,6 @@ from amid_trl.sparse import SparseTeacher
 
 
 Batch = dict[str, Tensor]
-
-
-class Teacher(Protocol):
-    """What the teacher predicts for a micro-batch's trained tokens, rows one after the other."""
-
-    def __call__(self, batch: Batch) -> States | SparseTeacher:
-        """Hidden states with the head, or the likeliest tokens of a teacher that is not in memory."""
-        ...
-
-
-class ModelTeacher:
-    """A teacher in memory, as the engine has wrapped it."""
-
-    def __init__(self, wrapped: nn.Module, accelerator: Accelerator):
-        self._wrapped, self._accelerator = wrapped, accelerator
-
-    def __call__(self, batch: Batch) -> States:
-        """Without gradient."""
-        teacher = self._accelerator.unwrap_model(self._wrapped)
-        base = _trl.causal_lm(teacher)
-        tokens = (batch["input_ids"], batch["attention_mask"])
-        with torch.no_grad(), self._accelerator.autocast():
-            hidden = _trl.forward_redirection(self._wrapped, teacher, _trl.backbone_states, base, *tokens)
-        trained = trained_targets(batch) != -100
-        return States(hidden[:, :-1][trained.to(hidden.device)], _trl.language_model_head(base))
 
 
 class BatchLoss(NamedTuple):
@@ -57,6 +31,12 @@ class BatchLoss(NamedTuple):
 def trained_targets(batch: Batch) -> Tensor:
     """The token that each position but the last predicts, -100 where that is not trained: (rows, tokens - 1)."""
     return batch["labels"][:, 1:]
+
+
+def trained_states(hidden: Tensor, head: Head, batch: Batch) -> States:
+    """Those of (rows, tokens, dim) hidden states that predict a trained token, rows one after the other."""
+    trained = trained_targets(batch) != -100
+    return States(hidden[:, :-1][trained.to(hidden.device)], head)
 
 
 def batch_loss(

@@ -9,11 +9,12 @@ from tqdm.auto import tqdm
 
 from amid_trl import _trl, train
 from amid_trl.absent_teacher import all_datasets, unpadded_rows
-from amid_trl.batch_loss import Batch, ModelTeacher, trained_targets
+from amid_trl.batch_loss import Batch, trained_targets
 from amid_trl.linear import States
 from amid_trl.rows import UNTRAINED
 from amid_trl.sparse import SparseTeacher, sparse_top_k
 from amid_trl.teacher_cache import CacheAbout, CacheWriter, TeacherCache, row_key, tokenizer_fingerprint
+from amid_trl.teachers import ModelTeacher
 from amid_trl.trainer import AMiDTrainer
 
 

@@ -86,6 +86,9 @@ class AMiDConfig(GKDConfig):
 
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub.
+        teacher_adapter_path (`str`, *optional*):
+            The teacher is the student's base model under this adapter, or `"base"`, under none. For a student with an
+            adapter; the base is held in memory once.
         teacher_model_server_url (`str`, *optional*):
             A vLLM server (OpenAI-compatible, with `prompt_logprobs`) that the teacher runs on, in place of a model in
             memory. Its `teacher_top_k` likeliest tokens are compared, and all others as one.
@@ -200,6 +203,7 @@ class AMiDConfig(GKDConfig):
     logits_chunk_size: int | None = _option(None, "Tokens projected to the vocabulary at a time; automatic if unset.")
 
     teacher_model_revision: str | None = _option(None, "Revision of the teacher on the Hub.")
+    teacher_adapter_path: str | None = _option(None, "The teacher's adapter of the student's base, or base for none.")
     teacher_model_server_url: str | None = _option(None, "A vLLM server that the teacher runs on.")
     teacher_cache: str | None = _option(None, "A folder that `amid-trl cache-teacher` writes and training reads.")
     teacher_top_k: int = _option(
@@ -272,6 +276,11 @@ class AMiDConfig(GKDConfig):
     def window_rows(self) -> int:
         """Rows that one process trains on in an optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def teacher_is_sparse(self) -> bool:
+        """Whether only the teacher's likeliest tokens are known."""
+        return self.teacher_model_server_url is not None or self.teacher_cache is not None
 
     @property
     def student_shares(self) -> tuple[float, float]:

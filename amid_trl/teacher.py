@@ -35,9 +35,9 @@ def load_models(
 ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
     """Student, teacher and tokenizer, loaded where they are names, and checked against each other.
 
-    The teacher is None where a server or a cache stands for it.
+    The teacher is None where a server, a cache or an adapter of the student's base stands for it.
     """
-    absent = args.teacher_model_server_url or args.teacher_cache
+    absent = args.teacher_model_server_url or args.teacher_cache or args.teacher_adapter_path
     if teacher_model is not None and absent:
         raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")
     teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path

@@ -29,8 +29,7 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
-from amid_trl.absent_teacher import absent_teacher
-from amid_trl.batch_loss import BatchLoss, ModelTeacher, batch_loss
+from amid_trl.batch_loss import BatchLoss, batch_loss
 from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length, several_each, window_prompts
 from amid_trl.card import PAPER, objective_card
 from amid_trl.checkpoint import Stateful, load_state, save_state
@@ -55,6 +54,7 @@ from amid_trl.teacher import (
     merge_adapter,
     place,
 )
+from amid_trl.teachers import open_teacher, student_alone
 from amid_trl.token_loss import DistillationTokenLoss
 from amid_trl.validation import check_evaluation_set
 from amid_trl.writers import ModelWriter, VLLMWriter, Writer, require_vllm, writer_config
@@ -170,13 +170,11 @@ class AMiDTrainer(GKDTrainer):
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         _trl.announce_head(self.model)
         check_engine(self.accelerator)
-        if teacher is None:
-            known = (self._positions, self.train_dataset, self.eval_dataset)
-            self.teacher_model, self._teacher = None, absent_teacher(args, tokenizer, self.vocabulary, *known)
-            token_loss = SparseTokenLoss
-        else:
-            self.teacher_model = place(freeze(teacher), self.accelerator)
-            self._teacher, token_loss = ModelTeacher(self.teacher_model, self.accelerator), DistillationTokenLoss
+        self.teacher_model = None if teacher is None else place(freeze(teacher), self.accelerator)
+        run = (lambda: self.model_wrapped, args, self.accelerator)
+        known = (tokenizer, self.vocabulary, self._positions, self.train_dataset, self.eval_dataset)
+        self._teacher = open_teacher(self.teacher_model, self.model, *run, *known)
+        token_loss = SparseTokenLoss if args.teacher_is_sparse else DistillationTokenLoss
         self._plain_text = open_plain_text(pretrain_dataset, args, self.accelerator, tokenizer, self._positions)
 
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -351,6 +349,10 @@ class AMiDTrainer(GKDTrainer):
             check_files(resume_from_checkpoint)
         with self._stop_on_sigterm:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, *args, **kwargs) -> None:
+        with student_alone(self.model):
+            super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         with whole_checkpoint(self._get_output_dir(trial=trial), self.args, self.state, self.accelerator):

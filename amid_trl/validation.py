@@ -39,6 +39,8 @@ MANAGED_GENERATION_KWARGS = (
 # Likewise of vLLM's SamplingParams; those with a field of ours win over it without a word.
 MANAGED_VLLM_KWARGS = ("n", "max_tokens", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "detokenize")
 
+TEACHER_MODEL_FIELDS = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
+
 VLLM_SERVER_FIELDS = (
     "vllm_server_base_url",
     "vllm_server_host",
@@ -168,19 +170,18 @@ def _check_vllm(config: AMiDConfig) -> None:
 
 
 def _check_absent_teacher(config: AMiDConfig) -> None:
+    if config.teacher_adapter_path is not None:
+        others = ("teacher_model_server_url", "teacher_cache", *TEACHER_MODEL_FIELDS)
+        without_effect(config, others, "beside teacher_adapter_path")
+        if config.seq_kd:
+            raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
     _at_least("teacher_top_k", config.teacher_top_k, 1)
-    if config.teacher_model_server_url is None and config.teacher_cache is None:
+    if not config.teacher_is_sparse:
         without_effect(config, ("teacher_top_k", "teacher_cache_dtype"), "on a teacher in memory")
         return
     if config.teacher_model_server_url is not None:
-        names = (
-            "teacher_cache",
-            "teacher_cache_dtype",
-            "teacher_model_name_or_path",
-            "teacher_model_revision",
-            "teacher_model_init_kwargs",
-        )
-        without_effect(config, names, "beside teacher_model_server_url")
+        others = ("teacher_cache", "teacher_cache_dtype", *TEACHER_MODEL_FIELDS)
+        without_effect(config, others, "beside teacher_model_server_url")
     elif config.teacher_cache_dtype not in ("float16", "float32"):
         raise ValueError(f"teacher_cache_dtype must be 'float16' or 'float32'; got {config.teacher_cache_dtype!r}")
     elif config.student_shares[1] > 0:

@@ -49,7 +49,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(tmp_path, tokenizer, student, teacher):
     """Build a trainer on tiny models; keyword arguments are AMiDConfig's, or the trainer's own."""
 
-    def build(*, model=None, teacher_model=None, train_dataset=None, **settings) -> AMiDTrainer:
+    def build(*, model=None, teacher_model=None, has_teacher=True, train_dataset=None, **settings) -> AMiDTrainer:
         own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "quantization_config")
         extra = {name: settings.pop(name) for name in own if name in settings}
         if isinstance(settings.get("pretrain_dataset"), Dataset):  # a field of the same name takes a path
@@ -71,7 +71,7 @@ def train(tmp_path, tokenizer, student, teacher):
         }
         return AMiDTrainer(
             model if model is not None else student,
-            teacher_model if teacher_model is not None else teacher,
+            teacher_model if teacher_model is not None else teacher if has_teacher else None,
             AMiDConfig(**{**defaults, **settings}),
             train_dataset=train_dataset if train_dataset is not None else messages_dataset(8),
             processing_class=tokenizer,

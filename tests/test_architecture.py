@@ -45,6 +45,7 @@ LAYERS = {
         "student",
         "survival",
         "teacher",
+        "teachers",
         "trainer",
         "validation",
         "writers",
@@ -135,6 +136,7 @@ def test_the_names_borrowed_from_trl_are_listed():
         "prepare_deepspeed",
         "print_prompt_completions_sample",
         "unwrap_model_for_generation",
+        "use_adapter",
         "vllm_engine",
     ]
     assert all(hasattr(_trl, name) for name in _trl.__all__)

@@ -240,6 +240,7 @@ EFFECTS = {
     "teacher_cache": (
         "test_absent_teacher.py::test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding"
     ),
+    "teacher_adapter_path": "test_teachers.py::test_an_adapter_of_the_students_base_is_a_teacher_of_its_own",
     "teacher_cache_dtype": "test_absent_teacher.py::test_the_command_writes_what_train_reads",
     "pretrain_dataset": "test_pretraining.py::test_a_dataset_is_named_and_streamed_and_read_on_by_a_resumed_run",
     "pretrain_dataset_config": "test_pretraining.py::test_a_dataset_is_loaded_in_its_configuration",

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from torch import nn
 
 from amid_trl import AMiDConfig, AMiDTrainer
+
+
+LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 
 def save_models(folder: Path) -> None:
@@ -21,6 +24,8 @@ def save_models(folder: Path) -> None:
         # Every other token ends a completion, so that lengths differ.
         student.generation_config.eos_token_id = list(range(1, len(tokenizer), 2))
         save_tiny(folder / name, student, tokenizer)
+    adapter = get_peft_model(student, LoraConfig(**LORA))
+    adapter.save_pretrained(folder / "adapter")  # of the tied student
     save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
 
 
@@ -38,11 +43,15 @@ def zero(stage: int) -> dict:
     }
 
 
-def run(models: Path, output_dir: Path, *, student="student", lora=False, trains=True, **settings) -> dict:
+def run(
+    models: Path, output_dir: Path, *, student="student", lora=False, shared_base=False, trains=True, **settings
+) -> dict:
     """Train one epoch if asked to, evaluate, save the student in `output_dir`; returns what was logged and seen."""
+    if shared_base:
+        student, lora, settings["teacher_adapter_path"] = "tied_student", True, str(models / "adapter")
     trainer = AMiDTrainer(
         str(models / student),
-        str(models / "teacher"),
+        None if shared_base else str(models / "teacher"),
         AMiDConfig(
             **{
                 "output_dir": str(output_dir),
@@ -66,7 +75,7 @@ def run(models: Path, output_dir: Path, *, student="student", lora=False, trains
         ),
         train_dataset=messages_dataset(12),
         eval_dataset=multi_turn_dataset(5),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
+        peft_config=LoraConfig(**LORA) if lora else None,
     )
     lengths, write = [], trainer._writers["student"]
 
@@ -80,7 +89,7 @@ def run(models: Path, output_dir: Path, *, student="student", lora=False, trains
     if trains:
         trainer.train()
     trainer.evaluate()
-    shares = [stored_share(model) for model in (trainer.model, trainer.teacher_model)]
+    shares = [stored_share(model) for model in (trainer.model, trainer.teacher_model) if model is not None]
     trainer.save_model()
     return {"log": trainer.state.log_history, "lengths": lengths, "shares": shares}
 
