@@ -46,8 +46,8 @@ def test_two_processes_equal_one(tmp_path, lmbda):
 def test_plain_text_weighs_the_same_on_two_processes(tmp_path):
     # Every document makes one block, and all are the same, so that it does not matter who reads which.
     tokenizer, text = tiny_tokenizer(), "rain"
-    while len(tokenizer(text)["input_ids"]) < 79:
-        text += " fell"
+    while (length := len(tokenizer(text)["input_ids"])) < 79:
+        text += " fell" if length < 70 else "!"
     assert len(tokenizer(text)["input_ids"]) == 79
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "train.jsonl").write_text(40 * (json.dumps({"text": text}) + "\n"))
