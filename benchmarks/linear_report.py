@@ -22,8 +22,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"Forward and backward on {settings['dtype']} hidden states and heads, gradients for the student's; every "
         "method at every size in a process of its own.",
-        f"Seconds: the median of {settings['repeats']} calls after a first one, the warm-up, in which a method may "
-        "compile. MB (10^6 bytes): the peak of those calls above the inputs, gradients included; that of the warm-up "
+        f"Seconds: the median of {settings['repeats']} calls, or one call where only growth is shown, after a first "
+        "one, the warm-up, in which a method may compile. MB (10^6 bytes): the peak of those calls above the inputs, "
+        "gradients included; that of the warm-up "
         "has the compiler in it.",
         "",
         f"## {tokens} tokens, vocabulary {vocabulary}",
