@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19", "ninja"],
     "vllm": ["vllm<=0.31"],
-    "quantization": ["bitsandbytes"],
+    "quantization": ["bitsandbytes>=0.46"],
     "eval": ["rouge-score"],
     "sweep": ["optuna", "ray[tune]"],
     "plot": ["matplotlib"],
@@ -27,6 +27,7 @@ TEST = [
     *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
     *EXTRAS["plot"],
+    *EXTRAS["quantization"],
 ]
 # What the demo reads besides the two data wheels, which the Makefile installs without their own dependencies.
 DEMO = ["gguf", "pyyaml", *EXTRAS["eval"], *EXTRAS["plot"]]

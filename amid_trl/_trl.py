@@ -4,13 +4,14 @@ A test lists these names, so that an upgrade which moves one fails there and now
 """
 
 import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed as hf_deepspeed
 from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL's own names: zero2, multi_gpu, …
 from trl.import_utils import is_vllm_available
 from trl.models.utils import (
@@ -21,7 +22,6 @@ from trl.models.utils import (
 from trl.trainer.utils import (
     create_model_from_path,  # picks the architecture and the dtype as TRL's own trainers do
     global_then_local_main_first,  # one process tokenises, the others read its cache
-    maybe_gather_lm_head_ctx,  # materialises heads that ZeRO-3 has sharded
     print_prompt_completions_sample,
     use_adapter,
 )
@@ -41,6 +41,7 @@ __all__ = [
     "global_then_local_main_first",
     "is_vllm_available",
     "language_model_head",
+    "loaded_whole",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "unwrap_model_for_generation",
@@ -78,6 +79,11 @@ def language_model_head(model: PreTrainedModel) -> Head:
             f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "
             "weight, so it must be a plain torch.nn.Linear: not quantised, and without an adapter"
         )
+    if layer.weight.is_meta:
+        raise ValueError(
+            f"the head of {type(model).__name__} is offloaded, and the loss reads its weight; give "
+            "the output embedding a device in device_map"
+        )
     finish = Finish(_logit_scale(config), getattr(config, "final_logit_softcapping", None))
     return Head(layer.weight, layer.bias, finish)
 
@@ -99,7 +105,7 @@ def announce_head(student: nn.Module) -> None:
 
     Left to itself ZeRO-3 finds that out only if the head happens to be sharded when it is first read.
     """
-    if not is_deepspeed_zero3_enabled():
+    if not hf_deepspeed.is_deepspeed_zero3_enabled():
         return
     import deepspeed
 
@@ -110,8 +116,29 @@ def announce_head(student: nn.Module) -> None:
 
 
 def gathered_head(head: Head) -> AbstractContextManager:
-    """The whole weights of another model's head for the time of a direct product (ZeRO-3); nothing elsewhere."""
-    return maybe_gather_lm_head_ctx(head.weight, head.bias)
+    """The whole weights of another model's head for the time of a direct product; nothing where they are not sharded.
+
+    TRL's `maybe_gather_lm_head_ctx` asks how the student is sharded, and a teacher may have an engine of its own.
+    """
+    sharded = [tensor for tensor in (head.weight, head.bias) if hasattr(tensor, "ds_status")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # A tied head may be there already, as the embedding's; gathered again, it would be shared out under its feet.
+    return deepspeed.zero.GatheredParameters([p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE])
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Within it `from_pretrained` does not shard what it loads, though the student is under ZeRO-3."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def vllm_engine(**settings: Any) -> Any:

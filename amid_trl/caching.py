@@ -27,7 +27,7 @@ def cache_teacher(
 ) -> None:
     """Write what is missing of the trainer's training and evaluation sets. All processes have to call it."""
     accelerator, top_k = trainer.accelerator, min(top_k, trainer.vocabulary)
-    teacher = ModelTeacher(trainer.teacher_model, accelerator)
+    teacher = ModelTeacher(trainer.teacher_model, accelerator, offloaded=trainer.args.teacher_offload)
     about = CacheAbout(
         teacher=trainer.args.teacher_model_name_or_path or _trl.causal_lm(trainer.teacher_model).name_or_path,
         revision=trainer.args.teacher_model_revision,

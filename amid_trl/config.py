@@ -89,6 +89,14 @@ class AMiDConfig(GKDConfig):
         teacher_adapter_path (`str`, *optional*):
             The teacher is the student's base model under this adapter, or `"base"`, under none. For a student with an
             adapter; the base is held in memory once.
+        teacher_load_in_8bit, teacher_load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Quantise the teacher with bitsandbytes while it is loaded: LLM.int8(), or NF4. Its head stays as it is.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keep the teacher in the host's memory; its weights are copied to the device for each of its forward passes.
+        teacher_deepspeed (`dict[str, Any]` or `str`, *optional*):
+            A DeepSpeed configuration of the teacher's own (or its file): ZeRO-3 for the teacher of a student that is
+            not sharded, with `offload_param` if there is no room for it, or the reverse. By default the teacher is
+            sharded if the student is.
         teacher_model_server_url (`str`, *optional*):
             A vLLM server (OpenAI-compatible, with `prompt_logprobs`) that the teacher runs on, in place of a model in
             memory. Its `teacher_top_k` likeliest tokens are compared, and all others as one.
@@ -156,6 +164,13 @@ class AMiDConfig(GKDConfig):
             As in [`~trl.DistillationConfig`]: the student writes in a vLLM engine. `generation_kwargs` are then fields
             of vLLM's `SamplingParams`.
 
+        > Parameters that control the run
+
+        nonfinite_loss (`str`, *optional*, defaults to `"stop"`):
+            When the loss of a micro-batch is NaN or infinite: `"stop"` with an error that names the step, the rows and
+            the last checkpoint with finite weights; `"skip"` gives that micro-batch no gradient, with a warning, and
+            logs how many there were.
+
         > Parameters that control logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
@@ -174,6 +189,7 @@ class AMiDConfig(GKDConfig):
         "assistant_alpha_schedule",
         "assistant_lambda_schedule",
         "student_text_objective_kwargs",
+        "teacher_deepspeed",
         "lmbda_schedule",
         "chat_template_kwargs",
         "generation_kwargs",
@@ -204,6 +220,12 @@ class AMiDConfig(GKDConfig):
 
     teacher_model_revision: str | None = _option(None, "Revision of the teacher on the Hub.")
     teacher_adapter_path: str | None = _option(None, "The teacher's adapter of the student's base, or base for none.")
+    teacher_load_in_8bit: bool = _option(False, "Quantise the teacher to 8 bits with bitsandbytes.")
+    teacher_load_in_4bit: bool = _option(False, "Quantise the teacher to 4 bits (NF4) with bitsandbytes.")
+    teacher_offload: bool = _option(False, "Keep the teacher in the host's memory between its forward passes.")
+    teacher_deepspeed: dict[str, Any] | str | None = _option(
+        None, "A DeepSpeed configuration of the teacher's own, or its file."
+    )
     teacher_model_server_url: str | None = _option(None, "A vLLM server that the teacher runs on.")
     teacher_cache: str | None = _option(None, "A folder that `amid-trl cache-teacher` writes and training reads.")
     teacher_top_k: int = _option(
@@ -252,6 +274,8 @@ class AMiDConfig(GKDConfig):
     vllm_gpu_memory_utilization: float = _option(0.3, "colocate: the engine's share of the device's memory.")
     vllm_max_model_length: int | None = _option(None, "colocate: the engine's longest sequence, in tokens.")
     vllm_tensor_parallel_size: int = _option(1, "colocate: devices that share one engine.")
+
+    nonfinite_loss: Literal["stop", "skip"] = _option("stop", "What is done about a loss that is NaN or infinite.")
 
     log_completions: bool = _option(False, "Print and save a table of completions at each log.")
     num_completions_to_print: int | None = _option(None, "Rows of that table; all of the last window if unset.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -68,6 +69,17 @@ def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str |
 def is_complete(checkpoint: Path) -> bool:
     """Whether the file that is written last is there, and nobody was writing any more."""
     return (checkpoint / TRAINER_STATE).exists() and not (checkpoint / UNFINISHED).exists()
+
+
+def last_finite_checkpoint(output_dir: str) -> str | None:
+    """The newest whole checkpoint without a NaN or an infinite weight."""
+    newest_first = sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True)
+    return next((str(folder) for folder in newest_first if is_complete(folder) and _is_finite(folder)), None)
+
+
+def _is_finite(checkpoint: Path) -> bool:
+    files = checkpoint.glob("*.safetensors")
+    return all(bool(weight.isfinite().all()) for file in files for weight in load_file(file).values())
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

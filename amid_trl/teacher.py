@@ -1,7 +1,8 @@
-"""The teacher (and the loading both models share): load, compare vocabularies, freeze, place."""
+"""The teacher (and the loading both models share): load, compare vocabularies, freeze."""
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
-from amid_trl._trl import (
-    causal_lm,
-    create_model_from_path,
-    language_model_head,
-    prepare_deepspeed,
-)
+from amid_trl._trl import causal_lm, create_model_from_path, language_model_head, loaded_whole
 from amid_trl.config import AMiDConfig
 
 
 logger = logging.getLogger(__name__)
+
+TEACHER_LOADING_FIELDS = (
+    "teacher_model_init_kwargs",
+    "teacher_model_revision",
+    "teacher_load_in_8bit",
+    "teacher_load_in_4bit",
+)
 
 
 def load_models(
@@ -105,15 +108,30 @@ def load_teacher(teacher: str | nn.Module, args: AMiDConfig) -> nn.Module:
     """
     init_kwargs = dict(args.teacher_model_init_kwargs or {})
     if not isinstance(teacher, str):
-        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        for name in TEACHER_LOADING_FIELDS:
             if getattr(args, name):
                 raise ValueError(f"{name} is for a teacher given by name; teacher_model is a model already")
         return teacher
+    if args.teacher_load_in_8bit or args.teacher_load_in_4bit:
+        init_kwargs["quantization_config"] = _quantization(args)
+    if args.teacher_offload or args.teacher_deepspeed is not None:
+        init_kwargs["device_map"] = None  # placed afterwards
     init_kwargs.setdefault("dtype", "auto")
     init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if args.teacher_model_revision is not None:
         init_kwargs["revision"] = args.teacher_model_revision
-    return load_causal_lm(teacher, init_kwargs, distributed=_is_distributed(args))
+    with loaded_whole() if args.teacher_deepspeed is not None else nullcontext():
+        return load_causal_lm(teacher, init_kwargs, distributed=_is_distributed(args))
+
+
+def _quantization(args: AMiDConfig) -> BitsAndBytesConfig:
+    """8 bits, or 4 (NF4) with products in the precision of the run."""
+    if (args.teacher_model_init_kwargs or {}).get("quantization_config") is not None:
+        raise ValueError("the teacher's quantization is given twice: by a field and in teacher_model_init_kwargs")
+    if args.teacher_load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _is_distributed(args: AMiDConfig) -> bool:
@@ -265,16 +283,6 @@ def check_engine(accelerator: Accelerator) -> None:
     """Refuse engines that the loss does not know."""
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         raise ValueError("FSDP is not supported; use data parallelism or DeepSpeed")
-
-
-def place(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The teacher where the student is: sharded with it under ZeRO-3, whole on each device otherwise."""
-    if accelerator.state.deepspeed_plugin is not None:
-        return prepare_deepspeed(teacher, accelerator)
-    base = causal_lm(teacher)
-    if getattr(base, "hf_device_map", None) is None and not getattr(base, "is_quantized", False):
-        teacher.to(accelerator.device)
-    return teacher
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What the teacher expects of a micro-batch: from a model of its own, or the student's base under another adapter."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from amid_trl.absent_teacher import absent_teacher
 from amid_trl.batch_loss import Batch, trained_states
 from amid_trl.config import AMiDConfig
 from amid_trl.linear import States
+from amid_trl.placement import HostWeights
 from amid_trl.sparse import SparseTeacher
 
 
@@ -32,19 +33,26 @@ class Teacher(Protocol):
 
 
 class ModelTeacher:
-    """A teacher in memory, as the engine has wrapped it."""
+    """A teacher in memory, as the engine has wrapped it; `offloaded`, it is on the device for its passes alone."""
 
-    def __init__(self, wrapped: nn.Module, accelerator: Accelerator):
+    def __init__(self, wrapped: nn.Module, accelerator: Accelerator, *, offloaded: bool = False):
         self._wrapped, self._accelerator = wrapped, accelerator
+        self._at_home = HostWeights(wrapped, accelerator.device) if offloaded else None
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""
         teacher = self._accelerator.unwrap_model(self._wrapped)
         base = _trl.causal_lm(teacher)
         tokens = (batch["input_ids"], batch["attention_mask"])
-        with torch.no_grad(), self._accelerator.autocast():
+        with (
+            torch.no_grad(),
+            self._accelerator.autocast(),
+            self._at_home.on_device() if self._at_home else nullcontext(),
+        ):
             hidden = _trl.forward_redirection(self._wrapped, teacher, _trl.backbone_states, base, *tokens)
-        return trained_states(hidden, _trl.language_model_head(base), batch)
+            head = _trl.language_model_head(base)
+            # The parameter goes home with the others; the tensor that it had on the device stays for the loss.
+            return trained_states(hidden, head.frozen() if self._at_home else head, batch)
 
 
 class AdapterTeacher:
@@ -85,7 +93,9 @@ def open_teacher(
     """The teacher that the settings name; `known` is what `absent_teacher` has to know about the run."""
     if args.teacher_adapter_path is not None:
         return AdapterTeacher(student, wrapped_student, args.teacher_adapter_path, accelerator)
-    return absent_teacher(args, *known) if teacher is None else ModelTeacher(teacher, accelerator)
+    if teacher is None:
+        return absent_teacher(args, *known)
+    return ModelTeacher(teacher, accelerator, offloaded=args.teacher_offload)
 
 
 @contextmanager

@@ -30,15 +30,16 @@ from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
 from amid_trl.batch_loss import BatchLoss, batch_loss
-from amid_trl.batches import DistillationCollator, completion_batch, deal_by_length, several_each, window_prompts
+from amid_trl.batches import DistillationCollator, deal_by_length
 from amid_trl.card import PAPER, objective_card
 from amid_trl.checkpoint import Stateful, load_state, save_state
-from amid_trl.completions import CompletionLog
 from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
 from amid_trl.generation import eos_token_ids
 from amid_trl.linear import States
 from amid_trl.metrics import Means
+from amid_trl.nonfinite import NonfiniteLoss
+from amid_trl.placement import place
 from amid_trl.run_objective import RunObjective
 from amid_trl.sampling import Source
 from amid_trl.sources import Sources, open_plain_text
@@ -52,23 +53,15 @@ from amid_trl.teacher import (
     freeze,
     load_models,
     merge_adapter,
-    place,
 )
 from amid_trl.teachers import open_teacher, student_alone
 from amid_trl.token_loss import DistillationTokenLoss
 from amid_trl.validation import check_evaluation_set
+from amid_trl.windows import WINDOW_MEANS, Windows
 from amid_trl.writers import ModelWriter, VLLMWriter, Writer, require_vllm, writer_config
 
 
 logger = logging.getLogger(__name__)
-
-WINDOW_MEANS = (
-    "on_policy_share",
-    "replay_share",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "pretrain_nll",
-)
 
 
 class AMiDTrainer(GKDTrainer):
@@ -170,7 +163,7 @@ class AMiDTrainer(GKDTrainer):
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         _trl.announce_head(self.model)
         check_engine(self.accelerator)
-        self.teacher_model = None if teacher is None else place(freeze(teacher), self.accelerator)
+        self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         run = (lambda: self.model_wrapped, args, self.accelerator)
         known = (tokenizer, self.vocabulary, self._positions, self.train_dataset, self.eval_dataset)
         self._teacher = open_teacher(self.teacher_model, self.model, *run, *known)
@@ -189,9 +182,8 @@ class AMiDTrainer(GKDTrainer):
         self._eval_means = Means(self._token_means, self.accelerator.device)
         self._stop_on_sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop_on_sigterm)
-        self._completion_log = (
-            CompletionLog(args.output_dir, tokenizer, args.num_completions_to_print) if args.log_completions else None
-        )
+        self._windows = Windows(args, tokenizer, self._writers, self._sources, self._train_means)
+        self._nonfinite = NonfiniteLoss(args, self.accelerator, self.model, tokenizer, self.train_dataset)
 
     # ---- Before training ----
 
@@ -242,7 +234,7 @@ class AMiDTrainer(GKDTrainer):
         self.objective = self._run_objective.advance(step / steps)
         source = self._sources.choose(step, steps)
         if source != "dataset" and batches:
-            batches = self._written_by(source, batches)
+            batches = [self._prepare_inputs(batch) for batch in self._windows.written_by(source, batches, step)]
         if isinstance(self.data_collator, DistillationCollator):
             batches = deal_by_length(batches, self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         for batch in batches:
@@ -254,24 +246,6 @@ class AMiDTrainer(GKDTrainer):
         for name, share in self._sources.shares(source).items():
             self._train_means.add(name, share, 1)
         return batches, self._get_num_items_in_batch(batches, device)
-
-    def _written_by(self, source: Source, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        if source == "replay":
-            prompts, completions = self._sources.replayed(sum(len(batch["input_ids"]) for batch in batches))
-        else:
-            prompts = window_prompts(batches, writer=source)
-            if source == "student":
-                prompts = several_each(prompts, self.args.num_generations)
-            completions = self._writers[source](prompts, self.state.global_step)
-            self._record_completions(source, prompts, completions)
-        if source == "student":
-            self._sources.remember(prompts, completions)
-        window, start = [], 0
-        for batch in batches:
-            rows = slice(start, start := start + len(batch["input_ids"]))
-            pad = (self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
-            window.append(self._prepare_inputs(completion_batch(prompts[rows], completions[rows], *pad)))
-        return window
 
     # ---- The loss ----
 
@@ -291,11 +265,6 @@ class AMiDTrainer(GKDTrainer):
         total, row_sums, predictions, plain_nll = _trl.forward_redirection(
             model, student, self._loss, student, inputs, self._teacher(inputs)
         )
-        if student.training:  # DeepSpeed's wrapper says so of itself even in evaluation
-            self._record(self._train_means, row_sums)
-            self._run_objective.add(*row_sums[:, -2:].sum(0))
-        else:
-            self._record(self._eval_means, self.accelerator.gather_for_metrics(row_sums))
         if num_items_in_batch is None:
             loss = total / row_sums[:, -1].sum().clamp(min=1).to(total)
         else:
@@ -303,8 +272,16 @@ class AMiDTrainer(GKDTrainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if plain_nll is not None:
-            self._train_means.add("pretrain_nll", plain_nll.detach(), 1)
             loss = loss + inputs["plain_weight"] * plain_nll
+        if not student.training:  # DeepSpeed's wrapper says it trains even in evaluation
+            self._record(self._eval_means, self.accelerator.gather_for_metrics(row_sums))
+        elif self._nonfinite.found(loss):
+            loss = self._nonfinite.handle(loss, row_sums, inputs, self.state.global_step)
+        else:
+            self._record(self._train_means, row_sums)
+            self._run_objective.add(*row_sums[:, -2:].sum(0))
+            if plain_nll is not None:
+                self._train_means.add("pretrain_nll", plain_nll.detach(), 1)
         return (loss, {"predictions": predictions}) if return_outputs else loss
 
     def _loss(self, student: nn.Module, inputs: dict[str, Any], teacher: States | SparseTeacher) -> BatchLoss:
@@ -374,22 +351,14 @@ class AMiDTrainer(GKDTrainer):
         for name, total in zip(self._token_means, sums, strict=True):
             means.add(name, total, tokens)
 
-    def _record_completions(self, source: Source, prompts: list[Tensor], completions: list[Tensor]) -> None:
-        ends = set(self._writers[source].config.eos_token_id or ())
-        clipped = [len(ids) == 0 or int(ids[-1]) not in ends for ids in completions]
-        self._train_means.add("completions/mean_length", sum(map(len, completions)), len(completions))
-        self._train_means.add("completions/clipped_ratio", sum(clipped), len(completions))
-        if self._completion_log is not None:
-            self._completion_log.remember(source, prompts, completions)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
             means = self._train_means.pop(partial(self.accelerator.reduce, reduction="sum"))
             if means:  # not in the summary at the end
-                logs.update(means | self._sources.figures | self._run_objective.figures)
-            if self._completion_log is not None and self.is_world_process_zero():
-                self._completion_log.write(self.state.global_step)
+                logs.update(means | self._sources.figures | self._run_objective.figures | self._nonfinite.figures)
+            if self.is_world_process_zero():
+                self._windows.write_table(self.state.global_step)
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:

@@ -39,7 +39,17 @@ MANAGED_GENERATION_KWARGS = (
 # Likewise of vLLM's SamplingParams; those with a field of ours win over it without a word.
 MANAGED_VLLM_KWARGS = ("n", "max_tokens", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "detokenize")
 
-TEACHER_MODEL_FIELDS = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")
+TEACHER_MODEL_FIELDS = (
+    "teacher_model_name_or_path",
+    "teacher_model_revision",
+    "teacher_model_init_kwargs",
+    "teacher_load_in_8bit",
+    "teacher_load_in_4bit",
+    "teacher_offload",
+    "teacher_deepspeed",
+)
+# Each decides by itself where the teacher's weights lie.
+TEACHER_PLACES = ("teacher_load_in_8bit", "teacher_load_in_4bit", "teacher_offload", "teacher_deepspeed")
 
 VLLM_SERVER_FIELDS = (
     "vllm_server_base_url",
@@ -95,8 +105,11 @@ def check_config(config: AMiDConfig) -> None:
             )
     if config.assistant_turns not in ("all", "last"):
         raise ValueError(f"assistant_turns must be 'all' or 'last'; got {config.assistant_turns!r}")
+    if config.nonfinite_loss not in ("stop", "skip"):
+        raise ValueError(f"nonfinite_loss must be 'stop' or 'skip'; got {config.nonfinite_loss!r}")
     _check_sampling(config)
     _check_vllm(config)
+    _check_placement(config)
     _check_absent_teacher(config)
     if config.generates and config.max_length is not None and config.max_length <= config.max_new_tokens:
         raise ValueError(
@@ -167,6 +180,17 @@ def _check_vllm(config: AMiDConfig) -> None:
     longest = config.vllm_max_model_length
     if longest is not None and config.max_length is not None and longest < config.max_length:
         raise ValueError(f"vllm_max_model_length={longest} is less than max_length={config.max_length}")
+
+
+def _check_placement(config: AMiDConfig) -> None:
+    chosen = [name for name in TEACHER_PLACES if getattr(config, name) not in (None, False)]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} exclude each other")
+    if config.seq_kd and (config.teacher_offload or config.teacher_deepspeed is not None):
+        raise ValueError(f"with seq_kd=True the teacher writes the text, which {chosen[0]} does not support")
+    device_map = (config.teacher_model_init_kwargs or {}).get("device_map")
+    if device_map is not None and (config.teacher_offload or config.teacher_deepspeed is not None):
+        raise ValueError(f"{chosen[0]} and device_map={device_map!r} in teacher_model_init_kwargs exclude each other")
 
 
 def _check_absent_teacher(config: AMiDConfig) -> None:

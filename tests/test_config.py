@@ -200,6 +200,11 @@ def test_data_is_trained_unless_every_window_is_generated():
 
 # Every field of ours, and the test that fails if it stops having an effect.
 EFFECTS = {
+    "nonfinite_loss": "test_nonfinite.py::test_skipping_gives_the_gradient_of_the_other_micro_batches",
+    "teacher_load_in_8bit": "test_placement.py::test_a_quantised_teacher_trains_a_student",
+    "teacher_load_in_4bit": "test_placement.py::test_a_quantised_teacher_trains_a_student",
+    "teacher_offload": "test_placement.py::test_an_offloaded_teacher_gives_the_numbers_of_one_that_stays",
+    "teacher_deepspeed": "test_engines.py::test_a_teacher_has_an_engine_of_its_own",
     "objective": "test_config.py::test_fields_reach_the_objective",
     "objective_kwargs": "test_config.py::test_fields_reach_the_objective",
     "assistant_alpha": "test_config.py::test_fields_reach_the_objective",

@@ -1,0 +1,94 @@
+"""A loss that is NaN or infinite: the run stops and says where, or that micro-batch counts for nothing."""
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from amid_trl.batch_loss import Batch
+from amid_trl.config import AMiDConfig
+from amid_trl.survival import last_finite_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+# Characters of a row that a message shows.
+SHOWN = 60
+
+
+class NonfiniteLoss:
+    """What is done about one, by `nonfinite_loss`: "stop" or "skip"."""
+
+    def __init__(
+        self,
+        args: AMiDConfig,
+        accelerator: Accelerator,
+        student: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: Any,
+    ):
+        self._args, self._accelerator = args, accelerator
+        self._tokenizer, self._dataset = tokenizer, train_dataset
+        self._skipped, self._skipping = 0, False
+        if args.nonfinite_loss == "skip":
+            for parameter in student.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(self._without_gradient)
+
+    def _without_gradient(self, gradient: Tensor) -> Tensor:
+        # In front of what every engine does with gradients, and 0 · NaN would be NaN.
+        return torch.zeros_like(gradient) if self._skipping else gradient
+
+    def found(self, loss: Tensor) -> bool:
+        """Whether the loss of this micro-batch is none to train on."""
+        self._skipping = not bool(loss.isfinite())
+        return self._skipping
+
+    def handle(self, loss: Tensor, row_sums: Tensor, batch: Batch, step: int) -> Tensor:
+        """Raise a FloatingPointError; or the loss 0, whose gradient is left out."""
+        broken = (~row_sums.isfinite()).any(-1).cpu()
+        where = ", ".join(self._rows(batch, broken)) if broken.any() else "the plain text"
+        what = f"step {step + 1}: the loss is {loss.item()} on {where} (written by: {batch['source']})"
+        if self._args.nonfinite_loss == "stop":
+            good = last_finite_checkpoint(self._args.output_dir)
+            raise FloatingPointError(
+                f"{what}. {f'The last checkpoint with finite weights is {good}' if good else 'There is no checkpoint'}"
+                "; nonfinite_loss='skip' leaves such micro-batches out"
+            )
+        self._skipped += 1
+        logger.warning("%s; this micro-batch is left out", what)
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
+    def _rows(self, batch: Batch, chosen: Tensor) -> list[str]:
+        """Rows as a reader finds them again: by their place in `trainer.train_dataset`, and how they begin."""
+        columns = ("input_ids", "attention_mask", "input_ids")
+        if batch["source"] != "dataset":
+            columns = ("prompts", "prompt_attention_mask", "prompt_ids")
+        ids, mask = (batch[name].cpu()[chosen] for name in columns[:2])
+        rows = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+        places = _places(rows, self._dataset, columns[2])
+        texts = [str(self._tokenizer.decode(row))[:SHOWN] for row in rows]
+        return [f"row {place} ({text!r})" for place, text in zip(places, texts, strict=True)]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the logs: micro-batches that all processes have left out since they began; all of them have to ask."""
+        if self._args.nonfinite_loss == "stop":
+            return {}
+        skipped: Any = torch.tensor(float(self._skipped), device=self._accelerator.device)
+        return {"skipped_batches": self._accelerator.reduce(skipped).item()}
+
+
+def _places(rows: list[list[int]], dataset: Any, column: str) -> list[int | str]:
+    """Where each row is in the dataset; "?" for a stream, and for what was never there."""
+    if not isinstance(dataset, Dataset) or column not in dataset.column_names:
+        return ["?"] * len(rows)
+    wanted = {tuple(row): "?" for row in rows}
+    for place, row in enumerate(dataset.with_format(None)[column]):
+        if wanted.get(tuple(row)) == "?":
+            wanted[tuple(row)] = place
+    return [wanted[tuple(row)] for row in rows]
