@@ -84,6 +84,12 @@ def test_an_offloaded_teacher_gives_the_numbers_of_one_that_stays(train, student
 ON_DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
 
 
+def test_the_head_stays_on_the_device_for_the_loss(train, teacher):
+    trainer = train(teacher_offload=True)
+    states = trainer._teacher(next(iter(trainer.get_train_dataloader())))
+    assert states.head.weight.data_ptr() not in places(teacher)
+
+
 def test_a_teacher_that_is_split_over_devices_stays_where_it_was_loaded(train, teacher_dir, tmp_path):
     kwargs = {"device_map": {**ON_DISK, "lm_head": "cpu"}, "offload_folder": str(tmp_path / "offloaded")}
     rows = {"eval_dataset": messages_dataset(4), "teacher_model": str(teacher_dir)}
