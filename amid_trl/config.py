@@ -158,6 +158,9 @@ class AMiDConfig(GKDConfig):
             The most prompts in one call of `generate`. By default one call serves a whole window.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
             Under ZeRO-3, gather the weights for generation: faster, if one device can hold them.
+        eval_generate (`bool`, *optional*, defaults to `False`):
+            At each evaluation the student answers every prompt greedily with up to `max_new_tokens` tokens. Logged are
+            `eval_rougeL` against the dataset's answer, in percent, and the answers' length.
         use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_structured_outputs_regex,
         vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout, vllm_group_port,
         vllm_gpu_memory_utilization, vllm_max_model_length, vllm_tensor_parallel_size:
@@ -261,6 +264,7 @@ class AMiDConfig(GKDConfig):
     generation_kwargs: dict[str, Any] | str | None = _option(None, "Further fields of GenerationConfig; they win.")
     generation_batch_size: int | None = _option(None, "The most prompts in one call of generate; all if unset.")
     ds3_gather_for_generation: bool = _option(True, "Gather ZeRO-3 weights for generation.")
+    eval_generate: bool = _option(False, "Answer every evaluation prompt, and log ROUGE-L as eval_rougeL.")
     use_vllm: bool = _option(False, "The student writes in a vLLM engine.")
     vllm_mode: Literal["colocate", "server"] = _option("colocate", "Where the engine runs.")
     vllm_model_impl: Literal["vllm", "transformers"] = _option("vllm", "Whose model the engine runs.")
@@ -347,11 +351,11 @@ def data_settings(
 ) -> DataSettings:
     """How rows are made for these settings and a pair of models that knows `positions` positions.
 
-    An evaluation set is never generated from: only its length and its answers matter.
+    An evaluation set is generated from with `eval_generate` alone; otherwise only its length and its answers matter.
     """
     bounds = [bound for bound in (config.max_length, positions) if bound is not None]
     max_length = min(bounds) if bounds else None
-    generates = config.generates and not evaluates
+    generates = config.eval_generate if evaluates else config.generates
     if generates and max_length is not None and max_length <= config.max_new_tokens:
         raise ValueError(
             f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt: max_length={config.max_length} and "

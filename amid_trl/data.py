@@ -160,9 +160,9 @@ def _check_prompts(columns: list[str], format: Format, settings: DataSettings, n
     marked = {"labels", "completion_mask", "assistant_masks", "prompt_ids"} & set(columns)
     if settings.generates and (format == "text" or (format == "tokens" and not marked)):
         raise ValueError(
-            f"with lmbda > 0 or seq_kd=True completions are generated from prompts, but the {name} dataset has none "
-            f"(columns {', '.join(map(repr, columns))}). Give it 'prompt', 'messages' or 'prompt_ids', or set "
-            "lmbda=0.0 and seq_kd=False to train on its text alone"
+            "with lmbda > 0, seq_kd=True or eval_generate=True completions are generated from prompts, but the "
+            f"{name} dataset has none (columns {', '.join(map(repr, columns))}). Give it 'prompt', 'messages' or "
+            "'prompt_ids', or set lmbda=0.0, seq_kd=False and eval_generate=False to use its text alone"
         )
 
 

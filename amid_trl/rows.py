@@ -81,7 +81,7 @@ def tokens_row(example: dict[str, Any], settings: DataSettings) -> Row:
     labels = [label for label, keep in zip(labels, present, strict=True) if keep]
     if example.get("prompt_ids") is not None:
         return {"input_ids": ids, "labels": labels, "prompt_ids": list(example["prompt_ids"])}
-    return {"input_ids": ids, "labels": labels, "prompt_ids": ids[: _last_span_start(labels)]}
+    return {"input_ids": ids, "labels": labels, "prompt_ids": ids[: last_span_start(labels)]}
 
 
 def _given_labels(example: dict[str, Any], ids: list[int], settings: DataSettings) -> list[int]:
@@ -103,7 +103,7 @@ def _train_from(start: int, ids: list[int]) -> list[int]:
     return [UNTRAINED] * start + ids[start:]
 
 
-def _last_span_start(labels: list[int]) -> int:
+def last_span_start(labels: list[int]) -> int:
     """Where the last run of trained labels begins; the end if nothing is trained."""
     trained = [label != UNTRAINED for label in labels]
     if not any(trained):

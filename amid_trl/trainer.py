@@ -29,6 +29,7 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
+from amid_trl.answers import ANSWER_MEANS, Answers, require_rouge
 from amid_trl.batch_loss import BatchLoss, batch_loss
 from amid_trl.batches import DistillationCollator, deal_by_length
 from amid_trl.card import PAPER, objective_card
@@ -122,6 +123,8 @@ class AMiDTrainer(GKDTrainer):
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         if args.use_vllm:
             require_vllm()
+        if args.eval_generate:
+            require_rouge()
         set_seed(args.seed)
         student, teacher, tokenizer = load_models(
             model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None
@@ -179,7 +182,7 @@ class AMiDTrainer(GKDTrainer):
         # The last two figures are no means: TAID's loss and the student's token, a prediction.
         self._token_means = token_loss.figures[:-2]
         self._train_means = Means((*self._token_means, *WINDOW_MEANS), self.accelerator.device)
-        self._eval_means = Means(self._token_means, self.accelerator.device)
+        self._eval_means = Means((*self._token_means, *ANSWER_MEANS), self.accelerator.device)
         self._stop_on_sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop_on_sigterm)
         self._windows = Windows(args, tokenizer, self._writers, self._sources, self._train_means)
@@ -200,9 +203,10 @@ class AMiDTrainer(GKDTrainer):
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _open_writers(self) -> dict[Source, Writer]:
-        def config(model: nn.Module) -> GenerationConfig:
+        def config(model: nn.Module, *, greedy: bool = False) -> GenerationConfig:
             base = _trl.causal_lm(self.accelerator.unwrap_model(model))
-            return writer_config(self.args, self._tokenizer, self.vocabulary, base, self._student_generation_config)
+            known = (self.vocabulary, base, self._student_generation_config)
+            return writer_config(self.args, self._tokenizer, *known, greedy=greedy)
 
         run = (self.args, self.accelerator)
         if self.args.use_vllm:
@@ -211,6 +215,9 @@ class AMiDTrainer(GKDTrainer):
             }
         else:
             writers = {"student": ModelWriter(lambda: self.model_wrapped, config(self.model), *run)}
+        if self.args.eval_generate:
+            writer = ModelWriter(lambda: self.model_wrapped, config(self.model, greedy=True), *run)
+            self._answers = Answers(writer, self._tokenizer)
         if self.args.seq_kd:
             writers["teacher"] = ModelWriter(lambda: self.teacher_model, config(self.teacher_model), *run)
         return writers
@@ -296,6 +303,10 @@ class AMiDTrainer(GKDTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if self.args.eval_generate:
+            figures = self.accelerator.gather_for_metrics(self._answers(inputs, self.state.global_step))
+            for name, total in zip(ANSWER_MEANS, figures.sum(0), strict=True):
+                self._eval_means.add(name, total, len(figures))
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs["predictions"], inputs["labels"][:, 1:].contiguous()

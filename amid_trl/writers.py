@@ -31,10 +31,16 @@ def writer_config(
     vocabulary: int,
     model: PreTrainedModel,
     *others: GenerationConfig,
+    greedy: bool = False,
 ) -> GenerationConfig:
-    """How `model` writes in this run; completions end at its EOS tokens, the tokenizer's, and those of `others`."""
+    """How `model` writes in this run; completions end at its EOS tokens, the tokenizer's, and those of `others`.
+
+    What is `greedy` has the run's length and cache, and its most likely tokens.
+    """
     settings = {name: getattr(args, name) for name in SAMPLING_FIELDS}
-    if args.use_vllm:
+    if greedy:
+        settings = {name: settings[name] for name in ("max_new_tokens", "cache_implementation")} | {"do_sample": False}
+    elif args.use_vllm:
         del settings["generation_kwargs"]  # vLLM's own, for its engine alone
     return sampling_config(
         eos_token_ids=eos_token_ids(tokenizer, *others, model.generation_config),

@@ -32,6 +32,7 @@ LAYERS = {
     "training": [
         "_trl",
         "absent_teacher",
+        "answers",
         "batch_loss",
         "building",
         "card",

@@ -200,6 +200,7 @@ def test_data_is_trained_unless_every_window_is_generated():
 
 # Every field of ours, and the test that fails if it stops having an effect.
 EFFECTS = {
+    "eval_generate": "test_answers.py::test_answers_are_greedy_and_scored_against_the_datasets",
     "nonfinite_loss": "test_nonfinite.py::test_skipping_gives_the_gradient_of_the_other_micro_batches",
     "teacher_load_in_8bit": "test_placement.py::test_a_quantised_teacher_trains_a_student",
     "teacher_load_in_4bit": "test_placement.py::test_a_quantised_teacher_trains_a_student",
