@@ -554,8 +554,16 @@ ERRORS: dict[str, tuple[list[dict], DataSettings, str]] = {
         replace(ON_POLICY, prompt_budget=2),
         "no row can be used.*prompt longer than 2 tokens",
     ),
-    "text without prompts": ([{"text": "Water is wet."}], MIXED, r"lmbda > 0 or seq_kd=True.*has none.*set lmbda=0.0"),
-    "tokens without prompts": ([{"input_ids": [10, 11]}], MIXED, r"lmbda > 0 or seq_kd=True.*has none"),
+    "text without prompts": (
+        [{"text": "Water is wet."}],
+        MIXED,
+        r"lmbda > 0, seq_kd=True or eval_generate=True.*has none.*set lmbda=0.0",
+    ),
+    "tokens without prompts": (
+        [{"input_ids": [10, 11]}],
+        MIXED,
+        r"lmbda > 0, seq_kd=True or eval_generate=True.*has none",
+    ),
     "an image column": ([{"image": "x.png", "messages": CONVERSATION}], ON_DATASET, "'image'; only text is supported"),
     "an image part": (
         [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
