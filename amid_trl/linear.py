@@ -207,7 +207,8 @@ class _Chunks:
                 whole[rows] = part
             if gradient is not None:
                 student[rows] = gradient  # in the place of the projection, which is not needed any more
-        return _Chunk(tokens, hidden, *outputs, student)
+        losses, figures = outputs
+        return _Chunk(tokens, hidden, losses, figures, student)
 
     @property
     def _elements(self) -> tuple[int, int]:

@@ -54,7 +54,7 @@ class NonfiniteLoss:
         where = ", ".join(self._rows(batch, broken)) if broken.any() else "the plain text"
         what = f"step {step + 1}: the loss is {loss.item()} on {where} (written by: {batch['source']})"
         if self._args.nonfinite_loss == "stop":
-            good = last_finite_checkpoint(self._args.output_dir)
+            good = last_finite_checkpoint(str(self._args.output_dir))
             raise FloatingPointError(
                 f"{what}. {f'The last checkpoint with finite weights is {good}' if good else 'There is no checkpoint'}"
                 "; nonfinite_loss='skip' leaves such micro-batches out"
@@ -79,15 +79,16 @@ class NonfiniteLoss:
         """For the logs: micro-batches that all processes have left out since they began; all of them have to ask."""
         if self._args.nonfinite_loss == "stop":
             return {}
-        skipped: Any = torch.tensor(float(self._skipped), device=self._accelerator.device)
-        return {"skipped_batches": self._accelerator.reduce(skipped).item()}
+        skipped = torch.tensor(float(self._skipped), device=self._accelerator.device)
+        everywhere: Any = self._accelerator.reduce(skipped)
+        return {"skipped_batches": everywhere.item()}
 
 
 def _places(rows: list[list[int]], dataset: Any, column: str) -> list[int | str]:
     """Where each row is in the dataset; "?" for a stream, and for what was never there."""
     if not isinstance(dataset, Dataset) or column not in dataset.column_names:
         return ["?"] * len(rows)
-    wanted = {tuple(row): "?" for row in rows}
+    wanted: dict[tuple[int, ...], int | str] = {tuple(row): "?" for row in rows}
     for place, row in enumerate(dataset.with_format(None)[column]):
         if wanted.get(tuple(row)) == "?":
             wanted[tuple(row)] = place

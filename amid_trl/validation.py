@@ -188,7 +188,8 @@ def _check_placement(config: AMiDConfig) -> None:
         raise ValueError(f"{' and '.join(chosen)} exclude each other")
     if config.seq_kd and (config.teacher_offload or config.teacher_deepspeed is not None):
         raise ValueError(f"with seq_kd=True the teacher writes the text, which {chosen[0]} does not support")
-    device_map = (config.teacher_model_init_kwargs or {}).get("device_map")
+    init_kwargs: Any = config.teacher_model_init_kwargs or {}
+    device_map = init_kwargs.get("device_map")
     if device_map is not None and (config.teacher_offload or config.teacher_deepspeed is not None):
         raise ValueError(f"{chosen[0]} and device_map={device_map!r} in teacher_model_init_kwargs exclude each other")
 

@@ -1,6 +1,7 @@
 """The text of a window that the dataset did not write: from the student, the teacher or the replay buffer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -36,11 +37,11 @@ class Windows:
         sources: Sources,
         means: Means,
     ):
-        self._args, self._tokenizer = args, tokenizer
+        self._num_generations = args.num_generations
         self._writers, self._sources, self._means = writers, sources, means
-        self._log = (
-            CompletionLog(args.output_dir, tokenizer, args.num_completions_to_print) if args.log_completions else None
-        )
+        self._pad: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
+        log = CompletionLog(str(args.output_dir), tokenizer, args.num_completions_to_print)
+        self._log = log if args.log_completions else None
 
     def written_by(self, source: Source, batches: list[Batch], step: int) -> list[Batch]:
         """The window's prompts, or those that are replayed, with completions from `source`; on the CPU."""
@@ -49,16 +50,15 @@ class Windows:
         else:
             prompts = window_prompts(batches, writer=source)
             if source == "student":
-                prompts = several_each(prompts, self._args.num_generations)
+                prompts = several_each(prompts, self._num_generations)
             completions = self._writers[source](prompts, step)
             self._record(source, prompts, completions)
         if source == "student":
             self._sources.remember(prompts, completions)
         window, start = [], 0
-        pad = (self._tokenizer.pad_token_id, self._args.pad_to_multiple_of)
         for batch in batches:
             rows = slice(start, start := start + len(batch["input_ids"]))
-            window.append(completion_batch(prompts[rows], completions[rows], *pad))
+            window.append(completion_batch(prompts[rows], completions[rows], *self._pad))
         return window
 
     def _record(self, source: Source, prompts: list[Tensor], completions: list[Tensor]) -> None:
