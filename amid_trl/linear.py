@@ -198,11 +198,11 @@ class _Chunks:
             # On the teacher head's own device, where models are split over several.
             teacher = self.teacher.head.project(self.teacher.hidden[tokens], teacher_out)
             others.insert(0, teacher.to(student.device))
-        outputs: tuple[Tensor, ...] = ()
+        outputs: list[Tensor] = []
         for rows in _slices(len(student), self._elements[1] // student.shape[1]):
             *block, gradient = self.kernel(student[rows], *(other[rows] for other in others))
             # Copied, because results that stay between gradients that go would leave holes in the memory.
-            outputs = outputs or tuple(part.new_empty(len(student), *part.shape[1:]) for part in block)
+            outputs = outputs or [part.new_empty(len(student), *part.shape[1:]) for part in block]
             for whole, part in zip(outputs, block, strict=True):
                 whole[rows] = part
             if gradient is not None:
