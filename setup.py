@@ -42,7 +42,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["amid_trl", "amid_trl.*"]),
-    package_data={"amid_trl": ["py.typed"], "amid_trl.recipes": ["*.yaml"]},
+    package_data={
+        "amid_trl": ["py.typed"],
+        "amid_trl.accelerate_configs": ["*.yaml"],
+        "amid_trl.recipes": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.7",
         "transformers>=5.19,<6",

@@ -6,13 +6,16 @@ A test lists these names, so that an upgrade which moves one fails there and now
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import torch
+import trl
+from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
-from trl.cli.accelerate_config import resolve_accelerate_config_argument  # TRL's own names: zero2, multi_gpu, …
 from trl.import_utils import is_vllm_available
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
@@ -31,6 +34,7 @@ from amid_trl.linear import Head
 
 
 __all__ = [
+    "ACCELERATE_CONFIGS",
     "accelerate_launch",
     "announce_head",
     "backbone_states",
@@ -50,6 +54,9 @@ __all__ = [
 ]
 
 forward_redirection = _ForwardRedirection()
+
+# What TRL's own command knows by name: multi_gpu, fsdp1, …
+ACCELERATE_CONFIGS = Path(trl.__file__).with_name("accelerate_configs")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -149,6 +156,15 @@ def vllm_engine(**settings: Any) -> Any:
 
 
 def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
-    """`accelerate launch … -m module …`, with TRL's `--accelerate_config zero2` for `--config_file`."""
-    launch_args = resolve_accelerate_config_argument(launch_args)
-    launch_command(launch_command_parser().parse_args([*launch_args, "-m", module, *script_args]))
+    """`accelerate launch … -m module …`, with a process for each device where neither arguments nor file say how many.
+
+    accelerate itself refuses a file without a number. A machine without accelerators counts as one device, and all
+    machines as alike.
+    """
+    args = launch_command_parser().parse_args([*launch_args, "-m", module, *script_args])
+    if args.config_file is not None and args.num_processes is None:
+        defaults = load_config_from_file(args.config_file)
+        if defaults.num_processes == -1:
+            machines = args.num_machines or defaults.num_machines
+            args.num_processes = machines * max(1, torch.accelerator.device_count())
+    launch_command(args)

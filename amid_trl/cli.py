@@ -47,6 +47,7 @@ def _launch(command: str, argv: list[str]) -> int:
         train.run(argv, import_module(LAUNCHED[command]).main)
         return 0
 
+    from amid_trl import accelerate_configs
     from amid_trl._trl import accelerate_launch
 
     argv = recipes.resolve(argv)
@@ -54,7 +55,8 @@ def _launch(command: str, argv: list[str]) -> int:
     *_, from_config, from_flags = train.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
-    accelerate_launch([*from_config, *from_flags], LAUNCHED[command], _without(argv, from_flags))
+    launch_args = accelerate_configs.resolve([*from_config, *from_flags])
+    accelerate_launch(launch_args, LAUNCHED[command], _without(argv, from_flags))
     return 0
 
 

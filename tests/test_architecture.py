@@ -54,7 +54,7 @@ LAYERS = {
         "windows",
         "writers",
     ],
-    "entry": ["__init__", "__main__", "caching", "cli", "recipes", "train"],
+    "entry": ["__init__", "__main__", "accelerate_configs", "arguments", "caching", "cli", "recipes", "train"],
 }
 # Imported by modules of the maths layer, and nothing else.
 STANDARD_LIBRARY = {
@@ -127,6 +127,7 @@ def test_private_names_of_trl_and_transformers_are_used_in_one_place():
 
 def test_the_names_borrowed_from_trl_are_listed():
     assert sorted(_trl.__all__) == [
+        "ACCELERATE_CONFIGS",
         "accelerate_launch",
         "announce_head",
         "backbone_states",
@@ -181,6 +182,13 @@ def test_objectives_and_divergences_keep_their_names():
     ]
     assert list(amid_trl.OBJECTIVES) == objectives
     assert list(amid_trl.DIVERGENCES) == ["kl", "js", "tv", "alpha", "ab", "hellinger", "renyi", "jeffreys", "chi2"]
+
+
+def test_an_installed_package_has_its_yaml_files(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    built = {path.parts[-2:] for path in tmp_path.glob("lib*/amid_trl/*/*.yaml")}
+    assert built == {path.parts[-2:] for path in PACKAGE.glob("*/*.yaml")}
 
 
 def test_the_readme_lists_every_module():

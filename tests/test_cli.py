@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import messages_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_trl import cli, train
+from amid_trl import accelerate_configs, cli, train
 
 
 ROOT = Path(__file__).parents[1]
@@ -118,21 +118,9 @@ def test_launch_arguments_go_to_accelerate_and_the_rest_to_the_script(monkeypatc
     flags = ["--output_dir", "out", "--use_cpu", "--accelerate_config", "zero2", "--num_processes", "4"]
     assert cli.main(["train", *flags]) == 0
     launch, module, script = launched[0]
-    assert launch == ["--accelerate_config", "zero2", "--num_processes", "4"]
+    assert launch == ["--config_file", accelerate_configs.config_path("zero2"), "--num_processes", "4"]
     assert module == "amid_trl.train"
     assert script == ["--output_dir", "out", "--use_cpu"]
-
-
-def test_trls_accelerate_configs_are_known_by_name(monkeypatch):
-    from amid_trl import _trl
-
-    parsed = []
-    monkeypatch.setattr(_trl, "launch_command", parsed.append)
-    _trl.accelerate_launch(["--accelerate_config", "zero2"], "amid_trl.train", ["--lmbda", "0.5"])
-    [args] = parsed
-    assert args.config_file.endswith("zero2.yaml") and Path(args.config_file).exists()
-    assert args.module and args.training_script == "amid_trl.train"
-    assert args.training_script_args == ["--lmbda", "0.5"]
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["init-student"], ["merge"]])

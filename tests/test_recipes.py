@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -203,9 +201,3 @@ def test_the_help_names_the_recipes(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert ", ".join(recipes.names()) in " ".join(capsys.readouterr().out.split())
-
-
-def test_an_installed_package_has_them(tmp_path):
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    assert sorted(path.stem for path in tmp_path.glob("lib*/amid_trl/recipes/*.yaml")) == recipes.names()

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from amid_trl.arguments import with_paths
+
 
 FOLDER = Path(__file__).parent
 
@@ -14,15 +16,7 @@ def names() -> list[str]:
 
 def resolve(argv: Sequence[str]) -> list[str]:
     """`argv` with a path behind `--config`, in a string of its own, where the recipe's name or `--config=` was."""
-    resolved: list[str] = []
-    for text in argv:
-        if resolved[-1:] == ["--config"]:
-            resolved.append(config_path(text))
-        elif text.startswith("--config="):
-            resolved += ["--config", config_path(text.removeprefix("--config="))]
-        else:
-            resolved.append(text)
-    return resolved
+    return with_paths(argv, "--config", config_path, "--config")
 
 
 def config_path(value: str) -> str:
