@@ -34,6 +34,7 @@ bench: $(INSTALLED)
 	$(BIN)/pip install --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python benchmarks/linear_loss.py
 	$(BIN)/python benchmarks/trainer_step.py
+	$(BIN)/python benchmarks/engine_memory.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

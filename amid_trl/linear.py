@@ -24,6 +24,15 @@ CPU_ELEMENTS = (24 * 2**20, 2**19)
 ACCELERATOR_ELEMENTS = (2**26, 2**24)
 
 
+def chunk_tokens(vocab: int, device: torch.device, chunk_size: int | None = None) -> int:
+    """How many tokens are projected at a time: `chunk_size`, or what follows from the vocabulary."""
+    return chunk_size or _elements(device)[0] // vocab
+
+
+def _elements(device: torch.device) -> tuple[int, int]:
+    return CPU_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head: hidden -> finish(hidden @ weight.T + bias)."""
@@ -38,11 +47,17 @@ class Head:
             return self
         return Head(self.weight[:vocab], None if self.bias is None else self.bias[:vocab], self.finish)
 
-    def frozen(self) -> "Head":
-        """The head without gradient, in the dtype that autocast gives its product, if it is on."""
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The weight's, or what autocast gives its product where it is on."""
         device, dtype = self.weight.device.type, self.weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
+            return torch.get_autocast_dtype(device)
+        return dtype
+
+    def frozen(self) -> "Head":
+        """The head without gradient, in the dtype of its product."""
+        dtype = self.product_dtype
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return Head(self.weight.detach().to(dtype), bias, self.finish)
 
@@ -179,7 +194,7 @@ class _Chunks:
     chunk_size: int | None
 
     def __iter__(self) -> Iterator[_Chunk]:
-        tokens_at_a_time = self.chunk_size or self._elements[0] // len(self.student.head.weight)
+        tokens_at_a_time = chunk_tokens(len(self.student.head.weight), self.student.hidden.device, self.chunk_size)
         slices = _slices(len(self.student.hidden), tokens_at_a_time)
         # Memory that every chunk uses again, because on a CPU fresh memory is slow; a chunk is lost with the next one.
         rows = min(slices[0].stop, len(self.student.hidden))
@@ -199,7 +214,7 @@ class _Chunks:
             teacher = self.teacher.head.project(self.teacher.hidden[tokens], teacher_out)
             others.insert(0, teacher.to(student.device))
         outputs: list[Tensor] = []
-        for rows in _slices(len(student), self._elements[1] // student.shape[1]):
+        for rows in _slices(len(student), _elements(student.device)[1] // student.shape[1]):
             *block, gradient = self.kernel(student[rows], *(other[rows] for other in others))
             # Copied, because results that stay between gradients that go would leave holes in the memory.
             outputs = outputs or [part.new_empty(len(student), *part.shape[1:]) for part in block]
@@ -209,10 +224,6 @@ class _Chunks:
                 student[rows] = gradient  # in the place of the projection, which is not needed any more
         losses, figures = outputs
         return _Chunk(tokens, hidden, losses, figures, student)
-
-    @property
-    def _elements(self) -> tuple[int, int]:
-        return CPU_ELEMENTS if self.student.hidden.device.type == "cpu" else ACCELERATOR_ELEMENTS
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -38,6 +38,7 @@ from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
 from amid_trl.generation import eos_token_ids
 from amid_trl.linear import States
+from amid_trl.memory import MemoryReport
 from amid_trl.metrics import Means
 from amid_trl.nonfinite import NonfiniteLoss
 from amid_trl.placement import place
@@ -185,6 +186,8 @@ class AMiDTrainer(GKDTrainer):
         self._eval_means = Means((*self._token_means, *ANSWER_MEANS), self.accelerator.device)
         self._stop_on_sigterm = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop_on_sigterm)
+        self._memory = MemoryReport(self.accelerator, self.teacher_model, self.vocabulary)
+        self.add_callback(self._memory)
         self._windows = Windows(args, tokenizer, self._writers, self._sources, self._train_means)
         self._nonfinite = NonfiniteLoss(args, self.accelerator, self.model, tokenizer, self.train_dataset)
 
@@ -209,12 +212,11 @@ class AMiDTrainer(GKDTrainer):
             return writer_config(self.args, self._tokenizer, *known, greedy=greedy)
 
         run = (self.args, self.accelerator)
+        writers: dict[Source, Writer] = {}
         if self.args.use_vllm:
-            writers: dict[Source, Writer] = {
-                "student": VLLMWriter(self.model, config(self.model), *run, self._tokenizer)
-            }
+            writers["student"] = VLLMWriter(self.model, config(self.model), *run, self._tokenizer)
         else:
-            writers = {"student": ModelWriter(lambda: self.model_wrapped, config(self.model), *run)}
+            writers["student"] = ModelWriter(lambda: self.model_wrapped, config(self.model), *run)
         if self.args.eval_generate:
             writer = ModelWriter(lambda: self.model_wrapped, config(self.model, greedy=True), *run)
             self._answers = Answers(writer, self._tokenizer)
@@ -224,8 +226,7 @@ class AMiDTrainer(GKDTrainer):
 
     @property
     def _stateful(self) -> tuple[Stateful, ...]:
-        parts = (self._sources, self._run_objective, self._plain_text)
-        return tuple(part for part in parts if part is not None)
+        return tuple(part for part in (self._sources, self._run_objective, self._plain_text) if part is not None)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "prompt_ids"]
@@ -367,7 +368,9 @@ class AMiDTrainer(GKDTrainer):
         if self.model.training:
             means = self._train_means.pop(partial(self.accelerator.reduce, reduction="sum"))
             if means:  # not in the summary at the end
-                logs.update(means | self._sources.figures | self._run_objective.figures | self._nonfinite.figures)
+                logs.update(means)
+                for part in (self._sources, self._run_objective, self._nonfinite, self._memory):
+                    logs.update(part.figures)
             if self.is_world_process_zero():
                 self._windows.write_table(self.state.global_step)
         super().log(logs, start_time)

@@ -40,6 +40,7 @@ LAYERS = {
         "completions",
         "config",
         "evaluation",
+        "memory",
         "metrics",
         "nonfinite",
         "placement",
