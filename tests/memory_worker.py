@@ -81,7 +81,7 @@ def main(models: Path, output_dir: Path) -> None:
     shard = distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
     found["shard"] = sum(held([nn.Parameter(shard)]).values())
     trainer._memory._teacher = nn.Linear(2**10, 2**10 * (1 + rank), bias=False)  # 4 MiB, and 8
-    found["uneven"] = trainer._memory.figures()
+    found["uneven"] = trainer._memory.figures
     (output_dir / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
