@@ -23,10 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not gpu'
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The tables and figures of benchmarks/results, in an hour or two on an otherwise idle machine. Liger without what it
 # depends on: its JSD needs no Triton on a CPU.

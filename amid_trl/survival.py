@@ -54,6 +54,17 @@ def whole_checkpoint(
         rotate_checkpoints(run_dir, limit, state.best_model_checkpoint, use_mtime=True)
 
 
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | bool | None:
+    """What is asked for, its files checked; for True the last whole checkpoint. All processes have to ask.
+
+    Where there is none True stays, of which transformers complains.
+    """
+    checkpoint = last_complete_checkpoint(output_dir, accelerator) or True if asked is True else asked
+    if isinstance(checkpoint, str):
+        check_files(checkpoint)
+    return checkpoint
+
+
 def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str | None:
     """The newest whole checkpoint; newer ones that are not are set aside with a warning. All processes have to ask."""
     newest_first = sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True)

@@ -36,6 +36,7 @@ from amid_trl.card import PAPER, objective_card
 from amid_trl.checkpoint import Stateful, load_state, save_state
 from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
+from amid_trl.engines import evaluation_alone, forget_evaluation
 from amid_trl.generation import eos_token_ids
 from amid_trl.linear import States
 from amid_trl.memory import MemoryReport
@@ -46,7 +47,7 @@ from amid_trl.run_objective import RunObjective
 from amid_trl.sampling import Source
 from amid_trl.sources import Sources, open_plain_text
 from amid_trl.sparse import SparseTeacher, SparseTokenLoss
-from amid_trl.survival import StopOnSigterm, check_files, last_complete_checkpoint, whole_checkpoint
+from amid_trl.survival import StopOnSigterm, checkpoint_to_resume, whole_checkpoint
 from amid_trl.teacher import (
     check_engine,
     common_positions,
@@ -322,7 +323,8 @@ class AMiDTrainer(GKDTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The loss and the figures of the evaluation set, every trained token with the same weight."""
         self._eval_means.pop()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with evaluation_alone(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_means.pop()  # no reduction: rows were gathered when they were recorded
         means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -332,12 +334,10 @@ class AMiDTrainer(GKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
-        if resume_from_checkpoint is True:  # and stays so where there is none, of which transformers complains
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.accelerator) or True
-        if isinstance(resume_from_checkpoint, str):
-            check_files(resume_from_checkpoint)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        forget_evaluation(self)
         with self._stop_on_sigterm:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
 
     def _save(self, *args, **kwargs) -> None:
         with student_alone(self.model):

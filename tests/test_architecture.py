@@ -39,6 +39,7 @@ LAYERS = {
         "checkpoint",
         "completions",
         "config",
+        "engines",
         "evaluation",
         "memory",
         "metrics",

@@ -1,4 +1,4 @@
-"""Two real processes give the numbers of one (DDP over gloo, started by torchrun)."""
+"""What two processes decide together and draw apart (DDP over gloo, started by torchrun)."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
-from tiny import tiny_tokenizer
 
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
@@ -28,36 +26,6 @@ def run(directory: Path, processes: int, **settings) -> list[dict]:
 def figures(result: dict) -> list[tuple[float, ...]]:
     names = ("loss", "grad_norm", "kl", "objective", "student_entropy")
     return [tuple(entry[name] for name in names) for entry in result["log"] if "grad_norm" in entry]
-
-
-@pytest.mark.parametrize("lmbda", [0.0, 1.0])
-def test_two_processes_equal_one(tmp_path, lmbda):
-    # Greedy text and one epoch of the same eight rows in the same order: only the split differs.
-    shared = {"rows": 8, "lmbda": lmbda, "top_k": 1, "num_train_epochs": 1, "learning_rate": 1e-3}
-    shared["train_sampling_strategy"] = "sequential"
-    [one] = run(tmp_path / "one", 1, per_device_train_batch_size=4, **shared)
-    two = run(tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2, **shared)
-    assert len(figures(one)) == 2
-    for mine, theirs in zip(figures(two[0]), figures(one), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
-    assert two[0]["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
-
-
-def test_plain_text_weighs_the_same_on_two_processes(tmp_path):
-    # Every document makes one block, and all are the same, so that it does not matter who reads which.
-    tokenizer, text = tiny_tokenizer(), "rain"
-    while (length := len(tokenizer(text)["input_ids"])) < 79:
-        text += " fell" if length < 70 else "!"
-    assert len(tokenizer(text)["input_ids"]) == 79
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "train.jsonl").write_text(40 * (json.dumps({"text": text}) + "\n"))
-    shared = {"rows": 8, "lmbda": 0.0, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
-    shared |= {"pretrain_dataset": str(tmp_path / "text"), "pretrain_weight": 0.7, "max_length": 80}
-    [one] = run(tmp_path / "one", 1, per_device_train_batch_size=4, **shared)
-    two = run(tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2, **shared)
-    assert len(figures(one)) == 2
-    for mine, theirs in zip(figures(two[0]), figures(one), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
 
 
 def test_processes_share_decisions_and_counts_but_write_different_text(tmp_path):

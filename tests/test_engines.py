@@ -1,0 +1,243 @@
+"""Two real processes under every engine do what one does without: figures, weights, checkpoints (CPU, over gloo)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import engine_worker
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from tiny import tiny_tokenizer
+
+from amid_trl.cli import main
+from amid_trl.plain_text import PlainText
+from amid_trl.teacher import load_causal_lm
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+pytestmark = pytest.mark.timeout(600)  # the first test of an engine waits for its launch
+FIGURES = ("loss", "grad_norm", "kl", "nll", "student_entropy", "pretrain_nll", "eval_loss", "eval_kl")
+
+OFF_POLICY = {
+    "full": {"eval_on_start": True},
+    "evaluated before": {"evaluates_first": True},
+    "without checkpointing": {"gradient_checkpointing": False},
+    "tied head": {"student": "tied_student"},
+    "cross-entropy": {"sft_weight": 0.5},
+    "uneven last window": {"rows": 14},
+    # Nothing is trained in the first window on the second process, in the second on any, and in the third in its first
+    # micro-batches.
+    "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
+    "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
+}
+ON_POLICY = {
+    "student's text": {"lmbda": 1.0},
+    # Before any loss, so that the head is first used as a module of its own.
+    "student's text, sharded": {"lmbda": 1.0, "ds3_gather_for_generation": False},
+    "student's text, lora": {"lmbda": 1.0, "lora": {}},
+    "teacher's text": {"seq_kd": True},
+}
+ADAPTERS = {
+    "lora": {"lora": {}},
+    "lora, reentrant": {
+        "lora": {},
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "ddp_find_unused_parameters": False,  # otherwise DDP counts twice what is computed again
+    },
+    "lora, head": {"lora": {"modules_to_save": ["lm_head"]}},
+    "lora, embeddings and head": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}},
+    "adapter": {"student": "tied_adapter"},
+    "adapter, head": {"student": "adapter"},
+    "shared base": {"student": "tied_student", "teacher": None, "lora": {}, "teacher_adapter_path": "tied_adapter"},
+}
+TRAINED = OFF_POLICY | ON_POLICY | ADAPTERS
+EVALUATED = {"evaluated alone": {"trains": False}}
+# Drawn text and an optimizer with moments: both have a state.
+SAVING = {"lmbda": 0.5, "top_k": 0, "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+RESUMED = {
+    "whole": SAVING,
+    "resumed": {**SAVING, "resumes": "whole"},
+    "whole, lora": {**SAVING, "lora": {}},
+    "resumed, lora": {**SAVING, "lora": {}, "resumes": "whole, lora"},
+}
+# Blocks of text that differ, so that one process cannot read what two read.
+READING = {"text": {"pretrain_dataset": "text", "max_length": 64}}
+
+
+class Runs(NamedTuple):
+    """What each process saw of every case, and where the cases have saved their students."""
+
+    folder: Path
+    ranks: dict[str, list[dict]]
+
+
+def launch(models: Path, folder: Path, engine: str, cases: dict[str, dict]) -> Runs:
+    """Two processes run all cases, because starting them takes longest; a hang is an error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [engine_worker.__file__, str(models), str(folder), engine, json.dumps(cases)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+    try:
+        _, errors = process.communicate(timeout=500)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends its processes, by force if it has to
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors[-6000:]
+    ranks = {name: [json.loads((folder / name / f"rank{rank}.json").read_text()) for rank in (0, 1)] for name in cases}
+    return Runs(folder, ranks)
+
+
+def param(engine: str, *marks) -> object:
+    # All tests of an engine in one worker of pytest-xdist: they share one launch.
+    return pytest.param(engine, marks=[pytest.mark.xdist_group(engine), *marks])
+
+
+# On a CPU DeepSpeed builds its communication when it is first used.
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs the extra `deepspeed` and a C++ compiler",
+)
+ENGINES = [
+    param("ddp"),
+    param("zero1", needs_deepspeed, pytest.mark.slow),
+    param("zero2", needs_deepspeed, pytest.mark.slow),
+    param("zero3", needs_deepspeed),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "models"
+    engine_worker.save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(engine, models, tmp_path_factory) -> Runs:
+    return launch(models, tmp_path_factory.mktemp(engine), engine, TRAINED | EVALUATED | RESUMED | READING)
+
+
+@pytest.fixture(scope="module")
+def one(models, tmp_path_factory) -> Callable[[str], tuple[dict, Path]]:
+    """What one process sees of a case, each window in a single batch, and where it saves its student."""
+    folder = tmp_path_factory.mktemp("one")
+
+    @cache
+    def run(case: str) -> tuple[dict, Path]:
+        result = engine_worker.run(models, folder / case, per_device_train_batch_size=4, **(TRAINED | EVALUATED)[case])
+        return result, folder / case
+
+    return run
+
+
+def figures(result: dict) -> dict[str, list[float]]:
+    return {name: [entry[name] for entry in result["log"] if name in entry] for name in FIGURES}
+
+
+def assert_equal_figures(result: dict, other: dict, rel: float = 1e-5) -> None:
+    assert figures(result) == {name: pytest.approx(values, rel=rel) for name, values in figures(other).items()}
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_causal_lm(str(folder), {}, distributed=False).state_dict()
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_two_processes_train_like_one(two, one, case):
+    result, folder = one(case)
+    assert len(figures(result)["loss"]) == len(figures(result)["grad_norm"]) == (4 if "rows" in TRAINED[case] else 3)
+    for rank in two.ranks[case]:
+        assert_equal_figures(rank, result)
+    torch.testing.assert_close(saved_weights(two.folder / case), saved_weights(folder), rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_evaluate_like_one_that_has_not_trained(two, one):
+    result, _ = one("evaluated alone")
+    assert figures(result)["eval_kl"]
+    for rank in two.ranks["evaluated alone"]:
+        assert_equal_figures(rank, result)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_accumulated_batches_equal_one_batch(models, one, case, tmp_path):
+    result, folder = one(case)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert_equal_figures(engine_worker.run(models, tmp_path, **split, **TRAINED[case]), result)
+    torch.testing.assert_close(saved_weights(tmp_path), saved_weights(folder), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_is_saved_is_the_student_that_was_trained(two, case, tmp_path):
+    saved = two.folder / case
+    if (saved / "adapter_config.json").exists():
+        assert main(["merge", str(saved), str(tmp_path)]) == 0
+        saved = tmp_path
+    student = load_causal_lm(str(saved), {}, distributed=False)
+    for rank in two.ranks[case]:
+        want = torch.tensor(rank["logits"])
+        torch.testing.assert_close(torch.tensor(engine_worker.logits(student)), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("student", ["", ", lora"], ids=["full", "lora"])
+def test_a_resumed_run_ends_like_the_uninterrupted_one(two, student):
+    whole, resumed = f"whole{student}", f"resumed{student}"
+    for before, after in zip(two.ranks[whole], two.ranks[resumed], strict=True):
+        assert len(before["lengths"]) > len(after["lengths"]) > 0  # the first two steps are not made again
+        assert_equal_figures(after, before, rel=1e-6)
+    weights = [saved_weights(two.folder / name) for name in (resumed, whole)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_only_zero_3_halves_what_a_process_holds(engine, two, one):
+    share = 0.5 if engine == "zero3" else 1.0
+    for case in TRAINED:
+        want = [share * held for held in one(case)[0]["bytes"]]
+        assert len(want) == (1 if case == "shared base" else 2)
+        for rank in two.ranks[case]:
+            assert rank["bytes"] == pytest.approx(want, rel=0.02), case
+
+
+def test_ranks_stop_at_different_lengths(two):
+    for case in ("student's text", "student's text, sharded", "student's text, lora"):
+        first, second = ([max(lengths) for lengths in rank["lengths"]] for rank in two.ranks[case])
+        assert len(first) == 3 and first != second, case
+
+
+def test_a_window_in_which_nothing_is_trained_changes_nothing(two):
+    for rank in two.ranks["silent rows"]:
+        assert figures(rank)["loss"][1] == figures(rank)["grad_norm"][1] == 0.0
+        assert "kl" not in rank["log"][1]
+
+
+def test_every_process_reads_plain_text_of_its_own(two, models):
+    student, tokenizer = load_causal_lm(str(models / "student"), {}, distributed=False), tiny_tokenizer()
+    stream = load_dataset(str(models / "text"), split="train", streaming=True)
+    settings = {"text_field": "text", "block_size": 64, "blocks": 1, "seed": 42, "world_size": 2}
+    blocks = [block for rank in (0, 1) for block in PlainText(stream, tokenizer, rank=rank, **settings).next_window(2)]
+    with torch.no_grad():
+        nll = [
+            F.cross_entropy(student(block).logits[0, :-1, : len(tokenizer)], block[0, 1:]).item() for block in blocks
+        ]
+    assert len(set(nll)) == 4
+    for rank in two.ranks["text"]:
+        assert figures(rank)["pretrain_nll"][0] == pytest.approx(sum(nll) / 4, rel=1e-4)
