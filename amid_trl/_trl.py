@@ -14,6 +14,8 @@ import trl
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl.import_utils import is_vllm_available
@@ -51,6 +53,7 @@ __all__ = [
     "unwrap_model_for_generation",
     "use_adapter",
     "vllm_engine",
+    "whole_head",
 ]
 
 forward_redirection = _ForwardRedirection()
@@ -81,7 +84,8 @@ def language_model_head(model: PreTrainedModel) -> Head:
             [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.modules_to_save]
         )
         layer = layer.modules_to_save[active[0]] if active else layer.original_module
-    if type(layer) is not nn.Linear:
+    # Neither a quantised layer's forward nor an adapter's; FSDP2 makes a class of its own that has it.
+    if getattr(type(layer), "forward", None) is not nn.Linear.forward:
         raise ValueError(
             f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "
             "weight, so it must be a plain torch.nn.Linear: not quantised, and without an adapter"
@@ -122,19 +126,39 @@ def announce_head(student: nn.Module) -> None:
             deepspeed.zero.register_external_parameter(student, tensor)
 
 
-def gathered_head(head: Head) -> AbstractContextManager:
-    """The whole weights of another model's head for the time of a direct product; nothing where they are not sharded.
+def whole_head(model: PreTrainedModel) -> Head:
+    """The head inside the model's forward: FSDP2 gathers what runs, and the head does not, its weights are read."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, FSDPModule):
+        layer.unshard()  # until backward, which reduces its gradient too
+    return language_model_head(model)
+
+
+@contextmanager
+def gathered_head(head: Head) -> Iterator[Head]:
+    """Another model's head with whole weights, for the time of a direct product (ZeRO-3, FSDP2)."""
+    with _gathered(head.weight, head.bias):
+        yield Head(_whole(head.weight), None if head.bias is None else _whole(head.bias), head.finish)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(*tensors: Tensor | None) -> AbstractContextManager:
+    """Whole weights that ZeRO-3 has sharded, nothing elsewhere.
 
     TRL's `maybe_gather_lm_head_ctx` asks how the student is sharded, and a teacher may have an engine of its own.
     """
-    sharded = [tensor for tensor in (head.weight, head.bias) if hasattr(tensor, "ds_status")]
+    sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_status")]
     if not sharded:
         return nullcontext()
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     # A tied head may be there already, as the embedding's; gathered again, it would be shared out under its feet.
-    return deepspeed.zero.GatheredParameters([p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE])
+    absent = [tensor for tensor in sharded if tensor.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(absent) if absent else nullcontext()
 
 
 @contextmanager

@@ -49,15 +49,15 @@ def batch_loss(
 ) -> BatchLoss:
     """Run the student and compare; called inside the forward of whatever wraps the student."""
     base = _trl.causal_lm(student)
-    head = _trl.language_model_head(base)
+    head = _trl.whole_head(base)
     hidden = _trl.backbone_states(base, batch["input_ids"], batch["attention_mask"]).to(head.weight.device)
     targets = trained_targets(batch).to(hidden.device)
     trained = targets != -100
     states = States(hidden[:, :-1][trained], head.cut(vocabulary))
     labels = targets[trained]
     if isinstance(teacher, States):
-        with _trl.gathered_head(teacher.head):
-            cut = States(teacher.hidden, teacher.head.cut(vocabulary))
+        with _trl.gathered_head(teacher.head) as teacher_head:
+            cut = States(teacher.hidden, teacher_head.cut(vocabulary))
             total, figures = linear_token_loss(states, cut, token_loss, (labels,), chunk_size)
     else:
         total, figures = linear_token_loss(states, None, token_loss, (labels, *teacher), chunk_size)

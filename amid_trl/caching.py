@@ -56,8 +56,8 @@ def _batches(trainer: AMiDTrainer) -> Iterator[Batch]:
 
 
 def _rows(states: States, batch: Batch, vocabulary: int, top_k: int) -> Iterator[SparseTeacher]:
-    with _trl.gathered_head(states.head):
-        head = states.head.cut(vocabulary)
+    with _trl.gathered_head(states.head) as whole:
+        head = whole.cut(vocabulary)
         chunks = [sparse_top_k(head(hidden), top_k) for hidden in states.hidden.split(CHUNK)]
     trained = (trained_targets(batch) != UNTRAINED).sum(-1).tolist()
     columns = [torch.cat(parts).cpu().split(trained) for parts in zip(*chunks, strict=True)]

@@ -157,7 +157,7 @@ class AMiDConfig(GKDConfig):
         generation_batch_size (`int`, *optional*):
             The most prompts in one call of `generate`. By default one call serves a whole window.
         ds3_gather_for_generation (`bool`, *optional*, defaults to `True`):
-            Under ZeRO-3, gather the weights for generation: faster, if one device can hold them.
+            Under ZeRO-3 and FSDP2, gather the weights for generation: faster, if one device can hold them.
         eval_generate (`bool`, *optional*, defaults to `False`):
             At each evaluation the student answers every prompt greedily with up to `max_new_tokens` tokens. Logged are
             `eval_rougeL` against the dataset's answer, in percent, and the answers' length.
@@ -263,7 +263,7 @@ class AMiDConfig(GKDConfig):
     cache_implementation: str | None = _option(None, "transformers' KV cache for generation.")
     generation_kwargs: dict[str, Any] | str | None = _option(None, "Further fields of GenerationConfig; they win.")
     generation_batch_size: int | None = _option(None, "The most prompts in one call of generate; all if unset.")
-    ds3_gather_for_generation: bool = _option(True, "Gather ZeRO-3 weights for generation.")
+    ds3_gather_for_generation: bool = _option(True, "Gather sharded weights for generation.")
     eval_generate: bool = _option(False, "Answer every evaluation prompt, and log ROUGE-L as eval_rougeL.")
     use_vllm: bool = _option(False, "The student writes in a vLLM engine.")
     vllm_mode: Literal["colocate", "server"] = _option("colocate", "Where the engine runs.")

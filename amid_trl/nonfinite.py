@@ -35,6 +35,10 @@ class NonfiniteLoss:
         self._tokenizer, self._dataset = tokenizer, train_dataset
         self._skipped, self._skipping = 0, False
         if args.nonfinite_loss == "skip":
+            if accelerator.is_fsdp2:
+                raise ValueError(
+                    "nonfinite_loss='skip' is not supported under FSDP2, which hides gradients from hooks"
+                )
             for parameter in student.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(self._without_gradient)

@@ -12,6 +12,7 @@ from torch import nn
 
 from amid_trl._trl import causal_lm, prepare_deepspeed
 from amid_trl.config import AMiDConfig
+from amid_trl.fsdp import shard
 
 
 # What a teacher's DeepSpeed configuration may have and has no use for: it is never trained.
@@ -29,6 +30,10 @@ def place(teacher: nn.Module, args: AMiDConfig, accelerator: Accelerator) -> nn.
         if args.teacher_offload:
             raise ValueError("teacher_offload is for runs without DeepSpeed; set teacher_deepspeed with offload_param")
         return prepare_deepspeed(teacher, accelerator)
+    if accelerator.is_fsdp2:
+        if args.teacher_offload:
+            raise ValueError("teacher_offload is for runs without FSDP; set fsdp_offload_params")
+        return shard(teacher, accelerator)
     return teacher if args.teacher_offload else teacher.to(accelerator.device)
 
 

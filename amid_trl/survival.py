@@ -115,7 +115,7 @@ def _check(file: Path) -> None:
         safe_open(file, framework="pt").keys()
     elif file.suffix == ".json":
         json.loads(file.read_text(encoding="utf-8"))
-    elif file.suffix in (".pt", ".pth"):  # torch writes zip archives, with check sums
+    elif file.suffix in (".pt", ".pth", ".bin"):  # torch writes zip archives, with check sums
         with zipfile.ZipFile(file) as archive:
             if (entry := archive.testzip()) is not None:
                 raise ValueError(f"its entry {entry} is not what was written")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -277,12 +276,6 @@ def check_text_only(model: nn.Module, role: str) -> None:
 def freeze(teacher: nn.Module) -> nn.Module:
     """No gradient, no dropout."""
     return teacher.requires_grad_(False).eval()
-
-
-def check_engine(accelerator: Accelerator) -> None:
-    """Refuse engines that the loss does not know."""
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        raise ValueError("FSDP is not supported; use data parallelism or DeepSpeed")
 
 
 def disable_dropout(model: nn.Module) -> None:

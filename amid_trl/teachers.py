@@ -14,6 +14,7 @@ from amid_trl import _trl
 from amid_trl.absent_teacher import absent_teacher
 from amid_trl.batch_loss import Batch, trained_states
 from amid_trl.config import AMiDConfig
+from amid_trl.fsdp import reshard
 from amid_trl.linear import States
 from amid_trl.placement import HostWeights
 from amid_trl.sparse import SparseTeacher
@@ -50,6 +51,7 @@ class ModelTeacher:
             self._at_home.on_device() if self._at_home else nullcontext(),
         ):
             hidden = _trl.forward_redirection(self._wrapped, teacher, _trl.backbone_states, base, *tokens)
+            reshard(self._wrapped)
             head = _trl.language_model_head(base)
             # The parameter goes home with the others; the tensor that it had on the device stays for the loss.
             return trained_states(hidden, head.frozen() if self._at_home else head, batch)

@@ -37,6 +37,7 @@ from amid_trl.checkpoint import Stateful, load_state, save_state
 from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
 from amid_trl.engines import evaluation_alone, forget_evaluation
+from amid_trl.fsdp import check_fsdp, fsdp_evaluation
 from amid_trl.generation import eos_token_ids
 from amid_trl.linear import States
 from amid_trl.memory import MemoryReport
@@ -49,7 +50,6 @@ from amid_trl.sources import Sources, open_plain_text
 from amid_trl.sparse import SparseTeacher, SparseTokenLoss
 from amid_trl.survival import StopOnSigterm, checkpoint_to_resume, whole_checkpoint
 from amid_trl.teacher import (
-    check_engine,
     common_positions,
     common_vocabulary,
     disable_dropout,
@@ -167,7 +167,7 @@ class AMiDTrainer(GKDTrainer):
         if self.aux_loss_enabled:
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         _trl.announce_head(self.model)
-        check_engine(self.accelerator)
+        check_fsdp(self.accelerator)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         run = (lambda: self.model_wrapped, args, self.accelerator)
         known = (tokenizer, self.vocabulary, self._positions, self.train_dataset, self.eval_dataset)
@@ -271,9 +271,9 @@ class AMiDTrainer(GKDTrainer):
         Multiplied by the number of processes where the count is global, because their gradients are averaged.
         """
         student = self.accelerator.unwrap_model(model)
-        total, row_sums, predictions, plain_nll = _trl.forward_redirection(
-            model, student, self._loss, student, inputs, self._teacher(inputs)
-        )
+        # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
+        in_forward = partial(self._loss, inputs=inputs, teacher=self._teacher(inputs))
+        total, row_sums, predictions, plain_nll = _trl.forward_redirection(model, student, in_forward, student)
         if num_items_in_batch is None:
             loss = total / row_sums[:, -1].sum().clamp(min=1).to(total)
         else:
@@ -323,7 +323,7 @@ class AMiDTrainer(GKDTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The loss and the figures of the evaluation set, every trained token with the same weight."""
         self._eval_means.pop()
-        with evaluation_alone(self):
+        with evaluation_alone(self), fsdp_evaluation(self):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_means.pop()  # no reduction: rows were gathered when they were recorded
         means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from amid_trl import _trl
 from amid_trl.config import SAMPLING_FIELDS, AMiDConfig
+from amid_trl.fsdp import writing
 from amid_trl.generation import eos_token_ids, generate_completions, sampling_config, until_eos
 from amid_trl.sampling import completion_seed
 
@@ -79,7 +81,9 @@ class ModelWriter:
             self.accelerator.autocast(),
         ):
             torch.manual_seed(completion_seed(self.args.seed, step, self.accelerator.process_index))
-            return generate_completions(_trl.causal_lm(model), prompts, self.config, self.args.generation_batch_size)
+            settings = (prompts, self.config, self.args.generation_batch_size)
+            write = partial(generate_completions, _trl.causal_lm(model), *settings)
+            return writing(model, write, self.accelerator, gathers=self.args.ds3_gather_for_generation)
 
 
 class VLLMWriter:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model
 from tiny import CORPUS, messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from amid_trl import AMiDConfig, AMiDTrainer
@@ -40,6 +42,7 @@ ENGINES = {
     "zero1": {"deepspeed": zero(1)},
     "zero2": {"deepspeed": zero(2)},
     "zero3": {"deepspeed": zero(3)},
+    "fsdp2": {"fsdp": True},
 }
 
 
@@ -171,7 +174,8 @@ def measure_completions(trainer: AMiDTrainer) -> list[list[int]]:
 def stored_bytes(model: nn.Module) -> int:
     """What this process holds of the weights between uses: the memory behind them, however it is cut."""
     weights = list(model.parameters())
-    weights += [weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor")]  # this process's part
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]  # FSDP2's part
+    weights += [weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor")]  # ZeRO-3's
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in weights}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -184,8 +188,29 @@ def logits(model: nn.Module) -> list:
         return model(input_ids=ids).logits[0, :, : len(tokenizer)].tolist()
 
 
+def shard_on_cpus() -> None:
+    """Have accelerate's state say on CPUs, too, that FSDP was asked for; by itself it falls back to data parallelism.
+
+    What then runs is accelerate's, transformers' and torch's own.
+    """
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate's launcher does
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = with_fsdp
+
+
 def main(models: Path, output_dir: Path, engine: str, cases: dict[str, dict]) -> None:
     rank = int(os.environ["RANK"])
+    if engine == "fsdp2":
+        shard_on_cpus()
     for name, settings in cases.items():
         print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
         split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}

@@ -41,6 +41,7 @@ LAYERS = {
         "config",
         "engines",
         "evaluation",
+        "fsdp",
         "memory",
         "metrics",
         "nonfinite",
@@ -146,6 +147,7 @@ def test_the_names_borrowed_from_trl_are_listed():
         "unwrap_model_for_generation",
         "use_adapter",
         "vllm_engine",
+        "whole_head",
     ]
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 

@@ -117,6 +117,7 @@ ENGINES = [
     param("zero1", needs_deepspeed, pytest.mark.slow),
     param("zero2", needs_deepspeed, pytest.mark.slow),
     param("zero3", needs_deepspeed),
+    param("fsdp2"),
 ]
 
 
@@ -208,8 +209,8 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(two, student):
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
 
 
-def test_only_zero_3_halves_what_a_process_holds(engine, two, one):
-    share = 0.5 if engine == "zero3" else 1.0
+def test_zero_3_and_fsdp2_halve_what_a_process_holds(engine, two, one):
+    share = 0.5 if engine in ("zero3", "fsdp2") else 1.0
     for case in TRAINED:
         want = [share * held for held in one(case)[0]["bytes"]]
         assert len(want) == (1 if case == "shared base" else 2)

@@ -138,7 +138,15 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_one_before_stay
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "distillation_state_0.pt", "trainer_state.json"]
+    "file",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "distillation_state_0.pt",
+        "trainer_state.json",
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path, file):
     survival_worker.run(str(tmp_path), max_steps=1)
