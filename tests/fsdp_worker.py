@@ -1,4 +1,4 @@
-"""What zero_worker trains, under FSDP2; as a script, one process of it (see test_fsdp.py)."""
+"""One process of several under FSDP2 that also counts how often weights are gathered to write (see test_fsdp.py)."""
 
 import json
 import os
@@ -7,29 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, DistributedType, PartialState
+from engine_worker import run, shard_on_cpus, stored_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
-from zero_worker import run, stored_share
 
 from amid_trl import writers
-
-
-def shard_on_cpus() -> None:
-    """Have accelerate's state say on CPUs, too, that FSDP was asked for; by itself it falls back to data parallelism.
-
-    What then runs is accelerate's, transformers' and torch's own.
-    """
-    init = AcceleratorState.__init__
-
-    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-
-    AcceleratorState.__init__ = with_fsdp
 
 
 class Gatherings(TorchDispatchMode):
@@ -47,7 +28,7 @@ def watch_writing() -> list[dict]:
     def watched(model, *args, **kwargs):
         with Gatherings() as gatherings:
             completions = write(model, *args, **kwargs)
-        seen.append({"gatherings": gatherings.count, "share": stored_share(model)})
+        seen.append({"gatherings": gatherings.count, "bytes": stored_bytes(model)})
         return completions
 
     writers.writing = watched
@@ -56,7 +37,6 @@ def watch_writing() -> list[dict]:
 
 def main(models: Path, output_dir: Path, cases: dict[str, dict]) -> None:
     shard_on_cpus()
-    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate's launcher does
     written = watch_writing()
     rank = int(os.environ["RANK"])
     for name, settings in cases.items():
