@@ -91,6 +91,11 @@ def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
     The merged model is saved in `folder` by the process that `saves`, and is what the new adapter names as its base:
     an adapter trained on weights that are stored nowhere could only ever be loaded onto the wrong ones.
     """
+    if any(hasattr(weight, "ds_tensor") for weight in student.parameters()):
+        raise ValueError(
+            "peft_config puts a new adapter on an adapter, which has to be merged first, but ZeRO-3 holds its base "
+            "in pieces: give the model that `amid-trl merge` writes, or leave peft_config out to train on the adapter"
+        )
     merged = student.merge_and_unload()
     logger.warning("Merged the student's adapter before adding another; the new adapter's base is %s", folder)
     if saves:

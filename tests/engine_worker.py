@@ -1,6 +1,7 @@
 """The same rows trained under an engine or under none; as a script, one process of several (see test_engines.py)."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,8 +50,8 @@ ENGINES = {
 def save_models(folder: Path) -> None:
     """Everything that a case can name.
 
-    A student with a head of its own, one with a tied head, an adapter of each, and a teacher for all; their
-    vocabularies are padded. Plain text whose blocks are all the same, and some whose blocks differ.
+    A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, and a teacher
+    for all; their vocabularies are padded. Plain text whose blocks are all the same, and some whose blocks differ.
     """
     tokenizer = tiny_tokenizer()
     for name, tied in (("student", False), ("tied_student", True)):
@@ -61,6 +62,10 @@ def save_models(folder: Path) -> None:
         head = {} if tied else {"modules_to_save": ["lm_head"]}
         adapter = get_peft_model(base, LoraConfig(**LORA, **head))
         adapter.save_pretrained(folder / name.replace("student", "adapter"))
+    student = tiny_llama(tokenizer, vocab_size=364)
+    with torch.no_grad():
+        student.model.embed_tokens.weight[tokenizer(" cold")["input_ids"][-1]] = math.nan
+    save_tiny(folder / "broken_student", student, tokenizer)
     save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
     for name, texts in (("same_text", 40 * [one_block(tokenizer)]), ("text", 4 * CORPUS)):
         (folder / name).mkdir()
@@ -212,9 +217,12 @@ def main(models: Path, output_dir: Path, engine: str, cases: dict[str, dict]) ->
     if engine == "fsdp2":
         shard_on_cpus()
     for name, settings in cases.items():
-        print(f"rank {rank}: {name}", file=sys.stderr, flush=True)
         split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        result = run(models, output_dir / name, **ENGINES[engine], **split, **settings)
+        try:
+            result = run(models, output_dir / name, **ENGINES[engine], **split, **settings)
+        except ValueError as error:
+            result = {"refused": str(error)}
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
         (output_dir / name / f"rank{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 

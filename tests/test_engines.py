@@ -1,6 +1,7 @@
 """Two real processes under every engine do what one does without: figures, weights, checkpoints (CPU, over gloo)."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -32,9 +33,10 @@ ENVIRONMENT = {
 }
 pytestmark = pytest.mark.timeout(600)  # the first test of an engine waits for its launch
 FIGURES = ("loss", "grad_norm", "kl", "nll", "student_entropy", "pretrain_nll", "eval_loss", "eval_kl")
+FIGURES += ("eval_rougeL", "eval_completions/mean_length")
 
 OFF_POLICY = {
-    "full": {"eval_on_start": True},
+    "full": {"eval_on_start": True, "eval_generate": True},
     "evaluated before": {"evaluates_first": True},
     "without checkpointing": {"gradient_checkpointing": False},
     "tied head": {"student": "tied_student"},
@@ -61,11 +63,14 @@ ADAPTERS = {
     },
     "lora, head": {"lora": {"modules_to_save": ["lm_head"]}},
     "lora, embeddings and head": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}},
+    "lora, tied head": {"student": "tied_student", "lora": {"modules_to_save": ["lm_head"]}},
     "adapter": {"student": "tied_adapter"},
     "adapter, head": {"student": "adapter"},
     "shared base": {"student": "tied_student", "teacher": None, "lora": {}, "teacher_adapter_path": "tied_adapter"},
+    "shared base, head": {"teacher": None, "lora": {}, "teacher_adapter_path": "adapter"},
 }
 TRAINED = OFF_POLICY | ON_POLICY | ADAPTERS
+MERGED = {"adapter on an adapter": {"student": "adapter", "lora": {}}}
 EVALUATED = {"evaluated alone": {"trains": False}}
 # Drawn text and an optimizer with moments: both have a state.
 SAVING = {"lmbda": 0.5, "top_k": 0, "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -75,6 +80,15 @@ RESUMED = {
     "whole, lora": {**SAVING, "lora": {}},
     "resumed, lora": {**SAVING, "lora": {}, "resumes": "whole, lora"},
 }
+# A teacher whose engine is not the student's.
+SHARDED = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+PLACED = {
+    "teacher whole": {"teacher_deepspeed": {}},
+    "teacher sharded": {"teacher_deepspeed": {"zero_optimization": SHARDED}},
+    "teacher offloaded": {"teacher_deepspeed": {"zero_optimization": {**SHARDED, "offload_param": {"device": "cpu"}}}},
+}
+# The student does not survive a word of the fourth row.
+SKIPPED = {"row left out": {"student": "broken_student", "nonfinite_loss": "skip"}}
 # Blocks of text that differ, so that one process cannot read what two read.
 READING = {"text": {"pretrain_dataset": "text", "max_length": 64}}
 
@@ -135,7 +149,8 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(engine, models, tmp_path_factory) -> Runs:
-    return launch(models, tmp_path_factory.mktemp(engine), engine, TRAINED | EVALUATED | RESUMED | READING)
+    cases = TRAINED | MERGED | EVALUATED | RESUMED | READING | SKIPPED | (PLACED if "zero" in engine else {})
+    return launch(models, tmp_path_factory.mktemp(engine), engine, cases)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +160,8 @@ def one(models, tmp_path_factory) -> Callable[[str], tuple[dict, Path]]:
 
     @cache
     def run(case: str) -> tuple[dict, Path]:
-        result = engine_worker.run(models, folder / case, per_device_train_batch_size=4, **(TRAINED | EVALUATED)[case])
-        return result, folder / case
+        settings = (TRAINED | MERGED | EVALUATED)[case]
+        return engine_worker.run(models, folder / case, per_device_train_batch_size=4, **settings), folder / case
 
     return run
 
@@ -159,8 +174,10 @@ def assert_equal_figures(result: dict, other: dict, rel: float = 1e-5) -> None:
     assert figures(result) == {name: pytest.approx(values, rel=rel) for name, values in figures(other).items()}
 
 
-def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_causal_lm(str(folder), {}, distributed=False).state_dict()
+def assert_equal_weights(folder: Path, other: Path, rtol: float = 1e-5) -> None:
+    """Of the students that are saved there, an adapter with its base."""
+    weights = [load_causal_lm(str(saved), {}, distributed=False).state_dict() for saved in (folder, other)]
+    torch.testing.assert_close(*weights, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", TRAINED)
@@ -169,7 +186,18 @@ def test_two_processes_train_like_one(two, one, case):
     assert len(figures(result)["loss"]) == len(figures(result)["grad_norm"]) == (4 if "rows" in TRAINED[case] else 3)
     for rank in two.ranks[case]:
         assert_equal_figures(rank, result)
-    torch.testing.assert_close(saved_weights(two.folder / case), saved_weights(folder), rtol=1e-5, atol=1e-6)
+    assert_equal_weights(two.folder / case, folder)
+
+
+def test_a_new_adapter_on_an_adapter_trains_or_is_refused(engine, two, one):
+    [case] = MERGED
+    if engine == "zero3":
+        assert all("give the model that `amid-trl merge` writes" in rank["refused"] for rank in two.ranks[case])
+        return
+    result, folder = one(case)
+    for rank in two.ranks[case]:
+        assert_equal_figures(rank, result)
+    assert_equal_weights(two.folder / case, folder)
 
 
 def test_two_processes_evaluate_like_one_that_has_not_trained(two, one):
@@ -184,7 +212,7 @@ def test_accumulated_batches_equal_one_batch(models, one, case, tmp_path):
     result, folder = one(case)
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     assert_equal_figures(engine_worker.run(models, tmp_path, **split, **TRAINED[case]), result)
-    torch.testing.assert_close(saved_weights(tmp_path), saved_weights(folder), rtol=1e-5, atol=1e-6)
+    assert_equal_weights(tmp_path, folder)
 
 
 @pytest.mark.parametrize("case", TRAINED)
@@ -205,15 +233,14 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(two, student):
     for before, after in zip(two.ranks[whole], two.ranks[resumed], strict=True):
         assert len(before["lengths"]) > len(after["lengths"]) > 0  # the first two steps are not made again
         assert_equal_figures(after, before, rel=1e-6)
-    weights = [saved_weights(two.folder / name) for name in (resumed, whole)]
-    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    assert_equal_weights(two.folder / resumed, two.folder / whole, rtol=0)
 
 
 def test_zero_3_and_fsdp2_halve_what_a_process_holds(engine, two, one):
     share = 0.5 if engine in ("zero3", "fsdp2") else 1.0
     for case in TRAINED:
         want = [share * held for held in one(case)[0]["bytes"]]
-        assert len(want) == (1 if case == "shared base" else 2)
+        assert len(want) == (1 if "shared base" in case else 2)
         for rank in two.ranks[case]:
             assert rank["bytes"] == pytest.approx(want, rel=0.02), case
 
@@ -242,3 +269,27 @@ def test_every_process_reads_plain_text_of_its_own(two, models):
     assert len(set(nll)) == 4
     for rank in two.ranks["text"]:
         assert figures(rank)["pretrain_nll"][0] == pytest.approx(sum(nll) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_a_teacher_has_an_engine_of_its_own(engine, two, one, case):
+    if case not in two.ranks:
+        pytest.skip("for runs under DeepSpeed")
+    result, _ = one("without checkpointing")
+    share = 1.0 if case == "teacher whole" else 0.5
+    for rank in two.ranks[case]:
+        assert_equal_figures(rank, result)
+        assert rank["bytes"][1] == pytest.approx(share * result["bytes"][1], rel=0.02)
+
+
+def test_a_micro_batch_that_is_not_finite_is_left_out(engine, two, models, tmp_path):
+    if engine == "fsdp2":
+        assert all("not supported under FSDP2" in rank["refused"] for rank in two.ranks["row left out"])
+        return
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    one = engine_worker.run(models, tmp_path, **split, **SKIPPED["row left out"])
+    for rank in two.ranks["row left out"]:
+        for name in ("loss", "grad_norm", "kl", "nll"):
+            assert figures(rank)[name] == pytest.approx(figures(one)[name], rel=1e-5)
+            assert all(map(math.isfinite, figures(rank)[name]))
+        assert [entry["skipped_batches"] for entry in rank["log"] if "skipped_batches" in entry] == [1.0, 1.0, 2.0]

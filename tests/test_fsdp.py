@@ -11,7 +11,7 @@ import fsdp_worker
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from test_engines import ENVIRONMENT, assert_equal_figures, figures, saved_weights
+from test_engines import ENVIRONMENT, assert_equal_figures, assert_equal_weights, figures
 from tiny import save_tiny, tiny_gpt2, tiny_tokenizer
 
 from amid_trl.fsdp import check_fsdp
@@ -64,7 +64,7 @@ def test_two_processes_train_like_one(two, models, tmp_path, case):
     one = engine_worker.run(models, tmp_path, per_device_train_batch_size=4, **settings)
     for rank in ranks[case]:
         assert_equal_figures(rank, one)
-    torch.testing.assert_close(saved_weights(folder / case), saved_weights(tmp_path), rtol=1e-5, atol=1e-6)
+    assert_equal_weights(folder / case, tmp_path)
 
 
 def test_layers_are_gathered_once_for_a_window_or_for_each_token(two):
