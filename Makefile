@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SOAK_SECONDS ?= 1800
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TRL_EXPERIMENTAL_SILENCE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all bench lint clean
+.PHONY: install demo test test-all soak bench lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +28,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Half an hour of kills and resumes. `make soak SOAK_SECONDS=300 SOAK_SEED=7` repeats what a run with that seed did.
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak.py $(SOAK_SECONDS) $(SOAK_SEED)
 
 # The tables and figures of benchmarks/results, in an hour or two on an otherwise idle machine. Liger without what it
 # depends on: its JSD needs no Triton on a CPU.

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import signal
 import threading
 import zipfile
@@ -72,7 +73,9 @@ def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str |
     accelerator.wait_for_everyone()  # all have looked before anything is renamed
     if accelerator.is_main_process:
         for folder in newest_first[: newest_first.index(found) if found else None]:
-            aside = folder.rename(folder.with_name(f"torn-{folder.name}"))  # not a name that transformers looks for
+            aside = folder.with_name(f"torn-{folder.name}")  # not a name that transformers looks for
+            shutil.rmtree(aside, ignore_errors=True)  # there if this checkpoint has been torn before
+            folder.rename(aside)
             logger.warning("%s was being written when its run ended; it is set aside as %s", folder, aside.name)
     return None if found is None else str(found)
 

@@ -236,8 +236,8 @@ class AMiDTrainer(GKDTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch a window, let its source write the completions, then count the trained tokens of all processes."""
-        batches = list(islice(epoch_iterator, num_batches))
         step, steps = self.state.global_step, self.state.max_steps
+        batches = list(islice(epoch_iterator, num_batches if step < steps else 0))  # resumed when it was over
         if self._sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
         self.objective = self._run_objective.advance(step / steps)

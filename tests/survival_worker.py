@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from observe import LORA
+from peft import LoraConfig
 from tiny import messages_dataset, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
@@ -37,7 +39,7 @@ class Started(TrainerCallback):
             Path(args.output_dir, "started").touch()
 
 
-def run(output_dir: str, resume: bool = False, **settings) -> AMiDTrainer:
+def run(output_dir: str, resume: bool = False, lora: bool = False, callbacks=(), **settings) -> AMiDTrainer:
     tokenizer = tiny_tokenizer()
     trainer = AMiDTrainer(
         tiny_llama(tokenizer, seed=0),
@@ -46,8 +48,9 @@ def run(output_dir: str, resume: bool = False, **settings) -> AMiDTrainer:
         train_dataset=messages_dataset(8),
         eval_dataset=messages_dataset(2),
         processing_class=tokenizer,
+        callbacks=[Started(), *callbacks],
+        peft_config=LoraConfig(**LORA, lora_dropout=0.1) if lora else None,
     )
-    trainer.add_callback(Started())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

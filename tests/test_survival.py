@@ -82,6 +82,23 @@ def test_a_torn_checkpoint_is_set_aside_where_transformers_would_take_it(tmp_pat
     assert (tmp_path / "torn-checkpoint-6").is_dir()
 
 
+def test_a_checkpoint_may_be_torn_twice(tmp_path, unharmed):
+    run_until(6, tmp_path)
+    shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "torn-checkpoint-6")
+    (tmp_path / "checkpoint-6" / UNFINISHED).touch()
+    assert_resumes_to(unharmed, tmp_path)
+    assert (tmp_path / "torn-checkpoint-6" / UNFINISHED).exists()  # the later one
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_over(tmp_path):
+    trainer = survival_worker.run(str(tmp_path), max_steps=6)  # in the middle of an epoch
+    end = weights(trainer.model)
+    trainer = survival_worker.run(str(tmp_path), resume=True, max_steps=6)
+    assert trainer.state.global_step == 6
+    assert all(torch.equal(weight, end[name]) for name, weight in weights(trainer.model).items())
+    assert not (tmp_path / "checkpoint-7").exists()
+
+
 def test_older_checkpoints_are_deleted_only_after_a_new_one_is_whole(tmp_path, monkeypatch):
     from amid_trl import survival
 
