@@ -113,6 +113,7 @@ def launch(engine: str, student: Path, teacher: Path, threads: int) -> Record:
     processes = 1 if engine == "single" else PROCESSES
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # what is freed must not stay resident
     with tempfile.TemporaryDirectory() as folder:
         what = ["--engine", engine, "--student", str(student), "--teacher", str(teacher), "--output", folder]
         command = [sys.executable, *([] if processes == 1 else launcher), __file__, *what]
@@ -137,7 +138,6 @@ def measure(engine: str, student: Path, teacher: Path, folder: Path) -> None:
             per_device_train_batch_size=1,
             max_length=MAX_LENGTH,
             lmbda=0.0,
-            optim="adamw_torch",
             logging_steps=1,
             use_cpu=True,
             bf16=False,

@@ -22,13 +22,21 @@ class Gatherings(TorchDispatchMode):
 
 
 def watch_writing() -> list[dict]:
-    """For every window written from now on: how often weights were gathered, and what the process holds afterwards."""
+    """For every window written from now on, how often weights were gathered.
+
+    Also what the process holds of them afterwards, and how often a second forward pass gathers then.
+    """
     seen, write = [], writers.writing
 
     def watched(model, *args, **kwargs):
         with Gatherings() as gatherings:
             completions = write(model, *args, **kwargs)
-        seen.append({"gatherings": gatherings.count, "bytes": stored_bytes(model)})
+        held = stored_bytes(model)
+        with torch.no_grad():
+            model(torch.tensor([[1]]))
+            with Gatherings() as again:
+                model(torch.tensor([[1]]))
+        seen.append({"gatherings": gatherings.count, "bytes": held, "again": again.count})
         return completions
 
     writers.writing = watched

@@ -78,6 +78,7 @@ def test_layers_are_gathered_once_for_a_window_or_for_each_token(two):
         assert [window["gatherings"] for window in layered["written"]] == [4 + 3 * (tokens - 1) for tokens in longest]
         held = {window["bytes"] for window in gathered["written"] + layered["written"]}
         assert held == {gathered["bytes"][0]}  # in parts again when the text is written
+        assert {window["again"] for window in gathered["written"] + layered["written"]} == {3}
 
 
 def test_half_precision_gives_nearly_the_numbers_of_full(two):
