@@ -38,7 +38,7 @@ def shard(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     TRL's `prepare_fsdp` makes one part of all layers, which every process would hold at once, and does not send the
     weights that cpu_ram_efficient_loading has loaded in the first process alone.
     """
-    plugin = accelerator.state.fsdp_plugin
+    plugin: Any = accelerator.state.fsdp_plugin
     own = copy.copy(plugin)  # the names of the layers stay in it, and are the student's if they are given
     own.transformer_cls_names_to_wrap = None
     accelerator.state.fsdp_plugin = own
@@ -82,7 +82,8 @@ def writing(model: nn.Module, write: Callable[[], T], accelerator: Accelerator, 
     finally:
         reshard(model)
         if gathers:
-            _reshard_layers_after_forward(model, accelerator.state.fsdp_plugin.reshard_after_forward)
+            plugin: Any = accelerator.state.fsdp_plugin
+            _reshard_layers_after_forward(model, plugin.reshard_after_forward)
 
 
 def _reshard_layers_after_forward(model: Any, wanted: bool) -> None:
@@ -93,7 +94,7 @@ def _reshard_layers_after_forward(model: Any, wanted: bool) -> None:
             kept.set_reshard_after_forward(False, recurse=False)
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Under FSDP2, free what a forward has left whole for its backward, where none follows."""
     if isinstance(model, FSDPModule):
         for module in model.modules():

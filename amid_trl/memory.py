@@ -106,7 +106,7 @@ class MemoryReport(TrainerCallback):
     def __init__(self, accelerator: Accelerator, teacher: nn.Module | None, vocabulary: int):
         self._accelerator, self._teacher, self._vocabulary = accelerator, teacher, vocabulary
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state, control, **kwargs):
         """Print as transformers prints its logs: what a logger says as `info` is hidden by default."""
         self._student, self._optimizer = kwargs["model"], kwargs["optimizer"]
         if state.is_world_process_zero:
@@ -144,7 +144,7 @@ class MemoryReport(TrainerCallback):
 
     def _chunk(self, args: AMiDConfig) -> tuple[int, str]:
         """The logits of all models that are projected; a teacher without a model of its own has the student's head."""
-        models = [self._student]
+        models: list[Any] = [self._student]
         if not args.teacher_is_sparse:
             models.append(self._student if self._teacher is None else self._teacher)
         bases = [_trl.causal_lm(self._accelerator.unwrap_model(model)) for model in models]
