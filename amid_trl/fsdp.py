@@ -58,13 +58,13 @@ def fsdp_evaluation(trainer: Any) -> Iterator[None]:
         yield
         return
     if not isinstance(trainer.model, FSDPModule):
-        prepared = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
-        trainer.model, trainer.optimizer = prepared
-        trainer.model_wrapped = trainer.model
+        student, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+        trainer.model = trainer.model_wrapped = student
+    student: Any = trainer.model
     try:
         yield
     finally:
-        reshard(trainer.model)
+        reshard(student)
 
 
 def writing(model: nn.Module, write: Callable[[], T], accelerator: Accelerator, *, gathers: bool) -> T:
@@ -94,7 +94,7 @@ def _reshard_layers_after_forward(model: Any, wanted: bool) -> None:
             kept.set_reshard_after_forward(False, recurse=False)
 
 
-def reshard(model: Any) -> None:
+def reshard(model: nn.Module) -> None:
     """Under FSDP2, free what a forward has left whole for its backward, where none follows."""
     if isinstance(model, FSDPModule):
         for module in model.modules():

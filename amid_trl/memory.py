@@ -147,9 +147,10 @@ class MemoryReport(TrainerCallback):
         models: list[Any] = [self._student]
         if not args.teacher_is_sparse:
             models.append(self._student if self._teacher is None else self._teacher)
-        bases = [_trl.causal_lm(self._accelerator.unwrap_model(model)) for model in models]
+        unwrapped: list[Any] = [self._accelerator.unwrap_model(model) for model in models]
         with self._accelerator.autocast():
-            size = sum(_trl.language_model_head(base).product_dtype.itemsize for base in bases)
+            heads = [_trl.language_model_head(_trl.causal_lm(model)) for model in unwrapped]
+            size = sum(head.product_dtype.itemsize for head in heads)
         tokens = chunk_tokens(self._vocabulary, self._accelerator.device, args.logits_chunk_size)
         return tokens * self._vocabulary * size, f"at most {tokens:,} tokens at a time"
 
