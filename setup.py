@@ -10,6 +10,7 @@ EXTRAS = {
     "vllm": ["vllm<=0.31"],
     "quantization": ["bitsandbytes>=0.46"],
     "eval": ["rouge-score"],
+    "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
     "sweep": ["optuna", "ray[tune]"],
     "plot": ["matplotlib"],
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
@@ -45,6 +46,7 @@ setup(
     package_data={
         "amid_trl": ["py.typed"],
         "amid_trl.accelerate_configs": ["*.yaml"],
+        "amid_trl.evaluation_sets": ["*.yaml"],
         "amid_trl.recipes": ["*.yaml"],
     },
     install_requires=[

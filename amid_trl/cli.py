@@ -1,9 +1,13 @@
-"""The command `amid-trl`: train, cache-teacher, init-student, merge."""
+"""The command `amid-trl`: train, cache-teacher, evaluate, init-student, merge."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
+
+from amid_trl import evaluation_sets
+from amid_trl.evaluation_results import EvaluationSettings
 
 
 # Commands that run under accelerate, in a module of their own.
@@ -19,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     commands.add_parser("train", help="train a student (options: amid-trl train --help)", add_help=False)
     commands.add_parser("cache-teacher", help="write the teacher's answers that train reads then", add_help=False)
+    _add_evaluate(commands)
     init_student = commands.add_parser("init-student", help="make a student from some of the teacher's layers")
     init_student.add_argument("teacher", help="name or path of the model to start from")
     init_student.add_argument("output_dir", help="where the student and its tokenizer are saved")
@@ -34,10 +39,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _launch(argv[0], argv[1:])
     args = parser.parse_args(argv)
     try:
-        return {"init-student": _init_student, "merge": _merge}[args.command](args)
-    except (ValueError, OSError) as error:
+        return {"evaluate": _evaluate, "init-student": _init_student, "merge": _merge}[args.command](args)
+    except (ValueError, OSError, ImportError) as error:
         print(f"amid-trl {args.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _add_evaluate(commands: Any) -> None:
+    defaults = EvaluationSettings
+    evaluate = commands.add_parser("evaluate", help="measure a model as for the tables of the paper")
+    evaluate.add_argument("model", help="name or path of the model, or path of an adapter")
+    evaluate.add_argument("--output-dir", required=True, help="where the results are written, and a run goes on")
+    evaluate.add_argument(
+        "--evaluation-set",
+        help=f"{', '.join(evaluation_sets.names())}, or a file of JSON lines with prompt and reference(s)",
+    )
+    evaluate.add_argument("--teacher", help="a model to compare with, for KL, agreement and perplexity")
+    evaluate.add_argument("--lm-eval", metavar="TASKS", default="", help="tasks of lm-eval-harness, between commas")
+    seeds = " ".join(map(str, defaults.seeds))
+    evaluate.add_argument(
+        "--seeds", type=int, nargs="+", default=defaults.seeds, help=f"of the sampling (default: {seeds})"
+    )
+    numbers = {
+        "batch-size": (int, "prompts at a time"),
+        "max-new-tokens": (int, "bound on a completion, and on what of a reference is scored"),
+        "temperature": (float, "of the sampling"),
+        "top-p": (float, "of the sampling"),
+        "no-repeat-ngram-size": (int, "an n-gram of this size is not written twice; 0: no such rule"),
+        "limit": (int, "only so many rows"),
+    }
+    for name, (kind, what) in numbers.items():
+        default = getattr(defaults, name.replace("-", "_"))
+        shown = "all" if default is None else default
+        evaluate.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: {shown})")
+    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: that of the weights")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="load code that ships with the models")
 
 
 def _launch(command: str, argv: list[str]) -> int:
@@ -69,6 +105,29 @@ def _without(argv: list[str], removed: list[str]) -> list[str]:
         else:
             kept.append(text)
     return kept
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    # Settings first: what they refuse does not wait for torch.
+    settings = EvaluationSettings(
+        evaluation_set=args.evaluation_set,
+        seeds=tuple(args.seeds),
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        limit=args.limit,
+        lm_eval=tuple(task for task in args.lm_eval.split(",") if task),
+    )
+
+    from amid_trl.evaluate import evaluate
+    from amid_trl.evaluation_results import table
+
+    how = {"teacher": args.teacher, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    print(table(evaluate(args.model, args.output_dir, settings, **how)))
+    print(f"{args.output_dir}: results.json, results.md")
+    return 0
 
 
 def _init_student(args: argparse.Namespace) -> int:

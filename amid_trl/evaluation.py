@@ -1,7 +1,8 @@
 """How close a student is to its teacher and to reference answers: numbers only, no training and no randomness."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,19 +37,30 @@ def token_metrics(
     Raises:
         ValueError: no batch has a trained token, so that there is nothing to take the mean of.
     """
-    modes = [(model, model.training) for model in (student, teacher)]
-    for model, _ in modes:
-        model.eval()
-    try:
+    with _evaluating(student, teacher):
         sums = sum(_token_figures(student, teacher, batch, objective).double().sum(0).cpu() for batch in batches)
-    finally:
-        for model, training in modes:
-            model.train(training)
     *totals, tokens = sums.tolist() if isinstance(sums, Tensor) else [0.0]
     if not tokens:
         raise ValueError("token_metrics: the batches have no trained token (every label is -100)")
     names = ("objective", "kl_pq", "kl_qp", "top1_agreement", "nll")
     return {name: total / tokens for name, total in zip(names, totals, strict=True)} | {"tokens": int(tokens)}
+
+
+@torch.no_grad()
+def row_figures(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Mapping[str, Tensor], vocabulary: int
+) -> Tensor:
+    """Sums over the trained tokens of each row, (rows, figures) in float64; the batch is one of `token_metrics`.
+
+    The first figure is the student's -log q(label). With a teacher KL(p || q) follows, both in nats, and for how many
+    tokens both hold the same token most likely. Only the first `vocabulary` tokens count.
+    """
+    models = [student] if teacher is None else [student, teacher]
+    with _evaluating(*models):
+        figures = _figures_at_trained(models, batch, _nll if teacher is None else _comparison, vocabulary)
+    rows = (batch["labels"][:, 1:] != -100).nonzero()[:, 0].cpu()
+    sums = torch.zeros(len(batch["labels"]), figures.shape[1], dtype=torch.float64)
+    return sums.index_add_(0, rows, figures.cpu().double())
 
 
 def generate_greedy(
@@ -79,7 +91,13 @@ def generate_greedy(
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
-    """Mean ROUGE-L F-measure in percent, with stemming; of several references the best one counts.
+    """The mean of `rouge_l_each`."""
+    each = rouge_l_each(predictions, references)
+    return sum(each) / len(each)
+
+
+def rouge_l_each(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> list[float]:
+    """ROUGE-L F-measure of every prediction in percent, with stemming; of several references the best one counts.
 
     The metric of the paper's tables (arXiv 2510.15982), which it takes from MiniLLM's evaluation.
 
@@ -87,21 +105,47 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str | Sequence[str]
         ImportError: rouge-score is not installed.
         ValueError: no predictions, or not one entry of references for each.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError("rouge_l needs the package rouge-score: pip install 'amid-trl[eval]'") from error
+    scorer = rouge_scorer()
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"rouge_l needs one or more references for each prediction; got {len(predictions)} predictions and "
             f"{len(references)} entries of references"
         )
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = [
-        max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in _as_list(options))
+    return [
+        100 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in _as_list(options))
         for prediction, options in zip(predictions, references, strict=True)
     ]
-    return 100 * sum(best) / len(best)
+
+
+def rouge_scorer() -> Any:
+    """The scorer of the package rouge-score; ImportError if that is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("ROUGE-L needs the package rouge-score: pip install 'amid-trl[eval]'") from error
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float:
+    """Different n-grams of words, as a share of all n-grams of words in all texts together (arXiv 1510.03055).
+
+    A word is what stands between spaces. 0 if no text has n words.
+    """
+    ngrams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+@contextmanager
+def _evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; afterwards every model is in the mode in which it was."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
 
 
 def _token_figures(
@@ -111,25 +155,53 @@ def _token_figures(
     objective: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """One row for each trained token: the five figures of `token_metrics`, and a 1 to count it."""
-    labels = batch["labels"][:, 1:]
-    trained = labels != -100
-    models = [causal_lm(student), causal_lm(teacher)]
-    device = models[0].device
-    hidden = [_trained_states(model, batch, trained).to(device) for model in models]
-    heads = [language_model_head(model) for model in models]
-    vocab = min(len(head.weight) for head in heads)
 
     def figures(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, log_q = (at_least_float32(z).log_softmax(-1) for z in (teacher_logits, student_logits))
+        log_p, log_q = _log_softmax(teacher_logits), _log_softmax(student_logits)
         agrees = log_p.argmax(-1) == log_q.argmax(-1)
         nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)
         value = objective(student_logits, teacher_logits)
         each = [value, kl(log_p, log_q), kl(log_q, log_p), agrees, nll, torch.ones_like(nll)]
         return value, torch.stack([figure.to(nll) for figure in each], dim=-1)
 
+    models = (student, teacher)
+    vocabulary = min(len(language_model_head(causal_lm(model)).weight) for model in models)
+    return _figures_at_trained(models, batch, figures, vocabulary)
+
+
+def _nll(student_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    nll = -_log_softmax(student_logits).gather(-1, labels[:, None])
+    return nll[:, 0], nll
+
+
+def _comparison(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_p, log_q = _log_softmax(teacher_logits), _log_softmax(student_logits)
+    agrees = log_p.argmax(-1) == log_q.argmax(-1)
+    nll = -log_q.gather(-1, labels[:, None]).squeeze(-1)
+    return nll, torch.stack([nll, kl(log_p, log_q), agrees.to(nll)], dim=-1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return at_least_float32(logits).log_softmax(-1)
+
+
+def _figures_at_trained(
+    models: Sequence[PreTrainedModel],
+    batch: Mapping[str, Tensor],
+    figures: Callable[..., tuple[Tensor, Tensor]],
+    vocabulary: int,
+) -> Tensor:
+    """`figures(student_logits[, teacher_logits], labels)` at the trained tokens, on the student's device."""
+    labels = batch["labels"][:, 1:]
+    trained = labels != -100
+    plain = [causal_lm(model) for model in models]
+    device = plain[0].device
+    student, *teachers = (
+        States(_trained_states(model, batch, trained).to(device), language_model_head(model).cut(vocabulary))
+        for model in plain
+    )
     columns = (labels[trained].to(device),)
-    ours, theirs = (States(states, head.cut(vocab)) for states, head in zip(hidden, heads, strict=True))
-    return linear_token_loss(ours, theirs, figures, columns)[1]
+    return linear_token_loss(student, teachers[0] if teachers else None, figures, columns)[1]
 
 
 def _trained_states(model: PreTrainedModel, batch: Mapping[str, Tensor], trained: Tensor) -> Tensor:

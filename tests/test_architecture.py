@@ -57,7 +57,21 @@ LAYERS = {
         "windows",
         "writers",
     ],
-    "entry": ["__init__", "__main__", "accelerate_configs", "arguments", "caching", "cli", "recipes", "train"],
+    "entry": [
+        "__init__",
+        "__main__",
+        "accelerate_configs",
+        "arguments",
+        "caching",
+        "cli",
+        "evaluate",
+        "evaluation_models",
+        "evaluation_results",
+        "evaluation_sets",
+        "harness",
+        "recipes",
+        "train",
+    ],
 }
 # Imported by modules of the maths layer, and nothing else.
 STANDARD_LIBRARY = {

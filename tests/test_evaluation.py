@@ -6,7 +6,7 @@ import torch
 from tiny import tiny_gpt2, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from amid_trl.evaluation import generate_greedy, rouge_l, token_metrics
+from amid_trl.evaluation import distinct_n, generate_greedy, rouge_l, token_metrics
 
 
 METRICS = ("objective", "kl_pq", "kl_qp", "top1_agreement", "nll")
@@ -201,6 +201,13 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
 def test_rouge_l_stems_words_and_takes_the_best_reference():
     assert rouge_l(["cats running"], ["the cat runs"]) == pytest.approx(100 * 2 * 2 / (2 + 3))
     assert rouge_l(["paris", "nothing"], [["london", "Paris!"], ["x"]]) == pytest.approx(50)
+
+
+def test_distinct_n_is_the_share_of_different_ngrams_in_all_texts():
+    texts = ["a b a", "a  b\nc", "d"]
+    assert distinct_n(texts, 1) == 4 / 7
+    assert distinct_n(texts, 2) == 3 / 4
+    assert distinct_n(texts, 4) == 0
 
 
 def test_rouge_l_refuses_unequal_lists():

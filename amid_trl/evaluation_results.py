@@ -1,0 +1,154 @@
+"""What an evaluation is asked for, and the folder that it works in, where nothing looks complete before it is."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+
+PACKAGES = ("amid_trl", "torch", "transformers", "trl", "peft", "rouge-score", "lm-eval")
+SETTINGS, COMPLETIONS, RESULTS, TABLE = "settings.json", "completions.jsonl", "results.json", "results.md"
+HASHES = ("weights", "teacher_weights", "set_rows")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is evaluated; the defaults are the protocol of the paper's tables (arXiv 2510.15982).
+
+    Attributes:
+        evaluation_set: a named set, or a file of JSON lines (`evaluation_sets.load`).
+        seeds: every prompt is answered once with each.
+        batch_size: prompts in one call of `generate`; a seed's completions depend on it.
+        max_new_tokens: bound on a completion, and on how much of a reference is scored.
+        temperature: of the sampling.
+        top_p: of the sampling.
+        no_repeat_ngram_size: an n-gram of so many tokens is written at most once, 0: as often as it comes.
+        limit: only so many rows of the set, and of each task.
+        lm_eval: tasks of lm-eval-harness.
+    """
+
+    evaluation_set: str | None = None
+    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    no_repeat_ngram_size: int = 6
+    limit: int | None = None
+    lm_eval: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        """Refuse what could only fail later."""
+        if not self.evaluation_set and not self.lm_eval:
+            raise ValueError("nothing to evaluate: name an evaluation_set, or tasks in lm_eval")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, at least one; got {list(self.seeds)}")
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size must be at least 0; got {self.no_repeat_ngram_size}")
+
+
+class ResultFolder:
+    """A folder for the results of just these settings; made if there is none.
+
+    `settings.json` is written at once, `completions.jsonl` grows by a line for each batch, and `results.json` is there
+    as a whole or not at all.
+
+    ValueError, with what differs, if the folder is of other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = _json(settings)
+        if not (self._folder / SETTINGS).exists():
+            if (self._folder / RESULTS).exists():
+                raise ValueError(f"{folder} holds a {RESULTS} of something else; choose another output_dir")
+            self._write(SETTINGS, text)
+        wanted, given = json.loads(text), self._read(SETTINGS)
+        differences = [
+            f"{name} {given.get(name)!r}, not {wanted.get(name)!r}"
+            for name in {**given, **wanted}
+            if given.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{folder} holds results of other settings: {'; '.join(differences)}. Choose another output_dir"
+            )
+
+    def results(self) -> Record | None:
+        """What an earlier run has finished."""
+        return self._read(RESULTS) if (self._folder / RESULTS).exists() else None
+
+    def batches(self) -> dict[tuple[int, int], list[Record]]:
+        """The completions of every whole batch by seed and number; half a line from a killed run is cut off."""
+        file = self._folder / COMPLETIONS
+        if not file.exists():
+            return {}
+        *lines, rest = file.read_bytes().split(b"\n")
+        os.truncate(file, file.stat().st_size - len(rest))
+        return {(line["seed"], line["batch"]): line["completions"] for line in map(json.loads, lines)}
+
+    def add_batch(self, seed: int, batch: int, completions: list[Record]) -> None:
+        """Keep the completions of a batch."""
+        with (self._folder / COMPLETIONS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"seed": seed, "batch": batch, "completions": completions}) + "\n")
+
+    def finish(self, results: Record, table: str) -> None:
+        """Write the table, and the results last."""
+        self._write(TABLE, table)
+        self._write(RESULTS, _json(results))
+
+    def _read(self, name: str) -> Record:
+        return json.loads((self._folder / name).read_text(encoding="utf-8"))
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self._folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self._folder / name)
+
+
+def versions() -> dict[str, str]:
+    """What is installed of the packages that the figures depend on."""
+    found = {"python": python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def table(results: Record) -> str:
+    """The figures as Markdown: the mean, and what each seed gave."""
+    settings, per_seed = results["settings"], results["per_seed"]
+    of_set = f" on {settings['evaluation_set']}" if settings["evaluation_set"] else ""
+    lines = [
+        f"# {settings['model']}{of_set}",
+        "",
+        " | ".join(["| metric", "value", *(f"seed {seed}" for seed in per_seed)]) + " |",
+        "|---" * (2 + len(per_seed)) + "|",
+    ]
+    for name, value in results["metrics"].items():
+        of_seeds = [f"{of_seed[name]:.4g}" if name in of_seed else "" for of_seed in per_seed.values()]
+        lines.append(" | ".join([f"| {name}", f"{value:.4g}", *of_seeds]) + " |")
+    settings_line = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in HASHES)
+    return "\n".join([*lines, "", f"{results['date']}; {settings_line}", ""])
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"
