@@ -1,26 +1,18 @@
 """What the student answers to the prompts of the evaluation set, scored while it trains."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.batch_loss import Batch
 from amid_trl.batches import window_prompts
-from amid_trl.evaluation import rouge_l
+from amid_trl.evaluation import rouge_l_each
 from amid_trl.rows import last_span_start
 from amid_trl.writers import Writer
 
 
 # Means over the rows of the evaluation set.
 ANSWER_MEANS = ("rougeL", "completions/mean_length", "completions/clipped_ratio")
-
-
-def require_rouge() -> None:
-    """Refuse a run that scores answers where nothing does, before anything is loaded."""
-    if find_spec("rouge_score") is None:
-        raise ImportError("eval_generate=True needs rouge-score: pip install 'amid_trl[eval]'")
 
 
 class Answers:
@@ -33,11 +25,10 @@ class Answers:
         """(rows, `ANSWER_MEANS`): ROUGE-L in percent, tokens, whether there is no EOS. All processes have to ask."""
         completions = self._writer(window_prompts([batch], writer="student"), step)
         ends = set(self._writer.config.eos_token_id or ())
-        figures = [
-            (rouge_l([self._text(ids)], [reference]), len(ids), len(ids) == 0 or int(ids[-1]) not in ends)
-            for ids, reference in zip(completions, self._references(batch), strict=True)
-        ]
-        return torch.tensor(figures, dtype=torch.float64, device=batch["input_ids"].device).to(torch.float32)
+        scores = rouge_l_each([self._text(ids) for ids in completions], self._references(batch))
+        clipped = [len(ids) == 0 or int(ids[-1]) not in ends for ids in completions]
+        figures = zip(scores, map(len, completions), clipped, strict=True)
+        return torch.tensor(list(figures), dtype=torch.float32, device=batch["input_ids"].device)
 
     def _references(self, batch: Batch) -> list[str]:
         """What the dataset answers to the prompts: the last trained part of each row."""

@@ -29,7 +29,7 @@ from trl import SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
-from amid_trl.answers import ANSWER_MEANS, Answers, require_rouge
+from amid_trl.answers import ANSWER_MEANS, Answers
 from amid_trl.batch_loss import BatchLoss, batch_loss
 from amid_trl.batches import DistillationCollator, deal_by_length
 from amid_trl.card import PAPER, objective_card
@@ -37,6 +37,7 @@ from amid_trl.checkpoint import Stateful, load_state, save_state
 from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
 from amid_trl.engines import evaluation_alone, forget_evaluation
+from amid_trl.evaluation import rouge_scorer
 from amid_trl.fsdp import check_fsdp, fsdp_evaluation
 from amid_trl.generation import eos_token_ids
 from amid_trl.linear import States
@@ -126,7 +127,7 @@ class AMiDTrainer(GKDTrainer):
         if args.use_vllm:
             require_vllm()
         if args.eval_generate:
-            require_rouge()
+            rouge_scorer()  # an ImportError where there is none, before anything is loaded
         set_seed(args.seed)
         student, teacher, tokenizer = load_models(
             model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None

@@ -1,6 +1,6 @@
 """Answers to the evaluation set while training: against `generate_greedy` and rouge-score themselves."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,8 +74,8 @@ def test_the_best_model_by_rouge_is_loaded_at_the_end(train, student, monkeypatc
         save_total_limit=2,
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
     )
-    scores = (score for score in (10.0, 30.0, 20.0, 25.0) for _ in range(4))  # at each evaluation, of every row
-    monkeypatch.setattr("amid_trl.answers.rouge_l", lambda *_: next(scores))
+    scores = iter([10.0, 30.0, 20.0, 25.0])  # at each evaluation, of its one batch of four rows
+    monkeypatch.setattr("amid_trl.answers.rouge_l_each", lambda *_: [next(scores)] * 4)
     trainer.train()
     assert trainer.state.best_metric == 30.0
     best = Path(trainer.state.best_model_checkpoint)
@@ -100,7 +100,6 @@ def test_a_set_without_prompts_or_answers_is_refused(train, rows: Dataset, messa
 
 
 def test_without_rouge_score_the_extra_is_named(train, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr("amid_trl.answers.find_spec", lambda name: None if name == "rouge_score" else find(name))
-    with pytest.raises(ImportError, match=r"pip install 'amid_trl\[eval\]'"):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ImportError, match=r"pip install 'amid-trl\[eval\]'"):
         train(eval_generate=True)
