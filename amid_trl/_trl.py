@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate import Accelerator
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from trl.import_utils import is_vllm_available
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
     prepare_deepspeed,  # shards the teacher like the student under ZeRO-3
-    unwrap_model_for_generation,  # gathers ZeRO-3 parameters and suspends gradient checkpointing
 )
+from trl.models.utils import unwrap_model_for_generation as _unwrap_model_for_generation
 from trl.trainer.utils import (
     create_model_from_path,  # picks the architecture and the dtype as TRL's own trainers do
     global_then_local_main_first,  # one process tokenises, the others read its cache
@@ -65,6 +66,19 @@ ACCELERATE_CONFIGS = Path(trl.__file__).with_name("accelerate_configs")
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model below a PEFT wrapper: adapters live inside its layers, so nothing is lost."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def unwrap_model_for_generation(
+    model: nn.Module, accelerator: Accelerator, **settings: Any
+) -> AbstractContextManager[nn.Module]:
+    """TRL's: gathers ZeRO-3 parameters and suspends gradient checkpointing, here without leaving a hook behind.
+
+    transformers puts one on the embeddings whenever checkpointing is turned on, and does not take it off again.
+    """
+    inner = causal_lm(accelerator.unwrap_model(model))
+    if inner.is_gradient_checkpointing:
+        inner.disable_input_require_grads()
+    return _unwrap_model_for_generation(model, accelerator, **settings)
 
 
 def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ ENDLESS = {"max_steps": 10**9, "save_total_limit": 2, "replay_share": "constant"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 OUTCOMES = {0: "runs over", -signal.SIGKILL: "killed", -signal.SIGTERM: "terminated", TERMINATED: "terminated"}
 PATIENCE = 300  # seconds until a life has to be over, or where it is to be killed
-GROWTH = 8  # MB
+GROWTH = 16  # MB
 
 
 # ---- A life: one process of a run ----

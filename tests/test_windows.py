@@ -1,7 +1,9 @@
 """Windows: who writes the text of a step, with what, and what is counted."""
 
+import pytest
 import torch
 from observe import Windows, completions_of, logged
+from peft import LoraConfig
 from tiny import (
     chat_prompt_only_dataset,
     tiny_gpt2,
@@ -91,6 +93,18 @@ def test_generation_uses_the_cache_without_dropout_and_training_goes_on_after_it
     assert lengths[1:] == [1] * (len(lengths) - 1) and len(lengths) > 3
     assert not any(training)
     assert student.training and student.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")])
+def test_writing_leaves_no_hooks_behind(train, tokenizer, peft_config):
+    def hooks(steps: int) -> int:
+        student = tiny_llama(tokenizer)
+        settings = {"lmbda": 1.0, "gradient_checkpointing": True, "max_steps": steps}
+        train(model=student, peft_config=peft_config, **settings).train()
+        assert student.is_gradient_checkpointing
+        return len(student.get_input_embeddings()._forward_hooks)
+
+    assert hooks(4) == hooks(1) > 0
 
 
 def test_a_models_own_generation_config_does_not_bend_the_sampling(train, student):
