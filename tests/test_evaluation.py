@@ -68,8 +68,9 @@ def test_metrics_are_their_definitions(tokenizer, teacher, build):
 def test_the_head_applies_its_own_soft_cap(teacher, tokenizer):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Gemma2Config(
-        vocab_size=len(tokenizer), head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.05, **sizes
+        vocab_size=len(tokenizer), head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.2, **sizes
     )
+    torch.manual_seed(0)  # close to the cap two tokens may be equally likely in float32
     student = Gemma2ForCausalLM(config).eval()
     assert_same(token_metrics(student, teacher, [batch_of(ROWS, FIRST)], weighted_distance), by_hand(student, teacher))
 
