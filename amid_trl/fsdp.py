@@ -33,11 +33,7 @@ def check_fsdp(accelerator: Accelerator) -> None:
 
 
 def shard(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Layer by layer, as the student.
-
-    TRL's `prepare_fsdp` makes one part of all layers, which every process would hold at once, and does not send the
-    weights that cpu_ram_efficient_loading has loaded in the first process alone.
-    """
+    """Layer by layer, as the student; TRL's `prepare_fsdp` makes one part, which every process would hold at once."""
     plugin: Any = accelerator.state.fsdp_plugin
     own = copy.copy(plugin)  # the names of the layers stay in it, and are the student's if they are given
     own.transformer_cls_names_to_wrap = None

@@ -32,7 +32,7 @@ def place(teacher: nn.Module, args: AMiDConfig, accelerator: Accelerator) -> nn.
         return prepare_deepspeed(teacher, accelerator)
     if accelerator.is_fsdp2:
         if args.teacher_offload:
-            raise ValueError("teacher_offload is for runs without FSDP; set fsdp_offload_params")
+            raise ValueError("teacher_offload is for runs without FSDP, which shards the teacher")
         return shard(teacher, accelerator)
     return teacher if args.teacher_offload else teacher.to(accelerator.device)
 

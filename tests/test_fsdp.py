@@ -22,7 +22,6 @@ OWN = {
     "layers of another class": {"student": "gpt2"},
     "checkpointed by FSDP2": {"gradient_checkpointing": False, "fsdp_config": {"activation_checkpointing": True}},
     "adapter as teacher": {"teacher": "tied_adapter"},
-    # The second process has nothing but shapes until it is sent its part.
     "loaded once": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
 }
 WRITING = {
