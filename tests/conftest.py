@@ -18,10 +18,16 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.kernel import _compiled
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed every test with its fixtures, so that what PEFT or a test draws is the same whatever ran before."""
+    set_seed(0)
 
 
 @pytest.fixture
