@@ -48,6 +48,7 @@ __all__ = [
     "global_then_local_main_first",
     "is_vllm_available",
     "language_model_head",
+    "launch_arguments",
     "loaded_whole",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
@@ -193,8 +194,8 @@ def vllm_engine(**settings: Any) -> Any:
     return VLLMGeneration(**settings)
 
 
-def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
-    """`accelerate launch … -m module …`, with a process for each device where neither arguments nor file say how many.
+def launch_arguments(launch_args: list[str], module: str, script_args: list[str]) -> Any:
+    """What `accelerate launch … -m module …` parses; a process for each device where nothing says how many.
 
     accelerate itself refuses a file without a number. A machine without accelerators counts as one device, and all
     machines as alike.
@@ -205,4 +206,9 @@ def accelerate_launch(launch_args: list[str], module: str, script_args: list[str
         if defaults.num_processes == -1:
             machines = args.num_machines or defaults.num_machines
             args.num_processes = machines * max(1, torch.accelerator.device_count())
-    launch_command(args)
+    return args
+
+
+def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
+    """Launch the module's processes."""
+    launch_command(launch_arguments(launch_args, module, script_args))
