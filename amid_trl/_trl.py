@@ -4,11 +4,13 @@ A test lists these names, so that an upgrade which moves one fails there and now
 """
 
 import inspect
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import trl
 from accelerate import Accelerator
@@ -210,5 +212,14 @@ def launch_arguments(launch_args: list[str], module: str, script_args: list[str]
 
 
 def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
-    """Launch the module's processes."""
-    launch_command(launch_arguments(launch_args, module, script_args))
+    """Launch the module's processes, and end them on SIGTERM: accelerate would leave a single one to itself.
+
+    Raises:
+        subprocess.CalledProcessError: a single process has failed.
+    """
+    args = launch_arguments(launch_args, module, script_args)
+    previous = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in psutil.Process().children()])
+    try:
+        launch_command(args)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,6 +1,7 @@
 """The command `amid-trl`: train, cache-teacher, evaluate, compare, init-student, merge."""
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -101,7 +102,10 @@ def _launch(command: str, argv: list[str]) -> int:
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_args = accelerate_configs.resolve([*from_config, *from_flags])
-    accelerate_launch(launch_args, LAUNCHED[command], _without(argv, from_flags))
+    try:
+        accelerate_launch(launch_args, LAUNCHED[command], _without(argv, from_flags))
+    except subprocess.CalledProcessError as error:  # the process itself has said why
+        return error.returncode
     return 0
 
 
