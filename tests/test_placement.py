@@ -12,6 +12,7 @@ from torch import nn
 from amid_trl import AMiDConfig
 from amid_trl._trl import causal_lm
 from amid_trl.placement import HostWeights, place
+from amid_trl.teacher import _quantization
 
 
 @pytest.fixture
@@ -34,6 +35,12 @@ def test_a_quantised_teacher_trains_a_student(train, teacher_dir, field, bytes_p
     assert kl(trainer) == pytest.approx(kl(train(**rows)), rel=0.05)
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("settings", "dtype"), [({"bf16": True}, torch.bfloat16), ({"bf16": False}, torch.float32)])
+def test_four_bits_are_multiplied_in_the_precision_of_the_run(settings, dtype):
+    args = AMiDConfig("unused", use_cpu=True, teacher_load_in_4bit=True, **settings)
+    assert _quantization(args).bnb_4bit_compute_dtype == dtype
 
 
 def test_a_field_and_the_kwargs_may_not_both_quantise(train, teacher_dir):

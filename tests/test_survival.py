@@ -16,11 +16,19 @@ import psutil
 import pytest
 import survival_worker
 import torch
+from accelerate import Accelerator
 from observe import weights
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from amid_trl.survival import TERMINATED, UNFINISHED, check_files, is_complete, whole_checkpoint
+from amid_trl.survival import (
+    TERMINATED,
+    UNFINISHED,
+    check_files,
+    is_complete,
+    last_complete_checkpoint,
+    whole_checkpoint,
+)
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -90,6 +98,13 @@ def test_a_checkpoint_may_be_torn_twice(tmp_path, unharmed):
     (tmp_path / "checkpoint-6" / UNFINISHED).touch()
     assert_resumes_to(unharmed, tmp_path)
     assert (tmp_path / "torn-checkpoint-6" / UNFINISHED).exists()  # the later one
+
+
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert str(last_complete_checkpoint(str(tmp_path), Accelerator(cpu=True))).endswith("checkpoint-10")
 
 
 def test_only_the_last_torn_checkpoint_is_kept(tmp_path, unharmed):
@@ -199,8 +214,10 @@ EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 )
 def test_the_checkpoint_of_sigterm_is_the_last_step(tmp_path, settings):
     end = weights(survival_worker.run(str(tmp_path / "unharmed"), **settings).model)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         survival_worker.run(str(tmp_path / "run"), callbacks=[Sigterm()], **settings)
+    assert signal.getsignal(signal.SIGTERM) == before
     last = get_last_checkpoint(str(tmp_path / "run"))
     assert last.endswith("checkpoint-5") and is_complete(Path(last))
     state = json.loads(Path(last, "trainer_state.json").read_text())
