@@ -16,15 +16,9 @@ from typing import Any
 import yaml
 
 from amid_trl.compare_report import Result, report, table
-from amid_trl.comparison import (
-    RESULT,
-    SETTINGS,
-    Comparison,
-    check_configs,
-    fingerprint,
-    read_comparison,
-    write_whole,
-)
+from amid_trl.comparison import RESULT, SETTINGS, Comparison, check_configs, read_comparison
+from amid_trl.outputs import fingerprint, write_whole
+from amid_trl.statistics import summed
 
 
 LOG = "log.txt"
@@ -63,7 +57,9 @@ def compare(file: str | Path, output_dir: str | Path, report_only: bool = False)
 
 
 def _check_folder(folder: Path, settings: Mapping[str, Any], evaluate: Mapping[str, Any]) -> None:
-    """Refuse a folder of another run, by what is different."""
+    """Refuse a folder of another run, by what is different, or one that does not say what it was evaluated with."""
+    if evaluate and (folder / EVALUATED).exists() and not (folder / EVALUATE).exists():
+        raise ValueError(f"{folder} has {EVALUATED}, but no {EVALUATE} with the options of that evaluation")
     pairs = [
         (_read(folder / SETTINGS), settings),
         ((_read(folder / RESULT) or {}).get("settings"), settings),
@@ -156,12 +152,14 @@ def _result(comparison: Comparison, folder: Path) -> Result | None:
     rows = trained["rows"] or {"hash": None, "sums": {}}
     of_training = {name: (sums, rows["tokens"]) for name, sums in rows["sums"].items()}
     hashes = (rows["hash"], evaluated.get("settings", {}).get("set_rows"))
-    return Result(metrics, trained["work"], {**of_training, **_row_figures(evaluated)}, hashes)
+    figures = {**of_training, **_row_figures(evaluated)}
+    return Result(metrics, trained["work"], figures, hashes, trained.get("trained_rows"))
 
 
 def _row_figures(evaluated: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
-    """What each row adds to those metrics of `amid-trl evaluate` that are means over rows or their tokens."""
+    """What each prompt adds to those metrics of `amid-trl evaluate` that are means over rows or their tokens."""
     rows = evaluated.get("rows", [])
+    prompts = [json.dumps(row["prompt"]) for row in rows]
     tokens = [row["tokens"] for row in rows]
     figures = {
         name: ([row[name] * row["tokens"] for row in rows], tokens)
@@ -174,7 +172,7 @@ def _row_figures(evaluated: Mapping[str, Any]) -> dict[str, tuple[list[float], l
     for name, column in {"rougeL": "rougeL", "mean_length": "tokens", "clipped_ratio": "clipped"}.items():
         if written:
             figures[name] = ([fmean(each[column] for each in of_row) for of_row in written], [1.0] * len(rows))
-    return figures
+    return {name: (summed(sums, prompts), summed(weights, prompts)) for name, (sums, weights) in figures.items()}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -187,6 +185,6 @@ def _write_report(output_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
     markdown = table(results)
     write_whole(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "comparison.md", markdown)
-    (output_dir / "comparison.png").write_bytes(comparison_figure(results))
+    write_whole(output_dir / "comparison.png", comparison_figure(results))
     print(f"\n{markdown}")
     return results

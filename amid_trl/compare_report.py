@@ -1,5 +1,7 @@
 """The results of a comparison: means, deviations, paired intervals, and the table that says how much better."""
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,13 +18,14 @@ class Result(NamedTuple):
     """What a run came to.
 
     `rows` has for some metrics what each evaluated row adds, and its weight, as in `paired_interval`; `hashes` are of
-    the rows' content.
+    the rows' content, `trained_rows` of the rows it was trained on, if they are known.
     """
 
     metrics: Mapping[str, float]
     work: Mapping[str, float]
     rows: Mapping[str, tuple[list[float], list[float]]]
     hashes: tuple[str | None, ...]
+    trained_rows: str | None = None
 
 
 Results = Mapping[tuple[str, int], Result]
@@ -30,8 +33,7 @@ Results = Mapping[tuple[str, int], Result]
 
 def report(comparison: Comparison, results: Results) -> dict[str, Any]:
     """Every run's figures, and their differences from the baseline's."""
-    if len({result.hashes for result in results.values()}) > 1:
-        raise ValueError("not all runs were evaluated on the same rows: the data has changed between them")
+    _check_data(comparison, results)
     runs: dict[str, Any] = {}
     for name in comparison.runs:
         of_run = {seed: results[name, seed] for seed in comparison.seeds if (name, seed) in results}
@@ -59,6 +61,22 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
     }
 
 
+def _check_data(comparison: Comparison, results: Results) -> None:
+    """Refuse runs on other rows than settings of the same data have given before."""
+    if len({result.hashes for result in results.values()}) > 1:
+        raise ValueError("not all runs were evaluated on the same rows: the data has changed between them")
+    known: dict[str, tuple[str, str]] = {}
+    for (name, seed), result in results.items():
+        if result.trained_rows is None:
+            continue
+        config = {**comparison.base, **comparison.runs[name]}
+        data = json.dumps({key: config[key] for key in sorted(config) if key.startswith("dataset")})
+        run = f"{name}, seed {seed}"
+        other, rows = known.setdefault(data, (run, result.trained_rows))
+        if rows != result.trained_rows:
+            raise ValueError(f"{run} was not trained on the rows of {other}: the data has changed between them")
+
+
 def _difference(comparison: Comparison, results: Results, name: str, metric: str) -> dict[str, Any]:
     """Run less baseline, over the seeds that both have."""
     seeds = [seed for seed in comparison.seeds if {(name, seed), (comparison.baseline, seed)} <= set(results)]
@@ -70,19 +88,22 @@ def _difference(comparison: Comparison, results: Results, name: str, metric: str
     else:
         sums, weights = [[value] for value in values], [1.0]
     interval = paired_interval(sums, weights) if len(pairs) > 1 else None
+    verdict = _verdict(metric, interval)
     return {
         "seeds": seeds,
         "values": values,
         "mean": float(np.mean(values)) if values else None,
-        "interval": None if interval is None else [interval.low, interval.high],
+        "interval": None if interval is None or verdict == "not a number" else [interval.low, interval.high],
         "rows": len(weights) if len(weights) > 1 else None,
-        "verdict": _verdict(metric, interval),
+        "verdict": verdict,
     }
 
 
 def _verdict(metric: str, interval: Interval | None) -> str:
     if interval is None:
         return "too few seeds"
+    if math.isnan(interval.difference):
+        return "not a number"
     if not interval.distinguishable:
         return "not distinguishable"
     sign = METRICS[metric].better
@@ -120,12 +141,13 @@ def table(results: Mapping[str, Any]) -> str:
 def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> list[str]:
     compared = {name: run["differences"] for name, run in runs.items() if name != baseline}
     cells = [each[metric] for each in compared.values() for metric in metrics]
-    rows = {cell["rows"] for cell in cells if cell["rows"]}
+    rows = {metric: each[metric]["rows"] for each in compared.values() for metric in metrics if each[metric]["rows"]}
+    of_rows = ", ".join(f"{count} for `{metric}`" for metric, count in rows.items())
     return [
         f"## Against `{baseline}`",
         "",
         f"Mean of the differences between runs of the same seed, with its 95 % interval over training seeds"
-        f"{f' and {max(rows)} evaluated rows' if rows else ''}. Not distinguishable: the interval contains 0. Each of "
+        f"{f' and evaluated rows ({of_rows})' if rows else ''}. Not distinguishable: the interval contains 0. Each of "
         f"the {len(cells)} intervals is right in about 95 % of all cases, all of them together in fewer.",
         "",
         f"| run | {' | '.join(f'`{metric}`' for metric in metrics)} |",
@@ -139,8 +161,8 @@ def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> 
 
 def _cell(difference: Mapping[str, Any]) -> str:
     mean, interval, verdict = difference["mean"], difference["interval"], difference["verdict"]
-    if mean is None or interval is None:
-        return verdict if mean is None else f"{mean:+.3f}, {verdict}"
+    if interval is None:
+        return f"{mean:+.3f}, {verdict}" if verdict == "too few seeds" and mean is not None else verdict
     if verdict == "not distinguishable":
         return f"{verdict}: {mean:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
     low, high = sorted(map(abs, interval))  # neither end is on the other side of 0

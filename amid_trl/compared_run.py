@@ -1,34 +1,31 @@
 """One run of `amid-trl compare`: train until the budget is spent, score every evaluated row, write result.json."""
 
-import fcntl
 import json
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerState
 
 from amid_trl import train
-from amid_trl.comparison import RESULT, SETTINGS, TRAINING_METRICS, fingerprint, write_whole
+from amid_trl.comparison import RESULT, SETTINGS, TRAINING_METRICS
 from amid_trl.metrics import Means
+from amid_trl.outputs import fingerprint, sole_use, versions, write_whole
+from amid_trl.statistics import summed
 from amid_trl.survival import TRAINER_STATE, last_complete_checkpoint
 from amid_trl.teacher_cache import row_key
 from amid_trl.trainer import AMiDTrainer
 
 
-logger = logging.getLogger(__name__)
-
 # Where a checkpoint's state keeps the time: the one field of it that takes any name.
 SECONDS = "training_seconds"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")
 
 
 class Budget(TrainerCallback):
@@ -80,7 +77,19 @@ def _seconds(state: TrainerState) -> float:
 
 
 class ComparedTrainer(AMiDTrainer):
-    """An AMiDTrainer that keeps what each evaluated row adds to the figures: `evaluated_rows`, in their order."""
+    """An AMiDTrainer that keeps what each evaluated row adds to the figures: `evaluated_rows`.
+
+    `trained_rows` is a hash of the training data, None of a stream.
+    """
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if dataset_name == "train":
+            self.trained_rows = _rows_fingerprint(dataset) if isinstance(dataset, Dataset) else None
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _get_eval_sampler(self, eval_dataset: Any):
+        """In their order, by which `evaluated_rows` knows them, however training groups its rows."""
+        return SequentialSampler(eval_dataset)
 
     def evaluation_loop(self, *args, **kwargs):
         """As ever, with the rows of this evaluation alone."""
@@ -93,23 +102,35 @@ class ComparedTrainer(AMiDTrainer):
         super()._record(means, row_sums)
 
     def evaluated_rows(self) -> dict[str, Any]:
-        """Sums over each row's trained tokens, their number, and a hash of the rows, which are sorted by content."""
+        """Sums over the trained tokens of each prompt's rows, their number, and a hash of the rows, sorted by content.
+
+        Answers to the same prompt depend on each other: to the interval, which resamples rows, they are one.
+        """
         rows: Any = self.eval_dataset
-        keys = [row_key(row["input_ids"], row["labels"]) for row in rows]
+        keys = [row_key(row["input_ids"], row["labels"]).hex() for row in rows]
+        prompts = [tuple(row["prompt_ids"]) or key for row, key in zip(rows, keys, strict=True)]
         order = sorted(range(len(keys)), key=keys.__getitem__)
-        *columns, _, tokens = torch.cat(self._row_sums).double()[order].T.tolist()
+        of_rows = torch.cat(self._row_sums).double()[order].T.tolist()
+        clusters = [prompts[i] for i in order]
+        *columns, _, tokens = (summed(column, clusters) for column in of_rows)
         sums = {f"eval_{name}": column for name, column in zip(self._token_means, columns, strict=True)}
         return {
-            "hash": fingerprint([keys[i].hex() for i in order]),
+            "hash": fingerprint([(keys[i], prompts[i]) for i in order]),
             "tokens": tokens,
             "sums": {name: column for name, column in sums.items() if name in TRAINING_METRICS},
         }
 
 
+def _rows_fingerprint(dataset: Dataset) -> str:
+    """A hash of the rows as they are stored, in their order."""
+    tables: Any = dataset.with_format("arrow").iter(batch_size=1000)
+    return fingerprint([fingerprint(str(table.to_pylist())) for table in tables])
+
+
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Train and write the result, unless another process has done so meanwhile."""
     folder = Path(training_args.output_dir)
-    with _sole_use(folder) if training_args.process_index == 0 else nullcontext():
+    with sole_use(folder) if training_args.process_index == 0 else nullcontext():
         PartialState().wait_for_everyone()
         if (folder / RESULT).exists():
             return
@@ -121,7 +142,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         [(unit, amount)] = settings["budget"].items()
         budget = Budget(unit, amount, trainer.accelerator)
         trainer.add_callback(budget)
-        trainer.train(resume_from_checkpoint=_checkpoint(folder, budget))
+        _train(trainer, folder, budget)
         if not budget.is_spent(trainer.state):
             raise ValueError(
                 f"the run ended after {budget.spent(trainer.state):g} of {amount:g} {unit}: raise max_steps, or give "
@@ -131,26 +152,29 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         rows = trainer.evaluated_rows() if evaluates else None
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            _write_result(folder, settings, metrics, rows, trainer.state)
+            _write_result(folder, settings, metrics, rows, trainer)
         trainer.end()
 
 
-def _checkpoint(folder: Path, budget: Budget) -> str | None:
-    """Where to go on; a run that ended, but was killed before its result was written, starts again.
-
-    Short of max_steps it would otherwise train a step more than its budget allows.
-    """
-    checkpoint = last_complete_checkpoint(str(folder), budget.accelerator)
-    if checkpoint is None or budget.is_spent(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE)))):
-        return None
-    return checkpoint
+def _train(trainer: ComparedTrainer, folder: Path, budget: Budget) -> None:
+    """Go on from the last checkpoint, without another step if the budget was spent there."""
+    checkpoint = last_complete_checkpoint(str(folder), trainer.accelerator)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE)))
+        if budget.is_spent(state):  # killed before its result was written
+            trainer.args.max_steps = state.global_step
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _write_result(
-    folder: Path, settings: dict[str, Any], metrics: dict[str, float], rows: dict[str, Any] | None, state: TrainerState
+    folder: Path,
+    settings: dict[str, Any],
+    metrics: dict[str, float],
+    rows: dict[str, Any] | None,
+    trainer: ComparedTrainer,
 ) -> None:
+    state = trainer.state
     result = {
-        "hash": fingerprint(settings),
         "settings": settings,
         "metrics": {name: metrics[name] for name in TRAINING_METRICS if name in metrics},
         "work": {
@@ -159,22 +183,12 @@ def _write_result(
             "minutes": round(_seconds(state) / 60, 3),
         },
         "rows": rows,
-        "versions": {name: version(name) for name in PACKAGES},
+        "trained_rows": trainer.trained_rows,
+        "num_processes": trainer.accelerator.num_processes,
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_whole(folder / RESULT, json.dumps(result) + "\n")
-
-
-@contextmanager
-def _sole_use(folder: Path) -> Iterator[None]:
-    """Wait for a process that still trains in this folder, such as one whose parent was killed."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: waiting for another process that trains there", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

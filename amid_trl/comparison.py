@@ -1,9 +1,8 @@
 """What `amid-trl compare` is asked for: a YAML file, and what it may not say."""
 
 import contextlib
-import hashlib
 import io
-import json
+import math
 import os
 import re
 import tempfile
@@ -21,7 +20,7 @@ RESULT = "result.json"
 BUDGETS = ("steps", "tokens", "minutes")
 # The comparison gives each run its own.
 OWN = ("output_dir", "seed", "resume_from_checkpoint", "push_to_hub")
-NAME = re.compile(r"[\w.+=-]+")
+NAME = re.compile(r"(?!\.)[\w.+=-]+")
 
 
 class Metric(NamedTuple):
@@ -44,15 +43,24 @@ EVALUATE_METRICS = {
     "kl_pq": Metric("KL(p‖q), nats", -1),
     "nll": Metric("NLL of the references, nats", -1),
     "top1_agreement": Metric("top-1 agreement", 1),
-    "teacher_perplexity": Metric("teacher's perplexity of the student's text", -1),
+    "teacher_perplexity": Metric("teacher's perplexity of the student's text", 0),  # of dull text it is low
     "distinct_1": Metric("different words / words", 0),
     "distinct_2": Metric("different pairs of words / pairs", 0),
     "mean_length": Metric("mean length, tokens", 0),
     "clipped_ratio": Metric("share of answers without an end", 0),
 }
+# Those that need its option `teacher`.
+TEACHER_METRICS = ("kl_pq", "top1_agreement", "teacher_perplexity")
 # Its options that say how models are loaded.
 EVALUATE_LOADING = ("teacher", "dtype", "trust_remote_code")
 METRICS = {**TRAINING_METRICS, **EVALUATE_METRICS}
+
+# What the keys of the file hold.
+KINDS = {
+    **dict.fromkeys(("base", "runs", "budget", "evaluate"), (dict, "mapping")),
+    **dict.fromkeys(("seeds", "metrics"), (list, "list")),
+    "baseline": (str, "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -95,42 +103,31 @@ class Comparison:
         return {"config": config, "budget": dict(self.budget), "evaluates": self.evaluates}
 
 
-def fingerprint(settings: Any) -> str:
-    """A hash that is the same for the same settings, in whatever order they stand."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write beside the file and rename: it is there as a whole, or not at all."""
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
-
-
 def read_comparison(file: str | Path) -> Comparison:
     """The comparison that a YAML file describes; ValueError where it asks for what does not exist."""
-    content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must contain a YAML mapping")
     needed, optional = ("base", "runs", "seeds", "metrics", "budget"), ("baseline", "evaluate")
-    if unknown := sorted(set(content) - {*needed, *optional}):
+    if unknown := sorted(map(str, set(content) - {*needed, *optional})):
         raise ValueError(f"{file}: unknown keys {', '.join(unknown)}; there are {', '.join((*needed, *optional))}")
     if missing := [name for name in needed if not content.get(name)]:
         raise ValueError(f"{file}: {', '.join(missing)} must be given")
-    for name in ("base", "runs", "budget"):
-        if not isinstance(content[name], dict):
-            raise ValueError(f"{name} must be a mapping; got {content[name]!r}")
-    for name in ("seeds", "metrics"):
-        if not isinstance(content[name], list):
-            raise ValueError(f"{name} must be a list; got {content[name]!r}")
+    for name, (kind, called) in KINDS.items():
+        if content.get(name) is not None and not isinstance(content[name], kind):
+            raise ValueError(f"{name} must be a {called}; got {content[name]!r}")
     comparison = Comparison(
         base=content["base"],
-        runs={name: overrides or {} for name, overrides in content["runs"].items()},
+        runs={name: {} if overrides is None else overrides for name, overrides in content["runs"].items()},
         seeds=tuple(content["seeds"]),
         metrics=tuple(content["metrics"]),
         budget=content["budget"],
         baseline=content.get("baseline") or next(iter(content["runs"])),
-        evaluate=content.get("evaluate") or {},
+        # As flags of the command: what is null or false is left out.
+        evaluate={k: v for k, v in (content.get("evaluate") or {}).items() if v is not None and v is not False},
     )
     _check(comparison)
     return comparison
@@ -139,19 +136,21 @@ def read_comparison(file: str | Path) -> Comparison:
 def _check(comparison: Comparison) -> None:
     for name, overrides in comparison.runs.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"runs: a name has letters, digits and any of . + = - _; got {name!r}")
+            raise ValueError(f"runs: a name has letters, digits and any of + = - _, and . but first; got {name!r}")
         if not isinstance(overrides, dict):
             raise ValueError(f"runs.{name} must be a mapping of settings; got {overrides!r}")
     _check_budget(comparison)
     if comparison.baseline not in comparison.runs:
         raise ValueError(f"baseline {comparison.baseline!r} is not among the runs {', '.join(comparison.runs)}")
-    if len(set(comparison.seeds)) < len(comparison.seeds) or not all(type(s) is int for s in comparison.seeds):
+    if not all(type(s) is int for s in comparison.seeds) or len(set(comparison.seeds)) < len(comparison.seeds):
         raise ValueError(f"seeds must be different integers; got {list(comparison.seeds)}")
     for metric in comparison.metrics:
-        if metric not in METRICS:
+        if not isinstance(metric, str) or metric not in METRICS:
             raise ValueError(f"metrics: unknown {metric!r}; there are {', '.join(METRICS)}")
         if metric in EVALUATE_METRICS and not comparison.evaluate:
             raise ValueError(f"metrics: {metric} is measured by amid-trl evaluate; give its options under evaluate")
+        if metric in TEACHER_METRICS and not comparison.evaluate.get("teacher"):
+            raise ValueError(f"metrics: {metric} compares with a teacher; give one under evaluate")
     if comparison.evaluate and not set(comparison.metrics) & set(EVALUATE_METRICS):
         raise ValueError(f"evaluate has no effect: none of {', '.join(EVALUATE_METRICS)} is among the metrics")
 
@@ -160,7 +159,7 @@ def _check_budget(comparison: Comparison) -> None:
     if len(comparison.budget) != 1 or (unit := next(iter(comparison.budget))) not in BUDGETS:
         raise ValueError(f"budget must be exactly one of {', '.join(BUDGETS)}; got {dict(comparison.budget)}")
     amount = comparison.budget[unit]
-    if type(amount) not in (int, float) or amount <= 0 or (unit == "steps" and type(amount) is not int):
+    if type(amount) not in (int, float) or not 0 < amount < math.inf or (unit == "steps" and type(amount) is not int):
         raise ValueError(f"budget: {unit} must be a positive number; got {amount!r}")
     own = (*OWN, "max_steps") if unit == "steps" else OWN
     for where, settings in {"base": comparison.base, **comparison.runs}.items():
@@ -168,7 +167,8 @@ def _check_budget(comparison: Comparison) -> None:
             raise ValueError(f"{where} may not have {', '.join(taken)}: the comparison sets them, or does without")
     for name, overrides in comparison.runs.items():
         config = {**comparison.base, **overrides}
-        if unit != "steps" and config.get("max_steps", -1) <= 0:
+        max_steps = config.get("max_steps")
+        if unit != "steps" and not (type(max_steps) is int and max_steps > 0):
             raise ValueError(f"runs.{name}: a budget of {unit} needs max_steps too, which its schedules are made for")
         if unit == "tokens" and config.get("include_num_input_tokens_seen") in ("no", False):
             raise ValueError(f"runs.{name}: a budget of tokens needs include_num_input_tokens_seen")
@@ -213,6 +213,7 @@ def _check_evaluation(options: Mapping[str, Any]) -> None:
     if not options:
         return
     from amid_trl import evaluation_sets
+    from amid_trl.evaluation import rouge_scorer
     from amid_trl.evaluation_results import EvaluationSettings
 
     of_set = {name: value for name, value in options.items() if name not in EVALUATE_LOADING}
@@ -222,5 +223,5 @@ def _check_evaluation(options: Mapping[str, Any]) -> None:
         settings = EvaluationSettings(**of_set)
     except (TypeError, ValueError) as error:
         raise ValueError(f"evaluate: {error}") from error
-    if settings.evaluation_set:
-        evaluation_sets.load(settings.evaluation_set, settings.limit)
+    rouge_scorer()  # an ImportError where there is none
+    evaluation_sets.load(str(settings.evaluation_set), settings.limit)

@@ -23,9 +23,10 @@ from amid_trl._trl import causal_lm
 from amid_trl.batches import completion_batch
 from amid_trl.evaluation import distinct_n, rouge_l_each, rouge_scorer, row_figures
 from amid_trl.evaluation_models import EvaluationModels, Given, Row, load_models, model_name, weights_fingerprint
-from amid_trl.evaluation_results import EvaluationSettings, Record, ResultFolder, table, versions
+from amid_trl.evaluation_results import EvaluationSettings, Record, ResultFolder, table
 from amid_trl.evaluation_sets import EvaluationSet
 from amid_trl.generation import generate_completions
+from amid_trl.outputs import sole_use, versions
 from amid_trl.sampling import completion_seed
 
 
@@ -53,6 +54,8 @@ def evaluate(
         ValueError: a setting, a row of the set, a task, the tokenizers or the folder do not fit.
         ImportError: an optional package is missing; the message names the extra.
     """
+    if teacher is not None and not settings.evaluation_set:
+        raise ValueError("a teacher has no effect without an evaluation_set: the tasks in lm_eval are of one model")
     manager = harness.task_manager(settings.lm_eval) if settings.lm_eval else None
     examples = None
     if settings.evaluation_set:
@@ -67,18 +70,20 @@ def evaluate(
         about |= {"teacher": model_name(teacher), "teacher_weights": weights_fingerprint(models.teacher)}
     if examples:
         about |= {"set_version": examples.version, "set_rows": examples.fingerprint}
-    folder = ResultFolder(output_dir, about)
-    if (finished := folder.results()) is not None:
-        logger.warning("%s holds these results already, of %s", output_dir, finished["date"])
-        return finished
+    with sole_use(Path(output_dir)):
+        folder = ResultFolder(output_dir, about)
+        if (finished := folder.results()) is not None:
+            logger.warning("%s holds these results already, of %s", output_dir, finished["date"])
+            return finished
 
-    results: Record = {"settings": about, "versions": versions(), "date": datetime.now(UTC).isoformat("T", "seconds")}
-    results |= _measure(models, examples, rows, settings, folder) if examples else {"metrics": {}, "per_seed": {}}
-    if manager is not None:
-        student, limits = causal_lm(models.student), (settings.batch_size, settings.limit)
-        results["metrics"] |= harness.run_tasks(student, models.tokenizer, settings.lm_eval, manager, *limits)
-    folder.finish(results, table(results))
-    return results
+        date = datetime.now(UTC).isoformat("T", "seconds")
+        results: Record = {"settings": about, "versions": versions(), "date": date}
+        results |= _measure(models, examples, rows, settings, folder) if examples else {"metrics": {}, "per_seed": {}}
+        if manager is not None:
+            student, limits = causal_lm(models.student), (settings.batch_size, settings.limit)
+            results["metrics"] |= harness.run_tasks(student, models.tokenizer, settings.lm_eval, manager, *limits)
+        folder.finish(results, table(results))
+        return results
 
 
 def _measure(

@@ -5,13 +5,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
+from amid_trl.outputs import write_whole
 
-PACKAGES = ("amid_trl", "torch", "transformers", "trl", "peft", "rouge-score", "lm-eval")
+
 SETTINGS, COMPLETIONS, RESULTS, TABLE = "settings.json", "completions.jsonl", "results.json", "results.md"
 HASHES = ("weights", "teacher_weights", "set_rows")
 
@@ -63,7 +62,7 @@ class EvaluationSettings:
 
 
 class ResultFolder:
-    """A folder for the results of just these settings; made if there is none.
+    """A folder that is there, for the results of just these settings.
 
     `settings.json` is written at once, `completions.jsonl` grows by a line for each batch, and `results.json` is there
     as a whole or not at all.
@@ -73,12 +72,11 @@ class ResultFolder:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
         self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
         text = _json(settings)
         if not (self._folder / SETTINGS).exists():
             if (self._folder / RESULTS).exists():
                 raise ValueError(f"{folder} holds a {RESULTS} of something else; choose another output_dir")
-            self._write(SETTINGS, text)
+            write_whole(self._folder / SETTINGS, text)
         wanted, given = json.loads(text), self._read(SETTINGS)
         differences = [
             f"{name} {given.get(name)!r}, not {wanted.get(name)!r}"
@@ -110,27 +108,11 @@ class ResultFolder:
 
     def finish(self, results: Record, table: str) -> None:
         """Write the table, and the results last."""
-        self._write(TABLE, table)
-        self._write(RESULTS, _json(results))
+        write_whole(self._folder / TABLE, table)
+        write_whole(self._folder / RESULTS, _json(results))
 
     def _read(self, name: str) -> Record:
         return json.loads((self._folder / name).read_text(encoding="utf-8"))
-
-    def _write(self, name: str, text: str) -> None:
-        partial = self._folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self._folder / name)
-
-
-def versions() -> dict[str, str]:
-    """What is installed of the packages that the figures depend on."""
-    found = {"python": python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def table(results: Record) -> str:
@@ -145,7 +127,8 @@ def table(results: Record) -> str:
     ]
     for name, value in results["metrics"].items():
         of_seeds = [f"{of_seed[name]:.4g}" if name in of_seed else "" for of_seed in per_seed.values()]
-        lines.append(" | ".join([f"| {name}", f"{value:.4g}", *of_seeds]) + " |")
+        shown = str(value) if isinstance(value, int) else f"{value:.4g}"
+        lines.append(" | ".join([f"| {name}", shown, *of_seeds]) + " |")
     settings_line = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in HASHES)
     return "\n".join([*lines, "", f"{results['date']}; {settings_line}", ""])
 

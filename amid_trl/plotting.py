@@ -16,6 +16,7 @@ COLOURS = {
     "less": "#444444",
     "not distinguishable": "#aaaaaa",
     "too few seeds": "#aaaaaa",
+    "not a number": "#aaaaaa",
 }
 
 

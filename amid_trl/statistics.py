@@ -1,5 +1,6 @@
 """What a few training runs can say about a difference: paired intervals over training seeds and evaluated rows."""
 
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ from numpy.typing import ArrayLike
 
 
 RESAMPLES = 9999
+BATCH = 256  # resamples at a time: of ten thousand rows all of them would take gigabytes
 
 
 class Interval(NamedTuple):
@@ -28,6 +30,14 @@ def deviation(values: ArrayLike) -> float | None:
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
+def summed(values: Iterable[float], clusters: Iterable[Hashable]) -> list[float]:
+    """Values added up within each cluster; the clusters in the order in which they come first."""
+    sums: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value
+    return list(sums.values())
+
+
 def paired_interval(
     differences: ArrayLike, weights: ArrayLike = (1.0,), confidence: float = 0.95, resamples: int = RESAMPLES
 ) -> Interval | None:
@@ -36,7 +46,7 @@ def paired_interval(
     `differences`, (seeds, rows), is what a row adds to the metric in one run less what it adds in the other run of the
     same seed; the metric is such a sum over rows divided by the sum of `weights`, (rows,): the rows' tokens, or ones.
 
-    The interval has the quantiles of a sum of two independent errors:
+    The interval has the quantiles of a sum of two independent errors (of NaN, where a run has diverged):
 
     - rows: a paired bootstrap of the rows' means over seeds and their weights (`scipy.stats.bootstrap`). With one row
       there is none.
@@ -53,12 +63,13 @@ def paired_interval(
     if seeds < 2:
         return None
     by_seed, by_row = differences.sum(1) / weights.sum(), differences.mean(0)
-    random = np.random.default_rng(0)
+    if not np.isfinite(by_seed).all():
+        return Interval(np.nan, np.nan, np.nan)
     levels = (np.arange(resamples) + 0.5) / resamples
-    errors = random.permutation(stats.t.ppf(levels, seeds - 1)) * by_seed.std(ddof=1) / np.sqrt(seeds)
+    errors = stats.t.ppf(levels, seeds - 1) * by_seed.std(ddof=1) / np.sqrt(seeds)
     if rows > 1:
         bootstrap = stats.bootstrap(
-            (by_row, weights), _ratio, paired=True, n_resamples=resamples, method="percentile", rng=random
+            (by_row, weights), _ratio, paired=True, n_resamples=resamples, batch=BATCH, method="percentile", rng=0
         )
         errors = errors + bootstrap.bootstrap_distribution - by_seed.mean()
     tail = (1 - confidence) / 2

@@ -108,6 +108,8 @@ def check_config(config: AMiDConfig) -> None:
         raise ValueError(f"assistant_turns must be 'all' or 'last'; got {config.assistant_turns!r}")
     if config.nonfinite_loss not in ("stop", "skip"):
         raise ValueError(f"nonfinite_loss must be 'stop' or 'skip'; got {config.nonfinite_loss!r}")
+    if (config.metric_for_best_model or "").endswith("rougeL") and not config.eval_generate:
+        raise ValueError(f"metric_for_best_model={config.metric_for_best_model!r} needs eval_generate=True")
     _check_sampling(config)
     _check_vllm(config)
     _check_placement(config)

@@ -100,7 +100,7 @@ def draw(optima: dict[float, Optimum]) -> None:
     # Some lie on each other: with dashes both are seen.
     for (alpha, q), colour, style in zip(optima.items(), colours, cycle(["-", "--"]), strict=False):
         axes.plot(BINS, q.probs, style, color=colour, label=f"best student, α = {alpha:g}")
-    axes.set(xlabel="bin", ylabel="probability", title=f"The unimodal q with the least KL(p‖r), λ = {LAMBDA:g}")
+    axes.set(xlabel="place", ylabel="probability", title=f"The unimodal q with the least KL(p‖r), λ = {LAMBDA:g}")
     axes.legend(fontsize="small")
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)

@@ -73,6 +73,7 @@ LAYERS = {
         "evaluation_results",
         "evaluation_sets",
         "harness",
+        "outputs",
         "plotting",
         "recipes",
         "statistics",

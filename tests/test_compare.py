@@ -111,7 +111,7 @@ def test_runs_of_one_seed_see_the_same_rows_and_another_seed_others(compared):
         for name in ("kd", "amid")
         for seed in (0, 1)
     }
-    assert work["kd", 0] == work["amid", 0] and work["kd", 1] == work["amid", 1]
+    assert work["kd", 0] == work["amid", 0] != work["kd", 1] == work["amid", 1]
 
 
 def test_the_report_alone_comes_to_the_same(own_copy, compared):
@@ -149,6 +149,34 @@ def test_a_folder_of_other_settings_is_refused_by_what_differs(own_copy, content
     for report_only in (False, True):
         with pytest.raises(ValueError, match=there):
             compare(file, out, report_only=report_only)
+
+
+def test_a_result_alone_says_what_it_is_of(own_copy, content, tmp_path):
+    _, out = own_copy
+    for settings in out.rglob("settings.json"):
+        settings.unlink()
+    file = written(tmp_path, content | {"base": content["base"] | {"learning_rate": 2e-2}})
+    with pytest.raises(ValueError, match=r"kd/seed-0 holds a run of other settings: learning_rate 0\.01, not 0\.02"):
+        compare(file, out, report_only=True)
+
+
+def test_an_evaluation_that_does_not_say_what_it_was_asked_for_is_refused(own_copy, content, tmp_path):
+    _, out = own_copy
+    (out / "kd" / "seed-1" / "evaluation").mkdir()
+    (out / "kd" / "seed-1" / "evaluation" / "results.json").write_text('{"metrics": {"nll": 1.0}}')
+    file = written(tmp_path, content | {"metrics": ["eval_kl", "nll"], "evaluate": {"evaluation_set": "x"}})
+    with pytest.raises(ValueError, match=r"kd/seed-1 has evaluation/results\.json, but no evaluate\.json"):
+        compare(file, out, report_only=True)
+
+
+def test_the_report_replaces_files_as_a_whole(own_copy):
+    file, out = own_copy
+    for name in ("comparison.json", "comparison.md", "comparison.png"):
+        (out / name).write_text("earlier")
+        (out / f"kept-{name}").hardlink_to(out / name)
+    compare(file, out, report_only=True)
+    assert {kept.read_bytes() for kept in out.glob("kept-*")} == {b"earlier"}
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_metric_that_was_not_measured_is_named(own_copy, content, tmp_path):

@@ -1,8 +1,9 @@
 """What is said of results that are known: who is better, by how much, and when nobody is."""
 
 import pytest
+from matplotlib.figure import Figure
 
-from amid_trl.compare import _row_figures
+from amid_trl.compare import _options, _row_figures
 from amid_trl.compare_report import Result, report, table
 from amid_trl.comparison import Comparison
 from amid_trl.plotting import comparison_figure
@@ -17,10 +18,11 @@ def comparison(*names: str, metrics=("eval_kl",)) -> Comparison:
     return Comparison({}, {name: {} for name in names}, SEEDS, metrics, {"steps": 10}, names[0], {})
 
 
-def result(value: float, seed: int, metric: str = "eval_kl", hashes=("rows", None)) -> Result:
+def result(value: float, seed: int, metric: str = "eval_kl", hashes=("rows", None), trained_rows=None) -> Result:
     """A metric that moves by 0.01 from seed to seed, the same in every row."""
     value += 0.01 * seed
-    return Result({metric: value}, WORK, {metric: ([value * tokens for tokens in TOKENS], TOKENS)}, hashes)
+    rows = {metric: ([value * tokens for tokens in TOKENS], TOKENS)}
+    return Result({metric: value}, WORK, rows, hashes, trained_rows)
 
 
 def results(metric: str = "eval_kl", **values: float) -> dict:
@@ -34,9 +36,9 @@ def test_less_kl_is_better_and_more_agreement_is():
     agreement = report(comparison("kd", "low", metrics=(metric,)), results(metric, kd=0.5, low=0.4))
     assert agreement["runs"]["low"]["differences"][metric]["verdict"] == "worse"
     assert "| `low` | **worse** by 0.100 (0.100 to 0.100) |" in table(agreement)
-    metric = "eval_student_entropy"
-    entropy = report(comparison("kd", "low", metrics=(metric,)), results(metric, kd=0.5, low=0.4))
-    assert entropy["runs"]["low"]["differences"][metric]["verdict"] == "less"
+    for metric in ("eval_student_entropy", "teacher_perplexity"):
+        neither = report(comparison("kd", "low", metrics=(metric,)), results(metric, kd=0.5, low=0.4))
+        assert neither["runs"]["low"]["differences"][metric]["verdict"] == "less"
 
 
 def test_the_table_has_means_deviations_and_how_much_better():
@@ -44,7 +46,26 @@ def test_the_table_has_means_deviations_and_how_much_better():
     lines = table(found).splitlines()
     assert "| `kd` | 3 | 1.010 ± 0.010 | 10 | 12,345 | 1.5 |" in lines
     assert "| `low` | **better** by 0.200 (0.200 to 0.200) |" in lines
-    assert any("over training seeds and 3 evaluated rows" in line for line in lines)
+
+
+def test_how_much_goes_from_less_to_more():
+    some = results(kd=1.0, low=0.8)
+    some["low", 0], some["low", 2] = result(0.81, 0), result(0.79, 2)
+    found = report(comparison("kd", "low"), some)
+    low, high = found["runs"]["low"]["differences"]["eval_kl"]["interval"]
+    assert low < high < 0
+    assert f"| `low` | **better** by 0.200 ({-high:.3f} to {-low:.3f}) |" in table(found)
+
+
+def test_the_table_names_the_rows_of_each_metric():
+    def both(value: float, seed: int) -> Result:
+        kl, two = result(value, seed), ([value, value], [1.0, 1.0])
+        metrics = dict.fromkeys(("eval_kl", "rougeL", "distinct_1"), value)
+        return kl._replace(metrics=metrics, rows={**kl.rows, "rougeL": two})
+
+    some = {(name, seed): both(value, seed) for name, value in {"kd": 1.0, "low": 0.8}.items() for seed in SEEDS}
+    of_both = table(report(comparison("kd", "low", metrics=("eval_kl", "rougeL", "distinct_1")), some))
+    assert "over training seeds and evaluated rows (3 for `eval_kl`, 2 for `rougeL`). Not" in of_both
 
 
 def test_seeds_that_disagree_are_not_distinguishable():
@@ -94,6 +115,40 @@ def test_other_rows_are_refused():
         report(comparison("kd", "low"), some)
 
 
+def test_other_training_data_is_refused_where_the_settings_of_the_data_are_the_same():
+    runs = {"kd": {}, "low": {"learning_rate": 0.1}, "more": {"dataset_name": "more"}}
+    compared = Comparison({"dataset_name": "data"}, runs, SEEDS, ("eval_kl",), {"steps": 10}, "kd", {})
+    some = {(name, seed): result(1.0, seed, trained_rows="rows") for name in runs for seed in SEEDS}
+    some |= {("more", seed): result(1.0, seed, trained_rows="more") for seed in SEEDS}
+    some["kd", 1] = result(1.0, 1)  # of a stream
+    report(compared, some)
+    for name, seed, other in (("low", 0, "kd"), ("more", 2, "more")):
+        changed = {**some, (name, seed): result(1.0, seed, trained_rows="others")}
+        with pytest.raises(ValueError, match=f"{name}, seed {seed} was not trained on the rows of {other}, seed 0"):
+            report(compared, changed)
+
+
+@pytest.mark.parametrize("seeds", [(1,), SEEDS])
+def test_a_run_that_diverged_is_said_to_have(seeds):
+    some = results(kd=1.0, low=0.8)
+    some |= {("low", seed): result(float("nan"), seed) for seed in seeds}
+    found = report(comparison("kd", "low"), some)
+    assert found["runs"]["low"]["differences"]["eval_kl"]["interval"] is None
+    assert "| `low` | not a number |" in table(found)
+    assert comparison_figure(found).startswith(b"\x89PNG")
+
+
+def test_the_figure_shows_the_means_by_their_verdicts(monkeypatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    comparison_figure(report(comparison("kd", "low", "high"), results(kd=1.0, low=0.8, high=1.2)))
+    [panel] = drawn[0].axes
+    circles = [line for line in panel.lines if line.get_marker() == "o"]
+    assert [float(line.get_xdata()[0]) for line in circles] == pytest.approx([-0.2, 0.2])
+    colours = {handle.get_label(): handle.get_color() for handle in drawn[0].legends[0].legend_handles}
+    assert [line.get_color() for line in circles] == [colours["better"], colours["worse"]]
+
+
 def test_the_figure_is_drawn_for_every_verdict():
     found = report(comparison("kd", "low", "high", "same"), results(kd=1.0, low=0.8, high=1.2, same=1.0))
     verdicts = [run["differences"]["eval_kl"]["verdict"] for run in list(found["runs"].values())[1:]]
@@ -102,16 +157,26 @@ def test_the_figure_is_drawn_for_every_verdict():
 
 
 def test_what_a_row_of_an_evaluation_adds():
-    """Means over tokens count by tokens, and answers as the mean over the sampling seeds."""
+    """Means over tokens count by tokens, answers as the mean over the sampling seeds, a prompt with all its rows."""
     answers = [(0, 10.0, 4, True), (1, 20.0, 8, False), (0, 30.0, 6, False), (1, 20.0, 8, False)]
+    answers += [(2, 50.0, 2, False), (2, 60.0, 2, False)]
     evaluated = {
-        "rows": [{"tokens": 2, "nll": 1.5}, {"tokens": 4, "nll": 0.5}],
+        "rows": [
+            {"prompt": "a", "tokens": 2, "nll": 1.5},
+            {"prompt": [{"role": "user", "content": "b"}], "tokens": 4, "nll": 0.5},
+            {"prompt": "a", "tokens": 1, "nll": 4.0},
+        ],
         "completions": [dict(zip(("row", "rougeL", "tokens", "clipped"), each, strict=True)) for each in answers],
     }
     assert _row_figures(evaluated) == {
-        "nll": ([3.0, 2.0], [2, 4]),
-        "rougeL": ([20.0, 20.0], [1.0, 1.0]),
-        "mean_length": ([5.0, 8.0], [1.0, 1.0]),
-        "clipped_ratio": ([0.5, 0.0], [1.0, 1.0]),
+        "nll": ([7.0, 2.0], [3, 4]),
+        "rougeL": ([75.0, 20.0], [2.0, 1.0]),
+        "mean_length": ([7.0, 8.0], [2.0, 1.0]),
+        "clipped_ratio": ([0.5, 0.0], [2.0, 1.0]),
     }
     assert _row_figures({}) == {}
+
+
+def test_options_of_evaluate_are_flags_of_the_command():
+    options = {"seeds": [1, 2], "top_p": 0.9, "trust_remote_code": True}
+    assert list(_options(options)) == ["--seeds", "1", "2", "--top-p", "0.9", "--trust-remote-code"]

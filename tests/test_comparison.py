@@ -1,12 +1,15 @@
 """What a comparison may not say is an error that names it, before anything is trained."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from amid_trl import cli
-from amid_trl.comparison import TRAINING_METRICS, check_configs, fingerprint, read_comparison
+from amid_trl.comparison import TRAINING_METRICS, check_configs, read_comparison
+from amid_trl.outputs import fingerprint
 from amid_trl.token_loss import FIGURES
 
 
@@ -61,23 +64,35 @@ def test_a_run_is_the_base_with_what_it_changes_the_seed_and_the_budget(tmp_path
         ({"runs": {"kd": {"learning_rate": "quick"}}}, "runs.kd: .*learning_rate.*'quick'"),
         ({"runs": {"kd": {"seed": 3}}}, "kd may not have seed: the comparison sets them"),
         ({"runs": {"../kd": {}}}, "got '../kd'"),
+        ({"runs": {"..": {}}}, r"and \. but first; got '..'"),
         ({"runs": {"kd": ["objective"]}}, "runs.kd must be a mapping"),
+        ({"runs": {"kd": []}}, "runs.kd must be a mapping"),
         ({"runs": {}}, "runs must be given"),
         ({"metrics": ["eval_kl", "eval_loss"]}, "unknown 'eval_loss'; there are eval_kl, "),
+        ({"metrics": [["eval_kl"]]}, r"unknown \['eval_kl'\]; there are eval_kl, "),
         ({"metrics": ["rougeL"]}, "rougeL is measured by amid-trl evaluate; give its options"),
+        ({"metrics": ["rougeL"], "evaluate": "dolly"}, "evaluate must be a mapping; got 'dolly'"),
+        *(
+            ({"metrics": [metric], "evaluate": {"evaluation_set": "x"}}, f"{metric} compares with a teacher; give one")
+            for metric in ("kl_pq", "top1_agreement", "teacher_perplexity")
+        ),
         ({"evaluate": {"evaluation_set": "dolly"}}, "evaluate has no effect"),
         ({"seeds": [1, 1]}, r"seeds must be different integers; got \[1, 1\]"),
         ({"seeds": 3}, "seeds must be a list; got 3"),
         ({"metrics": "eval_kl"}, "metrics must be a list; got 'eval_kl'"),
         ({"seeds": [0.5]}, r"seeds must be different integers; got \[0.5\]"),
+        ({"seeds": [[1]]}, r"seeds must be different integers; got \[\[1\]\]"),
+        ({"baseline": ["kd"]}, r"baseline must be a name; got \['kd'\]"),
         ({"baseline": "rkl"}, "baseline 'rkl' is not among the runs kd, amid"),
         ({"budget": {"epochs": 1}}, "exactly one of steps, tokens, minutes; got {'epochs': 1}"),
         ({"budget": {"steps": 1, "tokens": 10}}, "exactly one of steps, tokens, minutes"),
         ({"budget": {"steps": 0}}, "steps must be a positive number; got 0"),
         ({"budget": {"steps": 1.5}}, "steps must be a positive number; got 1.5"),
+        ({"budget": {"minutes": float("nan")}}, "minutes must be a positive number; got nan"),
+        ({"budget": {"minutes": float("inf")}}, "minutes must be a positive number; got inf"),
         ({"budget": {"tokens": 100}}, "a budget of tokens needs max_steps too"),
         ({"budget": 10}, "budget must be a mapping; got 10"),
-        ({"alphas": [1]}, "unknown keys alphas; there are base, runs, "),
+        ({"alphas": [1], 2: 3}, "unknown keys 2, alphas; there are base, runs, "),
     ],
 )
 def test_what_cannot_be_compared_is_named(tmp_path, content, change, message):
@@ -90,6 +105,8 @@ def test_what_cannot_be_compared_is_named(tmp_path, content, change, message):
     [
         ({"max_steps": 3}, "base may not have max_steps"),
         ({"output_dir": "out"}, "base may not have output_dir"),
+        ({"resume_from_checkpoint": "x"}, "base may not have resume_from_checkpoint"),
+        ({"push_to_hub": True}, "base may not have push_to_hub"),
         ({"model_name_or_path": None}, "runs.kd: model_name_or_path is missing"),
         ({"num_proceses": 2}, "runs.kd: .*--num_proceses"),
     ],
@@ -119,6 +136,47 @@ def test_an_evaluation_that_cannot_be_made_is_named(tmp_path, content, options, 
         check_configs(read_comparison(written(tmp_path, content | {"metrics": ["rougeL"], "evaluate": options})))
 
 
+def evaluation(tmp_path: Path, **options) -> dict:
+    """Options of an evaluation on a set that there is."""
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b"}\n')
+    return {"evaluation_set": str(file), **options}
+
+
+def test_an_evaluation_without_rouge_score_is_refused_before_training(tmp_path, content, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    file = written(tmp_path, content | {"metrics": ["nll"], "evaluate": evaluation(tmp_path)})
+    with pytest.raises(ImportError, match=r"pip install 'amid-trl\[eval\]'"):
+        check_configs(read_comparison(file))
+
+
+def test_metrics_of_evaluate_alone_need_no_evaluation_in_training(tmp_path, content):
+    options = evaluation(tmp_path, teacher="t", dtype="float32", trust_remote_code=True)
+    comparison = read_comparison(written(tmp_path, content | {"metrics": ["kl_pq"], "evaluate": options}))
+    check_configs(comparison)
+    assert not comparison.settings("kd", 0)["evaluates"]
+
+
+def test_null_and_false_are_as_if_they_were_not_given(tmp_path, content):
+    options = evaluation(tmp_path, limit=None, trust_remote_code=False, no_repeat_ngram_size=0)
+    comparison = read_comparison(written(tmp_path, content | {"metrics": ["rougeL"], "evaluate": options}))
+    assert dict(comparison.evaluate) == evaluation(tmp_path, no_repeat_ngram_size=0)
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path, capsys):
+    file = tmp_path / "compare.yaml"
+    file.write_text("runs: [")
+    assert cli.main(["compare", str(file), "--output-dir", str(tmp_path / "out")]) == 2
+    assert f"amid-trl compare: {file} is not YAML: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("max_steps", [-1, "many"])
+def test_the_schedules_of_every_run_need_max_steps(tmp_path, content, max_steps):
+    content["base"]["max_steps"] = 9
+    content["runs"]["amid"] = {"max_steps": max_steps}
+    assert "runs.amid: a budget of tokens needs max_steps" in refused(tmp_path, content | {"budget": {"tokens": 100}})
+
+
 def test_the_launchers_settings_are_settings(tmp_path, content):
     content["base"] |= {"num_processes": 2}
     check_configs(read_comparison(written(tmp_path, content)))
@@ -135,8 +193,6 @@ def test_an_environment_of_one_run_is_not_that_of_the_next(tmp_path, content, mo
     monkeypatch.setenv("AMID_TEST", "before")
     content["runs"]["kd"]["env"] = {"AMID_TEST": "inside"}
     check_configs(read_comparison(written(tmp_path, content)))
-    import os
-
     assert os.environ["AMID_TEST"] == "before"
 
 

@@ -1,12 +1,15 @@
 """`amid-trl evaluate` on tiny models, as a function and as a process: the figures are computed again from the text."""
 
+import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from amid_trl import cli, evaluation_sets
 from amid_trl.evaluate import evaluate
 from amid_trl.evaluation_models import EvaluationModels
-from amid_trl.evaluation_results import EvaluationSettings
+from amid_trl.evaluation_results import EvaluationSettings, table
 
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))}
@@ -250,6 +253,19 @@ def test_the_whole_distribution_is_sampled_from(models, data):
     assert (config.do_sample, config.max_new_tokens) == (True, 256)
 
 
+def test_batches_of_the_same_prompts_draw_other_answers(tmp_path, models):
+    data = jsonl(tmp_path / "rows.jsonl", [ROWS[0]] * 4)
+    settings = replace(SHORT, evaluation_set=data, seeds=(10,), batch_size=2)
+    first, second, third, fourth = evaluate(models["student"], tmp_path / "out", settings)["completions"]
+    assert [first["text"], second["text"]] != [third["text"], fourth["text"]]
+
+
+def test_the_dtype_is_that_of_the_flag(tmp_path, models, data):
+    flags = ("--evaluation-set", data, "--limit", "1", "--seeds", "1", "--max-new-tokens", "2", "--dtype", "bfloat16")
+    assert cli.main(["evaluate", models["student"], "--output-dir", str(tmp_path / "out"), *flags]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize(("size", "repeats"), [(0, True), (1, False)])
 def test_no_ngram_is_written_twice_unless_that_rule_is_off(tmp_path, models, data, size, repeats):
     settings = replace(SHORT, evaluation_set=data, seeds=(10,), temperature=2.0, no_repeat_ngram_size=size)
@@ -285,7 +301,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_results_of_one_that_was_not(tmp_pa
     assert cli.main(command) == 0
     printed = capsys.readouterr()
     assert "| rougeL |" in printed.out and f"completions: 100%|██████████| {20 * len(ROWS)}/" in printed.err
-    assert file.read_bytes().startswith(whole_lines) and file.read_bytes().count(b"\n") == 20 * len(ROWS)
+    assert file.read_bytes().startswith(whole_lines)
+    assert len([json.loads(line) for line in file.read_text().splitlines()]) == 20 * len(ROWS)
 
     settings = replace(SHORT, evaluation_set=data, batch_size=1, seeds=tuple(range(20)))
     evaluate(models["student"], tmp_path / "whole", settings, teacher=models["teacher"])
@@ -315,6 +332,35 @@ def test_a_finished_folder_is_not_measured_again(evaluated, models, data, caplog
     again = evaluate(models["student"], folder, replace(SHORT, evaluation_set=data), teacher=models["teacher"])
     assert again == results and (folder / "results.json").stat().st_mtime_ns == before
     assert results["date"] in caplog.text
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(evaluated, models, data, tmp_path, caplog):
+    """A second process waits for the first, and reads what that one has found."""
+    results, finished = evaluated
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    (folder / "results.json").unlink()
+    with open(folder / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def finish():
+            time.sleep(2)
+            shutil.copy(finished / "results.json", folder)
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+        first = threading.Thread(target=finish)
+        first.start()
+        found = evaluate(models["student"], folder, replace(SHORT, evaluation_set=data), teacher=models["teacher"])
+        first.join()
+    assert found == results
+    assert "waiting for another process that works there" in caplog.text
+
+
+def test_whole_numbers_are_printed_whole():
+    metrics = {"reference_tokens": 123456, "rougeL": 12.3456}
+    settings = {"model": "student", "evaluation_set": None}
+    lines = table({"settings": settings, "metrics": metrics, "per_seed": {}, "date": ""}).splitlines()
+    assert "| reference_tokens | 123456 |" in lines and "| rougeL | 12.35 |" in lines
 
 
 def test_a_limit_takes_the_first_rows(tmp_path, models, data):
@@ -446,6 +492,7 @@ def test_an_unknown_task_is_named_before_anything_is_measured(tmp_path, models, 
         ([{"question": "a", "reference": "b"}], "line 1: the prompt must be text or a list of messages; got None"),
         ([{"prompt": [{"role": "user"}], "reference": "b"}], "line 1: the prompt must be"),
         ([{"prompt": "one " * 600, "reference": "b"}], "row 1: a prompt of"),
+        ([{"prompt": "one " * 300, "reference": "b"}], "max_new_tokens=256 are more than the 512 positions"),
         ([["a", "b"]], "line 1: a JSON object is needed"),
     ],
 )
@@ -467,6 +514,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path, models, capsys):
     ("flags", "message"),
     [
         ((), "nothing to evaluate"),
+        (("--lm-eval", "arc_easy", "--teacher", "x"), "a teacher has no effect without an evaluation_set"),
         (("--evaluation-set", "doly"), "doly is neither a file nor one of dolly, self-inst, sinst, uinst, vicuna"),
         (("--evaluation-set", "dolly"), "MiniLLM/dolly"),
         (("--evaluation-set", "x", "--seeds", "1", "1"), "seeds must be different numbers"),
@@ -517,6 +565,23 @@ def test_a_model_that_was_trained_on_is_another_one(tmp_path, models, data):
         student.model.layers[0].mlp.up_proj.weight.mul_(1.001)
     with pytest.raises(ValueError, match="other settings: weights"):
         evaluate(student, tmp_path / "out", settings, tokenizer=tokenizer)
+
+
+def test_other_rows_in_the_same_file_are_another_set(tmp_path, models):
+    settings = replace(SHORT, evaluation_set=jsonl(tmp_path / "rows.jsonl", ROWS[:2]), seeds=(10,))
+    evaluate(models["student"], tmp_path / "out", settings)
+    jsonl(tmp_path / "rows.jsonl", ROWS[1:3])
+    with pytest.raises(ValueError, match="other settings: set_rows"):
+        evaluate(models["student"], tmp_path / "out", settings)
+
+
+def test_another_teacher_at_the_same_path_is_another_one(tmp_path, models, data):
+    tokenizer, settings = tiny_tokenizer(), replace(SHORT, evaluation_set=data, seeds=(10,), limit=1)
+    teacher = str(save_tiny(tmp_path / "teacher", tiny_llama(tokenizer, seed=1), tokenizer))
+    evaluate(models["student"], tmp_path / "out", settings, teacher=teacher)
+    save_tiny(tmp_path / "teacher", tiny_llama(tokenizer, seed=2), tokenizer)
+    with pytest.raises(ValueError, match="other settings: teacher_weights"):
+        evaluate(models["student"], tmp_path / "out", settings, teacher=teacher)
 
 
 def test_results_of_something_else_are_not_overwritten(tmp_path, models, data):

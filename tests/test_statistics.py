@@ -1,10 +1,12 @@
 """Paired intervals: closed forms where there are some, and how often they contain a truth that is known."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from amid_trl.statistics import Interval, deviation, paired_interval
+from amid_trl.statistics import Interval, deviation, paired_interval, summed
 
 
 TRUTH = 0.5
@@ -66,6 +68,28 @@ def test_rows_resampled_alone_forget_that_another_training_seed_gives_another_st
     assert coverage(rows_resampled, seed=1.0, row=0.5, both=0.5) < 0.3
 
 
+def answers_to_prompts(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of 120 answers to 30 prompts, which share what their prompt adds, and the prompts."""
+    prompts = np.arange(30).repeat(4)
+    differences = simulated(random, rows=120, seed=0.02, row=0.5, both=0.2)
+    return differences + random.standard_normal(30)[prompts], prompts
+
+
+def test_answers_to_one_prompt_are_too_narrow_an_interval_unless_they_are_one_row():
+    random = np.random.default_rng(2)
+    found: dict[str, list[bool]] = {"answers": [], "prompts": []}
+    for _ in range(300):
+        differences, prompts = answers_to_prompts(random)
+        low, high = ours(differences)
+        found["answers"].append(low <= TRUTH <= high)
+        of_prompts = [summed(of_seed, prompts) for of_seed in differences]
+        interval = paired_interval(of_prompts, summed(np.ones(120), prompts), resamples=999)
+        assert interval is not None
+        found["prompts"].append(interval.low <= TRUTH <= interval.high)
+    assert np.mean(found["answers"]) < 0.8
+    assert np.mean(found["prompts"]) >= 0.9
+
+
 # ---- Closed forms ----
 
 
@@ -103,6 +127,19 @@ def test_the_same_data_give_the_same_interval():
     assert paired_interval(differences, np.ones(60)) == paired_interval(differences, np.ones(60))
 
 
+def test_many_rows_are_not_resampled_all_at_once():
+    differences = simulated(np.random.default_rng(3), rows=2000, seed=0.1, row=1.0, both=0.5)
+    tracemalloc.start()
+    paired_interval(differences, np.ones(2000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9999 * 2000 * 8 / 4  # an array of all resamples, in bytes, and a fraction of it
+
+
+def test_values_are_added_up_by_cluster():
+    assert summed([1.0, 2.0, 4.0, 8.0], ["b", "a", "b", "c"]) == [5.0, 2.0, 8.0]
+
+
 def test_one_seed_says_nothing_of_another():
     assert paired_interval([[1.0, 2.0]], [1.0, 1.0]) is None
 
@@ -110,7 +147,8 @@ def test_one_seed_says_nothing_of_another():
 def test_equal_runs_and_runs_that_diverged_are_not_told_apart():
     same = paired_interval(np.zeros((3, 5)), np.ones(5))
     assert same is not None and same == (0, 0, 0) and not same.distinguishable
-    assert not Interval(np.nan, np.nan, np.nan).distinguishable
+    diverged = paired_interval([[1.0, np.nan], [1.0, 2.0]], [1.0, 1.0])
+    assert diverged is not None and np.isnan(diverged).all() and not diverged.distinguishable
     assert Interval(-2, -3, -1).distinguishable and Interval(2, 1, 3).distinguishable
     assert not Interval(1, -1, 3).distinguishable
 

@@ -3,7 +3,6 @@
 One YAML file for each set of the paper's tables says where its rows are and which columns count.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from amid_trl.outputs import fingerprint
 
 
 FOLDER = Path(__file__).parent
@@ -39,8 +40,7 @@ class EvaluationSet:
     @property
     def fingerprint(self) -> str:
         """A hash of all prompts and references, in order."""
-        rows = [[example.prompt, example.references] for example in self.examples]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return fingerprint([[example.prompt, example.references] for example in self.examples])
 
 
 @dataclass(frozen=True)

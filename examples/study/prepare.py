@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def with_references(rows: list[dict]) -> list[dict]:
-    """One row for each question, with all of its answers."""
+    """One row for each prompt, as it is spelled, with all of its answers."""
     answers: dict[str, list[str]] = {}
     for row in rows:
         answers.setdefault(row["prompt"][0]["content"], []).append(row["completion"][0]["content"])

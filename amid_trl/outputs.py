@@ -1,0 +1,54 @@
+"""Folders that commands write results to: files that are whole, one process at a time, the versions behind them."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("amid_trl", "torch", "transformers", "trl", "accelerate", "peft", "rouge-score", "lm-eval")
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write beside the file and rename: it is there as a whole, or not at all."""
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, file)
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Make the folder if there is none; wait for a process that works in it, such as one whose parent was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("%s: waiting for another process that works there", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fingerprint(content: Any) -> str:
+    """A hash of what JSON can hold; the same for the same keys, in whatever order they stand."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What is installed of the packages that the figures depend on."""
+    found = {"python": python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
