@@ -13,6 +13,7 @@ EXTRAS = {
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
     "sweep": ["optuna", "ray[tune]"],
     "plot": ["matplotlib"],
+    "compare": ["matplotlib", "scipy"],
     "docs": ["mkdocs-material", "mkdocstrings[python]"],
 }
 TEST = [
@@ -27,7 +28,7 @@ TEST = [
     "ruff",
     *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
-    *EXTRAS["plot"],
+    *EXTRAS["compare"],
     *EXTRAS["quantization"],
 ]
 # What the demo reads besides the two data wheels, which the Makefile installs without their own dependencies.

@@ -4,11 +4,13 @@ A test lists these names, so that an upgrade which moves one fails there and now
 """
 
 import inspect
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import trl
 from accelerate import Accelerator
@@ -48,6 +50,7 @@ __all__ = [
     "global_then_local_main_first",
     "is_vllm_available",
     "language_model_head",
+    "launch_arguments",
     "loaded_whole",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
@@ -193,8 +196,8 @@ def vllm_engine(**settings: Any) -> Any:
     return VLLMGeneration(**settings)
 
 
-def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
-    """`accelerate launch … -m module …`, with a process for each device where neither arguments nor file say how many.
+def launch_arguments(launch_args: list[str], module: str, script_args: list[str]) -> Any:
+    """What `accelerate launch … -m module …` parses; a process for each device where nothing says how many.
 
     accelerate itself refuses a file without a number. A machine without accelerators counts as one device, and all
     machines as alike.
@@ -205,4 +208,18 @@ def accelerate_launch(launch_args: list[str], module: str, script_args: list[str
         if defaults.num_processes == -1:
             machines = args.num_machines or defaults.num_machines
             args.num_processes = machines * max(1, torch.accelerator.device_count())
-    launch_command(args)
+    return args
+
+
+def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
+    """Launch the module's processes, and end them on SIGTERM: accelerate would leave a single one to itself.
+
+    Raises:
+        subprocess.CalledProcessError: a single process has failed.
+    """
+    args = launch_arguments(launch_args, module, script_args)
+    previous = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in psutil.Process().children()])
+    try:
+        launch_command(args)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

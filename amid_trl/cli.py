@@ -1,6 +1,7 @@
-"""The command `amid-trl`: train, cache-teacher, evaluate, init-student, merge."""
+"""The command `amid-trl`: train, cache-teacher, evaluate, compare, init-student, merge."""
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,8 +11,12 @@ from amid_trl import evaluation_sets
 from amid_trl.evaluation_results import EvaluationSettings
 
 
-# Commands that run under accelerate, in a module of their own.
-LAUNCHED = {"train": "amid_trl.train", "cache-teacher": "amid_trl.caching"}
+# Commands that run under accelerate, in a module of their own. The last one is what `compare` starts.
+LAUNCHED = {
+    "train": "amid_trl.train",
+    "cache-teacher": "amid_trl.caching",
+    "compared-run": "amid_trl.compared_run",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("train", help="train a student (options: amid-trl train --help)", add_help=False)
     commands.add_parser("cache-teacher", help="write the teacher's answers that train reads then", add_help=False)
     _add_evaluate(commands)
+    compare = commands.add_parser("compare", help="the same work through several objectives, with intervals")
+    compare.add_argument("file", help="YAML: base, runs, seeds, metrics, budget (docs/compare.md)")
+    compare.add_argument("--output-dir", required=True, help="where the runs, the table and the figure are kept")
+    compare.add_argument("--report-only", action="store_true", help="from the runs that are there, without training")
     init_student = commands.add_parser("init-student", help="make a student from some of the teacher's layers")
     init_student.add_argument("teacher", help="name or path of the model to start from")
     init_student.add_argument("output_dir", help="where the student and its tokenizer are saved")
@@ -39,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _launch(argv[0], argv[1:])
     args = parser.parse_args(argv)
     try:
-        return {"evaluate": _evaluate, "init-student": _init_student, "merge": _merge}[args.command](args)
+        work = {"evaluate": _evaluate, "compare": _compare, "init-student": _init_student, "merge": _merge}
+        return work[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"amid-trl {args.command}: {error}", file=sys.stderr)
         return 2
@@ -92,7 +102,10 @@ def _launch(command: str, argv: list[str]) -> int:
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     launch_args = accelerate_configs.resolve([*from_config, *from_flags])
-    accelerate_launch(launch_args, LAUNCHED[command], _without(argv, from_flags))
+    try:
+        accelerate_launch(launch_args, LAUNCHED[command], _without(argv, from_flags))
+    except subprocess.CalledProcessError as error:  # the process itself has said why
+        return error.returncode
     return 0
 
 
@@ -128,6 +141,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     print(table(evaluate(args.model, args.output_dir, settings, **how)))
     print(f"{args.output_dir}: results.json, results.md")
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from amid_trl.compare import compare
+
+    results = compare(args.file, args.output_dir, report_only=args.report_only)
+    return 1 if results["missing"] else 0
 
 
 def _init_student(args: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ def place(teacher: nn.Module, args: AMiDConfig, accelerator: Accelerator) -> nn.
         if args.teacher_offload:
             raise ValueError("teacher_offload is for runs without FSDP, which shards the teacher")
         return shard(teacher, accelerator)
-    return teacher if args.teacher_offload else teacher.to(accelerator.device)
+    return teacher.to("cpu" if args.teacher_offload else accelerator.device)
 
 
 def _engine(teacher: nn.Module, given: dict[str, Any] | str, batch_size: int) -> nn.Module:
@@ -47,7 +47,7 @@ def _engine(teacher: nn.Module, given: dict[str, Any] | str, batch_size: int) ->
     dtype = causal_lm(teacher).dtype
     config.setdefault("bf16", {"enabled": dtype == torch.bfloat16})
     config.setdefault("fp16", {"enabled": dtype == torch.float16})
-    zero = config.get("zero_optimization", {})
+    zero = config.setdefault("zero_optimization", {})
     zero.pop("offload_optimizer", None)
     if zero.get("stage", 0) != 3:
         zero["stage"] = 0  # the lower stages share out optimizers and gradients, and there are none

@@ -9,13 +9,16 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.serialization import safe_globals
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 UNFINISHED = "checkpoint-is-incomplete.txt"
 TRAINER_STATE = "trainer_state.json"  # written last
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+ENGINE_FOLDER = re.compile(r"global_step\d+")  # DeepSpeed's, within a checkpoint
 
 # What a shell reports of a process that SIGTERM has ended.
 TERMINATED = 128 + signal.SIGTERM
@@ -34,7 +38,7 @@ TERMINATED = 128 + signal.SIGTERM
 @contextmanager
 def whole_checkpoint(
     run_dir: str, args: TrainingArguments, state: TrainerState, accelerator: Accelerator
-) -> Iterator[None]:
+) -> Iterator[str]:
     """Mark this step's checkpoint as unfinished until all processes have left the block; for ever, if one does not.
 
     Only then are older ones deleted, those beyond `save_total_limit`.
@@ -46,13 +50,14 @@ def whole_checkpoint(
     accelerator.wait_for_everyone()
     limit, args.save_total_limit = args.save_total_limit, None
     try:
-        yield
+        yield str(mark.parent)
     finally:
         args.save_total_limit = limit
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         mark.unlink()
         rotate_checkpoints(run_dir, limit, state.best_model_checkpoint, use_mtime=True)
+    accelerator.wait_for_everyone()  # a process that may leave then, and make the launcher end the others
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | bool | None:
@@ -60,8 +65,10 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator:
 
     Where there is none True stays, of which transformers complains.
     """
-    checkpoint = last_complete_checkpoint(output_dir, accelerator) or True if asked is True else asked
+    checkpoint = (last_complete_checkpoint(output_dir, accelerator) or True) if asked is True else asked
     if isinstance(checkpoint, str):
+        if Path(checkpoint, UNFINISHED).exists():
+            raise ValueError(f"{checkpoint} was being written when its run ended; resume from an earlier checkpoint")
         check_files(checkpoint)
     return checkpoint
 
@@ -69,15 +76,16 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator:
 def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str | None:
     """The newest whole checkpoint; newer ones that are not are set aside with a warning. All processes have to ask."""
     newest_first = sorted(_checkpoints(Path(output_dir)), key=_step, reverse=True)
-    found = next((folder for folder in newest_first if is_complete(folder)), None)
+    torn = list(takewhile(lambda folder: not is_complete(folder), newest_first))
     accelerator.wait_for_everyone()  # all have looked before anything is renamed
-    if accelerator.is_main_process:
-        for folder in newest_first[: newest_first.index(found) if found else None]:
+    if accelerator.is_main_process and torn:
+        for earlier in Path(output_dir).glob(f"torn-{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(earlier, ignore_errors=True)  # kill after kill would fill the disk
+        for folder in torn:
             aside = folder.with_name(f"torn-{folder.name}")  # not a name that transformers looks for
-            shutil.rmtree(aside, ignore_errors=True)  # there if this checkpoint has been torn before
             folder.rename(aside)
             logger.warning("%s was being written when its run ended; it is set aside as %s", folder, aside.name)
-    return None if found is None else str(found)
+    return next((str(folder) for folder in newest_first if folder not in torn), None)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -92,8 +100,8 @@ def last_finite_checkpoint(output_dir: str) -> str | None:
 
 
 def _is_finite(checkpoint: Path) -> bool:
-    files = checkpoint.glob("*.safetensors")
-    return all(bool(weight.isfinite().all()) for file in files for weight in load_file(file).values())
+    files = list(checkpoint.rglob("*.safetensors"))  # an adapter with a name of its own has a folder
+    return bool(files) and all(bool(weight.isfinite().all()) for file in files for weight in load_file(file).values())
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
@@ -109,7 +117,7 @@ def check_files(checkpoint: str) -> None:
     for file in sorted(Path(checkpoint).rglob("*")):
         try:
             _check(file)
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, UnpicklingError) as error:
             raise ValueError(f"{file} is damaged ({error}); resume from an earlier checkpoint") from error
 
 
@@ -122,6 +130,18 @@ def _check(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             if (entry := archive.testzip()) is not None:
                 raise ValueError(f"its entry {entry} is not what was written")
+        if ENGINE_FOLDER.fullmatch(file.parent.name):
+            _check_engine_state(file)
+
+
+def _check_engine_state(file: Path) -> None:
+    # DeepSpeed loads whatever objects the file asks for. Nothing is read here but what says which these are.
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
 class StopOnSigterm(TrainerCallback):
@@ -141,9 +161,6 @@ class StopOnSigterm(TrainerCallback):
     def __exit__(self, *exception: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous)
-        if self._stopped and exception[0] is None:
-            logger.warning("SIGTERM: training has stopped, and the last step has a checkpoint to resume from")
-            raise SystemExit(TERMINATED)
 
     def _ask(self, signum: int, frame: object) -> None:
         self._asked = True
@@ -155,3 +172,14 @@ class StopOnSigterm(TrainerCallback):
             asked = self._accelerator.reduce(asked)
         if asked.item():
             control.should_save = control.should_training_stop = self._stopped = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Save now if an evaluation at this step has found it not to be the best; the epoch is not over."""
+        if self._stopped:
+            control.should_evaluate, control.should_save = False, True
+
+    def on_save(self, args, state, control, **kwargs):
+        """Leave with this checkpoint, which the end of a run might delete for a better one."""
+        if self._stopped:
+            logger.warning("SIGTERM: training has stopped, and the last step has a checkpoint to resume from")
+            raise SystemExit(TERMINATED)

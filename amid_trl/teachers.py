@@ -66,6 +66,8 @@ class AdapterTeacher:
         self._wrapped, self._accelerator = wrapped, accelerator
         self._adapter = None if path == BASE else TEACHER
         if self._adapter is not None:
+            if TEACHER in student.peft_config:
+                raise ValueError(f"the student has an adapter called {TEACHER!r}, the name that the teacher's gets")
             student.load_adapter(path, TEACHER, is_trainable=False)
 
     def __call__(self, batch: Batch) -> States:

@@ -21,8 +21,15 @@ def make_parser(prog: str | None = None) -> Any:
     )
 
 
-def build_trainer(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> Any:
-    """The trainer that the arguments describe."""
+def build_trainer(
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
+    trainer_class: Callable[..., Any] | None = None,
+    evaluates: bool = False,
+) -> Any:
+    """The trainer that the arguments describe, or one of another class; `evaluates` gives it an evaluation set."""
     from trl import get_peft_config, get_quantization_config
 
     from amid_trl import AMiDTrainer
@@ -42,11 +49,12 @@ def build_trainer(script_args: Any, training_args: Any, model_args: Any, dataset
     }
 
     dataset = load_splits(script_args, dataset_args)
-    return AMiDTrainer(
+    evaluates = evaluates or training_args.eval_strategy != "no"
+    return (trainer_class or AMiDTrainer)(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )

@@ -345,8 +345,14 @@ class AMiDTrainer(GKDTrainer):
             super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
-        with whole_checkpoint(self._get_output_dir(trial=trial), self.args, self.state, self.accelerator):
+        run_dir = self._get_output_dir(trial=trial)
+        with whole_checkpoint(run_dir, self.args, self.state, self.accelerator) as checkpoint:
             super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not while it is written, marked as unfinished: `_save_checkpoint` pushes it."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

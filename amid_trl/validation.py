@@ -23,6 +23,7 @@ UNSUPPORTED = {
     "loss_type": ("nll", "the loss is set by `objective` and `sft_weight`"),
     "label_smoothing_factor": (0.0, "the loss is set by `objective` and `sft_weight`"),
     "torch_compile": (False, "the loss runs the model below its head, which a compiled forward would bypass"),
+    "enable_jit_checkpoint": (False, "SIGTERM saves a checkpoint without it"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -58,6 +61,24 @@ def test_every_way_to_launch_trains_the_same_student(launcher, tmp_path, tiny_di
     run(*LAUNCHERS[launcher], *arguments)
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_sigterm_reaches_the_training_and_its_status_comes_back(tmp_path, tiny_dir, data_dir):
+    arguments = [
+        *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)),
+        *("--dataset_name", str(data_dir), "--output_dir", str(tmp_path), *SETTINGS),
+        *("--max_steps=100000", "--save_strategy=steps", "--save_steps=5", "--save_total_limit=2"),
+    ]
+    process = subprocess.Popen([*LAUNCHERS["amid-trl train"], *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not (tmp_path / "checkpoint-5" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    [training] = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"SIGTERM: training has stopped" in errors
+    assert not training.is_running()
 
 
 def test_a_yaml_file_is_the_same_as_flags_and_flags_win(tmp_path, tiny_dir, data_dir):

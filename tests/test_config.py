@@ -143,6 +143,7 @@ REFUSED = [
     ({"loss_type": "dft"}, r"does not support loss_type='dft'"),
     ({"label_smoothing_factor": 0.1}, r"does not support label_smoothing_factor=0.1"),
     ({"torch_compile": True}, r"does not support torch_compile=True"),
+    ({"enable_jit_checkpoint": True}, r"does not support enable_jit_checkpoint=True: SIGTERM saves a checkpoint"),
     ({"router_aux_loss_coef": 0.1}, r"does not support router_aux_loss_coef=0.1"),
 ]
 

@@ -21,6 +21,8 @@ from amid_trl.memory import (
     GIB,
     MIB,
     _elements,
+    _moments,
+    _size,
     expected_gradients,
     expected_optimizer_state,
     held,
@@ -157,6 +159,15 @@ def test_logits_of_both_models_have_the_dtype_of_their_products(train, capsys, s
 def test_what_an_optimizer_will_hold_is_said_where_it_is_known(train, capsys, optim, state):
     train(optim=optim, max_steps=1).train()
     assert rows(capsys.readouterr().out)["its optimizer state"] == state
+
+
+def test_a_momentum_is_a_number_for_every_weight():
+    weight = torch.nn.Parameter(torch.ones(1))
+    assert [_moments(torch.optim.SGD([weight], 0.1, momentum=momentum)) for momentum in (0.0, 0.9)] == [0, 1]
+
+
+def test_sizes_are_said_in_the_unit_that_suits_them():
+    assert [_size(count) for count in (2**20, 2**30 - 2**20, 5 * 2**29)] == ["1.00 MiB", "1023.00 MiB", "2.50 GiB"]
 
 
 # ---- Two processes ----

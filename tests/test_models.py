@@ -1,5 +1,8 @@
 """Which models are accepted, in every form, and who of them is trained."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from observe import LORA, Windows, completions_of, dense_loss, logged, weights
@@ -278,3 +281,24 @@ def test_a_new_adapter_on_an_adapter_is_saved_with_the_base_that_it_was_trained_
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
     assert not torch.allclose(loaded(ids).logits, before, atol=1e-4)
+
+
+# ---- Code that ships with a model ----
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_no_code_is_loaded_with_a_model_unless_asked_for(tmp_path, tiny_dir, role):
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    models = {"student": tiny_dir, "teacher": tiny_dir, role: folder}
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AMiDTrainer(
+            str(models["student"]),
+            str(models["teacher"]),
+            AMiDConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, report_to=[]),
+            train_dataset=messages_dataset(4),
+        )
+    assert not (tmp_path / "ran").exists()

@@ -5,7 +5,11 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import messages_dataset, prompt_completion_dataset
+
+from amid_trl.nonfinite import _places
+from amid_trl.survival import UNFINISHED, last_finite_checkpoint
 
 
 # Only the fourth of the eight rows has this word, and the student does not survive it.
@@ -69,6 +73,25 @@ def test_a_checkpoint_that_is_not_finite_is_not_called_good(train, student):
         trainer.train()
 
 
+def test_a_checkpoint_that_cannot_be_judged_is_not_called_good(train, tmp_path):
+    train(save_strategy="steps", save_steps=1, max_steps=3).train()
+    (tmp_path / "run" / "checkpoint-3" / UNFINISHED).touch()
+    (tmp_path / "run" / "checkpoint-2" / "model.safetensors").unlink()  # as ZeRO-3 saves without gathering
+    assert str(last_finite_checkpoint(str(tmp_path / "run"))).endswith("checkpoint-1")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_loss_to_train_on(train, value):
+    nonfinite = train()._nonfinite
+    assert nonfinite.found(torch.tensor(value)) and not nonfinite.found(torch.tensor(1.0))
+
+
+def test_a_row_is_named_by_its_first_place():
+    rows = Dataset.from_dict({"input_ids": [[3], [2], [2]]})
+    assert _places([[2], [4]], rows, "input_ids") == [1, "?"]
+    assert _places([[2]], rows.to_iterable_dataset(), "input_ids") == ["?"]
+
+
 def test_skipping_leaves_out_the_micro_batch_and_nothing_else(train, poisoned, caplog):
     settings = {
         "nonfinite_loss": "skip",
@@ -78,6 +101,7 @@ def test_skipping_leaves_out_the_micro_batch_and_nothing_else(train, poisoned, c
         "train_sampling_strategy": "sequential",
         "optim": "sgd",
         "learning_rate": 0.1,
+        "logging_nan_inf_filter": False,
     }
     trainer = train(**settings)
     gradients = []

@@ -1,12 +1,18 @@
 """The teacher in few bits, in the host's memory, or under an engine of its own (the engines: test_engines.py)."""
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from tiny import messages_dataset, save_tiny, tiny_llama
+from torch import nn
 
 from amid_trl import AMiDConfig
 from amid_trl._trl import causal_lm
-from amid_trl.placement import HostWeights
+from amid_trl.placement import HostWeights, place
+from amid_trl.teacher import _quantization
 
 
 @pytest.fixture
@@ -29,6 +35,12 @@ def test_a_quantised_teacher_trains_a_student(train, teacher_dir, field, bytes_p
     assert kl(trainer) == pytest.approx(kl(train(**rows)), rel=0.05)
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("settings", "dtype"), [({"bf16": True}, torch.bfloat16), ({"bf16": False}, torch.float32)])
+def test_four_bits_are_multiplied_in_the_precision_of_the_run(settings, dtype):
+    args = AMiDConfig("unused", use_cpu=True, teacher_load_in_4bit=True, **settings)
+    assert _quantization(args).bnb_4bit_compute_dtype == dtype
 
 
 def test_a_field_and_the_kwargs_may_not_both_quantise(train, teacher_dir):
@@ -123,3 +135,25 @@ def test_a_head_that_is_offloaded_is_refused(train, teacher_dir, tmp_path):
 def test_what_contradicts_itself_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AMiDConfig("unused", use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(("plugin", "message"), [(object(), "without DeepSpeed"), (None, "without FSDP")])
+def test_an_offloaded_teacher_is_for_data_parallelism(plugin, message):
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), is_fsdp2=True)
+    args: Any = SimpleNamespace(teacher_deepspeed=None, teacher_offload=True)
+    with pytest.raises(ValueError, match=message):
+        place(nn.Linear(1, 1), args, accelerator)
+
+
+@pytest.mark.parametrize("stage", [None, 0, 2, 3])
+def test_a_teachers_engine_is_read_from_a_file_and_trains_nothing(monkeypatch, tmp_path, teacher, stage):
+    deepspeed = pytest.importorskip("deepspeed")
+    seen = {}
+    monkeypatch.setattr(deepspeed, "initialize", lambda model, config: (seen.update(config) or model,))
+    given = {"optimizer": {"type": "AdamW"}, "train_batch_size": "auto"}
+    given |= {} if stage is None else {"zero_optimization": {"stage": stage}}
+    (tmp_path / "teacher.json").write_text(json.dumps(given))
+    args: Any = SimpleNamespace(teacher_deepspeed=str(tmp_path / "teacher.json"), per_device_train_batch_size=4)
+    accelerator: Any = SimpleNamespace()
+    place(teacher, args, accelerator)
+    assert "optimizer" not in seen and seen["zero_optimization"]["stage"] == (3 if stage == 3 else 0)

@@ -10,15 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import survival_worker
 import torch
+from accelerate import Accelerator
 from observe import weights
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from amid_trl.survival import TERMINATED, UNFINISHED, is_complete
+from amid_trl.survival import (
+    TERMINATED,
+    UNFINISHED,
+    check_files,
+    is_complete,
+    last_complete_checkpoint,
+    whole_checkpoint,
+)
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -90,6 +100,50 @@ def test_a_checkpoint_may_be_torn_twice(tmp_path, unharmed):
     assert (tmp_path / "torn-checkpoint-6" / UNFINISHED).exists()  # the later one
 
 
+def test_the_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert str(last_complete_checkpoint(str(tmp_path), Accelerator(cpu=True))).endswith("checkpoint-10")
+
+
+def test_only_the_last_torn_checkpoint_is_kept(tmp_path, unharmed):
+    run_until(6, tmp_path)
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "torn-checkpoint-4")
+    (tmp_path / "checkpoint-6" / UNFINISHED).touch()
+    assert_resumes_to(unharmed, tmp_path)
+    assert [path.name for path in tmp_path.glob("torn-*")] == ["torn-checkpoint-6"]
+
+
+def test_a_torn_checkpoint_is_refused_where_it_is_asked_for(tmp_path):
+    run_until(3, tmp_path)
+    (tmp_path / "checkpoint-3" / UNFINISHED).touch()
+    with pytest.raises(ValueError, match="checkpoint-3 was being written when its run ended"):
+        survival_worker.run(str(tmp_path), resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_checkpoint_is_marked_until_all_processes_have_written(tmp_path):
+    mark, seen = tmp_path / "checkpoint-1" / UNFINISHED, []
+    accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: seen.append(mark.exists()))
+    state = SimpleNamespace(global_step=1, best_model_checkpoint=None)
+    with whole_checkpoint(str(tmp_path), SimpleNamespace(save_total_limit=None), state, accelerator):
+        seen.append("writing")
+    assert seen == [True, "writing", True, False]
+
+
+def test_a_checkpoint_is_whole_when_it_is_pushed(train, monkeypatch):
+    pushed = []
+
+    def push(self, checkpoint):
+        pushed.append((Path(checkpoint).name, is_complete(Path(checkpoint))))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer = train(save_strategy="steps", save_steps=1)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [("checkpoint-1", True), ("checkpoint-2", True)]
+
+
 def test_a_run_that_was_killed_after_its_last_checkpoint_is_over(tmp_path):
     trainer = survival_worker.run(str(tmp_path), max_steps=6)  # in the middle of an epoch
     end = weights(trainer.model)
@@ -138,6 +192,42 @@ def test_sigterm_saves_a_checkpoint_and_leaves_with_its_status(tmp_path, unharme
     assert_resumes_to(unharmed, tmp_path)
 
 
+class Sigterm(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+# The first step is called the best, and an epoch has four.
+BEST = {"eval_steps": 1, "metric_for_best_model": "eval_kl", "greater_is_better": True}
+EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**BEST, "save_total_limit": 1, "load_best_model_at_end": True},
+        {**BEST, "save_strategy": "best"},
+        EPOCHS,
+    ],
+    ids=["best at the end", "best alone", "epochs"],
+)
+def test_the_checkpoint_of_sigterm_is_the_last_step(tmp_path, settings):
+    end = weights(survival_worker.run(str(tmp_path / "unharmed"), **settings).model)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        survival_worker.run(str(tmp_path / "run"), callbacks=[Sigterm()], **settings)
+    assert signal.getsignal(signal.SIGTERM) == before
+    last = get_last_checkpoint(str(tmp_path / "run"))
+    assert last.endswith("checkpoint-5") and is_complete(Path(last))
+    state = json.loads(Path(last, "trainer_state.json").read_text())
+    evaluated = [entry["step"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert evaluated == ([0, 4] if settings is EPOCHS else [0, 1, 2, 3, 4, 5])  # no end of an epoch where it is none
+    resumed = survival_worker.run(str(tmp_path / "run"), resume=True, **settings)
+    assert resumed.state.global_step == 12
+    assert all(torch.equal(weight, end[name]) for name, weight in weights(resumed.model).items())
+
+
 # ---- Files ----
 
 
@@ -176,6 +266,17 @@ def test_a_damaged_file_is_named(tmp_path, file):
         damaged.write_bytes(broken)
         with pytest.raises(ValueError, match=f"{file} is damaged .*; resume from an earlier checkpoint"):
             survival_worker.run(str(tmp_path), resume=True, max_steps=2)
+
+
+def test_an_engines_file_that_asks_for_code_is_refused(tmp_path):
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    (tmp_path / "global_step1").mkdir()
+    file = tmp_path / "global_step1" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"zero_stage": zero.ZeroStageEnum.weights, "moments": torch.ones(3)}, file)
+    check_files(str(tmp_path))
+    torch.save({"moments": os.system}, file)
+    with pytest.raises(ValueError, match=r"(?s)optim_states.pt is damaged .*system"):
+        check_files(str(tmp_path))
 
 
 # ---- Several processes ----

@@ -122,3 +122,9 @@ def test_what_would_be_a_second_teacher_is_refused(settings, message):
 def test_the_path_of_an_adapter_that_is_not_there_is_an_error(run, tmp_path):
     with pytest.raises((ValueError, OSError), match="nowhere"):
         run(None, teacher_adapter_path=str(Path(tmp_path, "nowhere")))
+
+
+def test_a_students_adapter_may_not_have_the_teachers_name(train, base, adapter):
+    named = get_peft_model(base, STUDENT, adapter_name="teacher")
+    with pytest.raises(ValueError, match="the student has an adapter called 'teacher'"):
+        train(model=named, has_teacher=False, teacher_adapter_path=adapter)

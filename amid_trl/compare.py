@@ -1,0 +1,192 @@
+"""`amid-trl compare`: the same work through several objectives, a process for each run, then a table and a figure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from amid_trl.compare_report import Result, report, table
+from amid_trl.comparison import (
+    RESULT,
+    SETTINGS,
+    Comparison,
+    check_configs,
+    fingerprint,
+    read_comparison,
+    write_whole,
+)
+
+
+LOG = "log.txt"
+EVALUATE = "evaluate.json"  # the options that a run was evaluated with
+EVALUATED = Path("evaluation", "results.json")
+TAIL = 20  # lines of a failed run's log that are shown
+
+
+def compare(file: str | Path, output_dir: str | Path, report_only: bool = False) -> dict[str, Any]:
+    """Train what is missing, and report: comparison.json, comparison.md and comparison.png in `output_dir`.
+
+    Returns what comparison.json holds. `report_only` trains nothing.
+
+    Raises:
+        ImportError: the extra `compare` is not installed.
+        ValueError: the file asks for what does not exist, or a folder holds a run of other settings. Nothing has been
+            trained then.
+    """
+    if missing := [package for package in ("scipy", "matplotlib") if find_spec(package) is None]:
+        raise ImportError(f"compare needs {' and '.join(missing)}: pip install 'amid-trl[compare]'")
+    comparison, output_dir = read_comparison(file), Path(output_dir)
+    folders = {work: output_dir / work[0] / f"seed-{work[1]}" for work in comparison.works}
+    for work, folder in folders.items():
+        _check_folder(folder, comparison.settings(*work), comparison.evaluate)
+    finished = [work for work, folder in folders.items() if _result(comparison, folder) is not None]
+    if not report_only:
+        check_configs(comparison)
+        for number, (work, folder) in enumerate(folders.items(), start=1):
+            outcome = _run(comparison, folder, comparison.settings(*work))
+            again = " already" if work in finished and not outcome else ""
+            print(f"{number}/{len(folders)} {work[0]}, seed {work[1]}: {outcome or 'done'}{again}", flush=True)
+    results = {work: result for work, folder in folders.items() if (result := _result(comparison, folder)) is not None}
+    if not results:
+        raise ValueError(f"{output_dir} holds no finished run to report")
+    return _write_report(output_dir, report(comparison, results))
+
+
+def _check_folder(folder: Path, settings: Mapping[str, Any], evaluate: Mapping[str, Any]) -> None:
+    """Refuse a folder of another run, by what is different."""
+    pairs = [
+        (_read(folder / SETTINGS), settings),
+        ((_read(folder / RESULT) or {}).get("settings"), settings),
+        (_read(folder / EVALUATE) if evaluate else None, evaluate),
+    ]
+    for there, here in pairs:
+        if there is None or fingerprint(there) == fingerprint(here):
+            continue
+        theirs, ours = _flat(there), _flat(here)
+        different = [
+            f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}"
+            for name in {**theirs, **ours}
+            if theirs.get(name) != ours.get(name)
+        ]
+        raise ValueError(
+            f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another output directory"
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    config = settings.get("config", {})
+    return {**config, **{name: value for name, value in settings.items() if name != "config"}}
+
+
+def _run(comparison: Comparison, folder: Path, settings: Mapping[str, Any]) -> str:
+    """Do what is missing of one run; nothing, or how it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RESULT).exists():
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        config = {**settings["config"], "output_dir": str(folder)}
+        write_whole(folder / "run.yaml", yaml.safe_dump(config, sort_keys=False))
+        if failure := _process(["compared-run", "--config", str(folder / "run.yaml")], folder):
+            return failure
+    if comparison.evaluate and not (folder / EVALUATED).exists():
+        write_whole(folder / EVALUATE, json.dumps(comparison.evaluate, indent=2) + "\n")
+        target = ["--output-dir", str((folder / EVALUATED).parent)]
+        return _process(["evaluate", str(folder), *target, *_options(comparison.evaluate)], folder)
+    return ""
+
+
+def _options(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        yield f"--{name.replace('_', '-')}"
+        if value is not True:  # True is a flag
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def _process(arguments: Sequence[str], folder: Path) -> str:
+    """Run `amid-trl` with these arguments in a process group of its own; nothing, or how it failed."""
+    with (folder / LOG).open("ab") as log, _sigterm_raises():
+        begin = log.tell()
+        command = [sys.executable, "-m", "amid_trl", *arguments]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C and SIGTERM end the run as well, which saves a checkpoint first
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+    if status == 0:
+        return ""
+    said = (folder / LOG).read_bytes()[begin:].decode(errors="replace").splitlines()
+    return "\n    ".join([f"FAILED with status {status}; the end of {folder / LOG}:", *said[-TAIL:]])
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():  # the only one that gets signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _result(comparison: Comparison, folder: Path) -> Result | None:
+    """What a run and its evaluation came to; None before both are done."""
+    trained = _read(folder / RESULT)
+    evaluated = _read(folder / EVALUATED) if comparison.evaluate else {}
+    if trained is None or evaluated is None:
+        return None
+    metrics = {**trained["metrics"], **evaluated.get("metrics", {})}
+    if missing := [name for name in comparison.metrics if name not in metrics]:
+        raise ValueError(f"{folder} has no {', '.join(missing)}; there are {', '.join(metrics)}")
+    rows = trained["rows"] or {"hash": None, "sums": {}}
+    of_training = {name: (sums, rows["tokens"]) for name, sums in rows["sums"].items()}
+    hashes = (rows["hash"], evaluated.get("settings", {}).get("set_rows"))
+    return Result(metrics, trained["work"], {**of_training, **_row_figures(evaluated)}, hashes)
+
+
+def _row_figures(evaluated: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
+    """What each row adds to those metrics of `amid-trl evaluate` that are means over rows or their tokens."""
+    rows = evaluated.get("rows", [])
+    tokens = [row["tokens"] for row in rows]
+    figures = {
+        name: ([row[name] * row["tokens"] for row in rows], tokens)
+        for name in ("nll", "kl_pq", "top1_agreement")
+        if rows and name in rows[0]
+    }
+    written: list[list[Mapping[str, Any]]] = [[] for _ in rows]
+    for completion in evaluated.get("completions", []):
+        written[completion["row"]].append(completion)
+    for name, column in {"rougeL": "rougeL", "mean_length": "tokens", "clipped_ratio": "clipped"}.items():
+        if written:
+            figures[name] = ([fmean(each[column] for each in of_row) for of_row in written], [1.0] * len(rows))
+    return figures
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _write_report(output_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
+    from amid_trl.plotting import comparison_figure
+
+    markdown = table(results)
+    write_whole(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
+    write_whole(output_dir / "comparison.md", markdown)
+    (output_dir / "comparison.png").write_bytes(comparison_figure(results))
+    print(f"\n{markdown}")
+    return results
