@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
-from amid_trl._trl import forward_redirection
+from amid_trl._trl import causal_lm, forward_redirection
 
 
 T = TypeVar("T")
 
 
-def check_fsdp(accelerator: Accelerator) -> None:
+def check_fsdp(accelerator: Accelerator, student: nn.Module) -> None:
     """Refuse what would not train or leave no model; have FSDP2 return our sums as they are, not in half precision."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -27,6 +27,17 @@ def check_fsdp(accelerator: Accelerator) -> None:
     if plugin.state_dict_type.name != "FULL_STATE_DICT":
         raise ValueError(
             f"fsdp_state_dict_type={plugin.state_dict_type.name} would save no model at the end; set FULL_STATE_DICT"
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "FSDP2's cpu_offload is not supported: it would leave the teacher's head on the CPU, away from the hidden "
+            "states that the loss multiplies by it; DeepSpeed ZeRO-3 has offload_param and offload_optimizer"
+        )
+    classes = {type(module).__name__ for module in student.modules()}
+    if unknown := [name for name in plugin.transformer_cls_names_to_wrap or () if name not in classes]:
+        raise ValueError(
+            f"transformer_layer_cls_to_wrap names {', '.join(unknown)}, of which the student, a "
+            f"{type(causal_lm(student)).__name__}, has no module; the teacher's layers are found by themselves"
         )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)

@@ -168,7 +168,7 @@ class AMiDTrainer(GKDTrainer):
         if self.aux_loss_enabled:
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
         _trl.announce_head(self.model)
-        check_fsdp(self.accelerator)
+        check_fsdp(self.accelerator, self.model)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         run = (lambda: self.model_wrapped, args, self.accelerator)
         known = (tokenizer, self.vocabulary, self._positions, self.train_dataset, self.eval_dataset)

@@ -3,8 +3,9 @@
     python benchmarks/engine_memory.py
 
 needs the wheels of examples/embedded.py and the extra `deepspeed`. SmolLM2-135M-Instruct teaches itself less six
-layers, all weights are trained with AdamW, everything in float32. Every engine is launched anew; engine_memory.md and
-engine_memory.json are written at the end.
+layers, all weights are trained with AdamW, everything in float32. Beside each figure stands what the table that is
+printed when training begins has said. Every engine is launched anew; engine_memory.md and engine_memory.json are
+written at the end.
 """
 
 import argparse
@@ -23,16 +24,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from measure import MB, ROOT, about, about_line, cost, replace_file, resident_mb
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.memory import optimizer_state, weights
+from amid_trl.memory import expected_gradients, expected_optimizer_state, optimizer_state, weights
 from amid_trl.student import drop_layers, parse_layers
 
 
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]
 
 from embedded import load_teacher, questions
+from engine_worker import shard_on_cpus
 
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "amid_trl")
@@ -43,13 +47,14 @@ MAX_LENGTH = 64
 DROPPED_LAYERS = "16-21"
 
 
-def zero(stage: int) -> dict[str, Any]:
-    """With small buckets: DeepSpeed's default has room for all of this student's gradients, and stage 2 saves none."""
+def zero(stage: int, **own: int) -> dict[str, Any]:
+    """Buckets by the model's width: DeepSpeed's default one has room for all gradients of this student."""
+    by_width = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": "auto"},
+        "zero_optimization": {"stage": stage, **dict.fromkeys(by_width, "auto"), **own},
     }
 
 
@@ -60,9 +65,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"deepspeed": zero(1)},
     "zero2": {"deepspeed": zero(2)},
     "zero3": {"deepspeed": zero(3)},
+    "zero3, live 0": {"deepspeed": zero(3, stage3_max_live_parameters=0, stage3_max_reuse_distance=0)},
+    "fsdp2": {"fsdp": True},
 }
 
-# Bytes that are counted, in the order of the table.
+# What is counted, in the order of the table.
 COUNTED = ("student", "gradients", "optimizer", "teacher")
 
 Record = dict[str, Any]
@@ -73,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.engine is not None:
-        return measure(args.engine, args.student, args.teacher, args.output)
-
+        measure(args.engine, args.student, args.teacher, args.output)
+        return
     with tempfile.TemporaryDirectory() as folder:
         student, teacher = args.student, args.teacher
         if student is None or teacher is None:
@@ -119,7 +126,7 @@ def launch(engine: str, student: Path, teacher: Path, threads: int) -> Record:
         command = [sys.executable, *([] if processes == 1 else launcher), __file__, *what]
         subprocess.run(command, env=environment, check=True, timeout=600)
         ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank*.json"))]
-    record = {"engine": engine, "processes": processes, "ranks": ranks}
+    record = {"engine": engine, "ranks": ranks}
     print(json.dumps(record), flush=True)
     return record
 
@@ -129,6 +136,9 @@ def launch(engine: str, student: Path, teacher: Path, threads: int) -> Record:
 
 def measure(engine: str, student: Path, teacher: Path, folder: Path) -> None:
     """Train two steps, then count what is there; gradients were counted while they arose."""
+    libraries = resident_mb("VmRSS") * MB
+    if engine == "fsdp2":
+        shard_on_cpus()
     trainer = AMiDTrainer(
         model=str(student),
         teacher_model=str(teacher),
@@ -138,7 +148,6 @@ def measure(engine: str, student: Path, teacher: Path, folder: Path) -> None:
             per_device_train_batch_size=1,
             max_length=MAX_LENGTH,
             lmbda=0.0,
-            logging_steps=1,
             use_cpu=True,
             bf16=False,
             save_strategy="no",
@@ -148,42 +157,58 @@ def measure(engine: str, student: Path, teacher: Path, folder: Path) -> None:
         ),
         train_dataset=Dataset.from_list(questions().train[: 4 * STEPS * PROCESSES]),
     )
-    gradients = MostGradients(trainer, engine)
+    trainer.add_callback(watch := Watch(trainer, engine))
     cost(trainer.train, "cpu")  # from here the peak is that of training, without loading
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     record = {
         "student": sum(weights(trainer.model).values()),
-        "gradients": gradients.bytes,
+        "gradients": watch.gradients,
         "optimizer": sum(optimizer_state(trainer.optimizer, trainer.model).values()),
         "teacher": sum(weights(trainer.teacher_model).values()),
+        "said": watch.said,
+        "libraries": libraries,
         "resident": resident_mb("VmRSS") * MB,
         "peak": resident_mb("VmHWM") * MB,
-        "trained": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad),
-        "logged": {name: trainer.state.log_history[-2][f"memory/{name}_gib"] for name in ("student", "teacher")},
     }
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(record))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-class MostGradients:
-    """The most bytes that the student's gradients took at any time of a backward pass."""
+class Watch(TrainerCallback):
+    """What the table says when training begins, and the most bytes of gradients at any time of a backward pass."""
 
     def __init__(self, trainer: AMiDTrainer, engine: str):
-        """Count whenever a parameter has got its gradient, before the engine takes it away."""
-        self.bytes = 0
+        """Nothing is known before the engine has the student."""
+        self.said: dict[str, int | None] = {}
+        self.gradients = 0
         self._trainer, self._engine = trainer, engine
-        self._trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+    def on_train_begin(self, args: Any, state, control, **kwargs):
+        """Count from now on whenever a gradient has been handed on."""
+        model, optimizer, accelerator = kwargs["model"], kwargs["optimizer"], self._trainer.accelerator
+        self.said = {
+            "student": sum(weights(model).values()),
+            "gradients": expected_gradients(model, accelerator),
+            "optimizer": expected_optimizer_state(optimizer, model, accelerator),
+            "teacher": sum(weights(self._trainer.teacher_model).values()),
+        }
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._trained:
             parameter.register_post_accumulate_grad_hook(self._count)
 
     def _count(self, _: nn.Parameter) -> None:
         # By tensor and not by storage: for a while they may lie in ZeRO's bucket, which is larger than they are.
-        now = sum(parameter.grad.nbytes for parameter in self._trained if parameter.grad is not None)
-        if self._engine == "zero3":  # where this process's share of them is collected
+        now = sum(_local(parameter.grad).nbytes for parameter in self._trained if parameter.grad is not None)
+        if self._engine.startswith("zero3"):  # where this process's share of them is collected
             now += self._trainer.model_wrapped.optimizer.grad_partitions_flat_buffer.nbytes
-        self.bytes = max(self.bytes, now)
+        self.gradients = max(self.gradients, now)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part, under FSDP2."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- What came of them ----
@@ -191,20 +216,24 @@ class MostGradients:
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown: of every engine, the process that holds most."""
-    trained = results["records"][0]["ranks"][0]["trained"]
+    records = results["records"]
+    everybody = [rank for record in records for rank in record["ranks"]]
+    trained = records[0]["ranks"][0]["gradients"] // 4  # float32, and nothing of one process is divided
     lines = [
         "# Memory per process, by engine",
         "",
         f"SmolLM2-135M-Instruct teaches itself less layers {DROPPED_LAYERS}: all {trained:,} weights are "
         f"trained with AdamW, everything in float32, one row of at most {MAX_LENGTH} tokens in every process, {STEPS} "
         f"steps; {PROCESSES} processes, but one under `single`.",
-        "MB (10^6 bytes) in the process that has most. Student, optimizer and teacher are what lies there after the "
-        "last step, gradients the most that lay there in a backward pass. Resident is the whole process after the "
-        "last step, Python and its libraries included, peak the most it ever was.",
+        "MB (10^6 bytes) in the process that has most; in brackets what the table said when training began. Student, "
+        "optimizer and teacher are what lies there after the last step, gradients the most that lay there at a time. "
+        "Resident is the whole process after the last step, peak the most that it was in training; in both Python and "
+        f"its libraries take up to {most(everybody, 'libraries'):.0f}. `live 0` sets `stage3_max_live_parameters` and "
+        "`stage3_max_reuse_distance` to 0.",
         "",
         f"| engine | {' | '.join(COUNTED)} | together | resident | peak |",
         "|---" * (len(COUNTED) + 4) + "|",
-        *(f"| {record['engine']} | {' | '.join(_megabytes(record))} |" for record in results["records"]),
+        *(f"| {record['engine']} | {' | '.join(_cells(record['ranks']))} |" for record in records),
         "",
         about_line(results["about"]),
         "",
@@ -212,10 +241,16 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _megabytes(record: Record) -> list[str]:
-    ranks = [rank | {"together": sum(rank[name] for name in COUNTED)} for rank in record["ranks"]]
-    columns = (*COUNTED, "together", "resident", "peak")
-    return [f"{max(rank[name] for rank in ranks) / MB:.0f}" for name in columns]
+def _cells(ranks: list[Record]) -> list[str]:
+    measured = [rank | {"together": sum(rank[name] for name in COUNTED)} for rank in ranks]
+    said = [rank["said"] | {"together": sum(rank["said"].values())} for rank in ranks]
+    counted = [f"{most(measured, name):.0f} ({most(said, name):.0f})" for name in (*COUNTED, "together")]
+    return [*counted, *(f"{most(measured, name):.0f}" for name in ("resident", "peak"))]
+
+
+def most(ranks: list[Record], name: str) -> float:
+    """MB in the process that has most of it."""
+    return max(rank[name] for rank in ranks) / MB
 
 
 if __name__ == "__main__":

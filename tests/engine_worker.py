@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model
 from tiny import CORPUS, messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -139,7 +140,8 @@ def run(
         trainer.evaluate()
     if trains:
         trainer.train(None if resumes is None else str(output_dir.parent / resumes / "checkpoint-2"))
-    resident = [stored_bytes(model) for model in (trainer.model, trainer.teacher_model) if model is not None]
+    models_held = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    resident = [stored_bytes(model) for model in models_held]
     trainer.evaluate()
     if trains:
         trainer.save_model()
@@ -147,6 +149,7 @@ def run(
         "log": trainer.state.log_history,
         "lengths": lengths,
         "bytes": resident,
+        "parts": [parts(model) for model in models_held],
         "logits": logits(trainer.model.eval()),
     }
 
@@ -183,6 +186,11 @@ def stored_bytes(model: nn.Module) -> int:
     weights += [weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor")]  # ZeRO-3's
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in weights}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def parts(model: nn.Module) -> list[str]:
+    """The classes of the modules that FSDP2 gathers by themselves."""
+    return [type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def logits(model: nn.Module) -> list:

@@ -1,12 +1,16 @@
 """The benchmarks measure what they say: real runs at tiny sizes, memory of a known size, invented records."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +24,14 @@ def linear_loss(monkeypatch):
     import linear_loss
 
     return linear_loss
+
+
+@pytest.fixture
+def engine_memory(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import engine_memory
+
+    return engine_memory
 
 
 @pytest.fixture
@@ -134,3 +146,55 @@ def test_what_cannot_fit_is_reported_and_not_run(linear_loss, monkeypatch):
     refused = linear_loss.measured_or_refused("dense_gkd", (4096, 49152), records, args)
     assert refused["failure"] == "out of memory (needs about 16 GB)"
     assert "failure" not in linear_loss.measured_or_refused("dense_gkd", (2048, 49152), records, args)
+
+
+def test_the_process_that_holds_most_stands_for_its_engine(engine_memory):
+    def rank(megabytes):
+        size = megabytes * 10**6
+        others = {"libraries": 5 * 10**6, "resident": 7 * size, "peak": 8 * size}
+        counted = engine_memory.COUNTED
+        return dict.fromkeys(counted, size) | others | {"said": dict.fromkeys(counted, 2 * size)}
+
+    about = {"date": "", "command": "", "revision": "", "device": "cpu", "cpu": "", "threads": 1, "cores": 1}
+    about |= {"logical_cpus": 1, "ram_gb": 1, "versions": {}}
+    text = engine_memory.report({"about": about, "records": [{"engine": "zero1", "ranks": [rank(12), rank(10)]}]})
+    assert "| zero1 | 12 (24) | 12 (24) | 12 (24) | 12 (24) | 48 (96) | 84 | 96 |" in text
+    assert "all 3,000,000 weights" in text and "take up to 5." in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(find_spec, ("deepspeed", "chatterbot_corpus"))) or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="needs the extra `deepspeed`, a C++ compiler and the wheels of `make install`",
+)
+def test_every_engine_is_measured_in_processes_of_its_own(tmp_path):
+    tokenizer = tiny_tokenizer()
+    # So wide that DeepSpeed divides every matrix, the teacher's too.
+    for name, mlp in (("student", 512), ("teacher", 768)):
+        save_tiny(tmp_path / name, tiny_llama(tokenizer, hidden_size=512, intermediate_size=mlp), tokenizer)
+    pair = ("--student", tmp_path / "student", "--teacher", tmp_path / "teacher")
+    command = [sys.executable, BENCHMARKS / "engine_memory.py", *pair, "--output", tmp_path / "results"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=280)
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"engine_memory.md", "engine_memory.json"}
+    records = json.loads((tmp_path / "results" / "engine_memory.json").read_text())["records"]
+    ranks = {record["engine"]: record["ranks"] for record in records}
+    processes = {engine: len(found) for engine, found in ranks.items()}
+    assert processes == {"single": 1, **dict.fromkeys(("ddp", "zero1", "zero2", "zero3", "zero3, live 0", "fsdp2"), 2)}
+
+    [one] = ranks["single"]
+    trained = one["gradients"] // 4
+    # Numbers of every trained weight that a process holds: of weights, gradients, moments with ZeRO's copy.
+    shares = {"ddp": (1, 1, 2), "zero1": (1, 1, 3 / 2), "zero2": (1, 1 / 2, 3 / 2), "fsdp2": (1 / 2, 1 / 2, 1)}
+    shares |= dict.fromkeys(("zero3", "zero3, live 0"), (1 / 2, 1 / 2, 3 / 2))
+    for engine, (of_weights, of_gradients, of_optimizer) in shares.items():
+        for rank in ranks[engine]:
+            assert rank["student"] == pytest.approx(of_weights * one["student"], rel=0.02), engine
+            assert rank["teacher"] == pytest.approx(of_weights * one["teacher"], rel=0.02), engine
+            assert rank["optimizer"] == pytest.approx(4 * of_optimizer * trained, rel=0.02), engine
+            # Under ZeRO-2 and 3 also what has not been handed on yet: a bucket, which takes one matrix.
+            gradients = 4 * of_gradients * trained
+            assert 0.99 * gradients <= rank["gradients"] <= gradients + 1.1 * 4 * 512 * 512, engine
+            assert rank["said"]["gradients"] == pytest.approx(gradients), engine
+            for name in ("student", "optimizer", "teacher"):
+                assert rank["said"][name] == pytest.approx(rank[name], rel=0.02), (engine, name)
+            assert rank["libraries"] < rank["resident"] <= rank["peak"]

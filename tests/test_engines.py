@@ -79,6 +79,21 @@ RESUMED = {
     "whole, lora": {**SAVING, "lora": {}},
     "resumed, lora": {**SAVING, "lora": {}, "resumes": "whole, lora"},
 }
+# The pair has changed places because the student stops too early to answer anything right, and the steps are so long
+# that it soon forgets what it got right.
+ANSWERING = {
+    "student": "teacher",
+    "teacher": "student",
+    "learning_rate": 3.0,
+    "eval_generate": True,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_rougeL",
+}
+BEST = {"best answers": ANSWERING, "best answers, lora": {**ANSWERING, "lora": {}}}
 # A teacher whose engine is not the student's.
 SHARDED = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
 PLACED = {
@@ -148,7 +163,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(engine, models, tmp_path_factory) -> Runs:
-    cases = TRAINED | MERGED | EVALUATED | RESUMED | READING | SKIPPED | (PLACED if "zero" in engine else {})
+    cases = TRAINED | MERGED | EVALUATED | RESUMED | BEST | READING | SKIPPED | (PLACED if "zero" in engine else {})
     return launch(models, tmp_path_factory.mktemp(engine), engine, cases)
 
 
@@ -235,6 +250,17 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(two, student):
         assert len(before["lengths"]) > len(after["lengths"]) > 0  # the first two steps are not made again
         assert_equal_figures(after, before, rel=1e-6)
     assert_equal_weights(two.folder / resumed, two.folder / whole, rtol=0)
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_the_student_that_answers_best_is_kept(two, case):
+    for rank in two.ranks[case]:
+        *during, after = [entry for entry in rank["log"] if "eval_rougeL" in entry]
+        best = max(during, key=lambda entry: entry["eval_rougeL"])
+        assert best["eval_rougeL"] > during[-1]["eval_rougeL"]
+        assert after["eval_rougeL"] == best["eval_rougeL"]
+        assert after["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
+    assert_equal_weights(two.folder / case, two.folder / case / f"checkpoint-{best['step']}", rtol=0)
 
 
 def test_zero_3_and_fsdp2_halve_what_a_process_holds(engine, two, one):

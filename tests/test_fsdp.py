@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from test_engines import ENVIRONMENT, assert_equal_figures, assert_equal_weights, figures
-from tiny import save_tiny, tiny_gpt2, tiny_tokenizer
+from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from amid_trl.fsdp import check_fsdp
 
@@ -22,6 +22,7 @@ OWN = {
     "layers of another class": {"student": "gpt2"},
     "checkpointed by FSDP2": {"gradient_checkpointing": False, "fsdp_config": {"activation_checkpointing": True}},
     "adapter as teacher": {"teacher": "tied_adapter"},
+    "layers by name": {"teacher": "gpt2", "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
     "loaded once": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
 }
 WRITING = {
@@ -66,6 +67,13 @@ def test_two_processes_train_like_one(two, models, tmp_path, case):
     assert_equal_weights(folder / case, tmp_path)
 
 
+def test_a_teacher_of_another_class_is_divided_by_its_own_layers(two):
+    _, ranks = two
+    for rank in ranks["layers by name"]:
+        student, teacher = rank["parts"]
+        assert student.count("FSDPLlamaDecoderLayer") == teacher.count("FSDPGPT2Block") == 2
+
+
 def test_layers_are_gathered_once_for_a_window_or_for_each_token(two):
     _, ranks = two
     longest = [
@@ -92,7 +100,7 @@ def plugin(**settings) -> FullyShardedDataParallelPlugin:
 
 
 def check(plugin: FullyShardedDataParallelPlugin) -> None:
-    check_fsdp(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    check_fsdp(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), tiny_llama(tiny_tokenizer()))
 
 
 def test_half_precision_is_that_of_the_layers_and_not_of_the_sums():
@@ -108,6 +116,11 @@ def test_half_precision_is_that_of_the_layers_and_not_of_the_sums():
     [
         ({"fsdp_version": 1}, "FSDP1 is not supported"),
         ({"state_dict_type": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT would save no model"),
+        ({"cpu_offload": True}, "cpu_offload is not supported: .* DeepSpeed ZeRO-3 has offload_param"),
+        (
+            {"transformer_cls_names_to_wrap": ["LlamaDecoderLayer", "GPT2Block"]},
+            "names GPT2Block, of which the student, a LlamaForCausalLM, has no module; the teacher's",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused(settings, message):

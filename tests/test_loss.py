@@ -165,3 +165,12 @@ def test_the_first_token_of_a_row_is_not_counted(train):
     trainer.train()
     [(batches, count)] = seen.windows
     assert int(count) == sum(int((batch["labels"] != -100).sum()) - len(batch["labels"]) for batch in batches)
+
+
+@pytest.mark.parametrize(("averages", "factor"), [(True, 2), (False, 1)])
+def test_a_count_of_all_processes_is_made_up_for_where_gradients_are_averaged(train, monkeypatch, averages, factor):
+    trainer = train(average_tokens_across_devices=averages)
+    batch = next(iter(trainer.get_train_dataloader()))
+    alone = trainer.compute_loss(trainer.model, batch, num_items_in_batch=7)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch, num_items_in_batch=7), factor * alone)

@@ -341,6 +341,13 @@ def test_a_config_of_another_trainer_is_refused(student, teacher, tokenizer, tmp
         )
 
 
+def test_a_process_that_sees_several_gpus_is_refused(train, monkeypatch):
+    # By SFTTrainer: transformers would wrap the student in nn.DataParallel, whose replicas our loss does not run.
+    monkeypatch.setattr(AMiDConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"nn.DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        train()
+
+
 def test_logits_processing_is_refused(tmp_path, student, teacher, tokenizer):
     with pytest.raises(ValueError, match="logits are never held"):
         AMiDTrainer(
