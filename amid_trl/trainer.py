@@ -60,7 +60,7 @@ from amid_trl.teacher import (
 )
 from amid_trl.teachers import open_teacher, student_alone
 from amid_trl.token_loss import DistillationTokenLoss
-from amid_trl.validation import check_evaluation_set
+from amid_trl.validation import check_evaluation
 from amid_trl.windows import WINDOW_MEANS, Windows
 from amid_trl.writers import ModelWriter, VLLMWriter, Writer, require_vllm, writer_config
 
@@ -132,7 +132,7 @@ class AMiDTrainer(GKDTrainer):
         student, teacher, tokenizer = load_models(
             model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None
         )
-        check_evaluation_set(args, eval_dataset)
+        check_evaluation(args, eval_dataset, compute_metrics)
         if is_peft_model(student) and peft_config is not None:
             folder = Path(args.output_dir, "merged_base")
             student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)

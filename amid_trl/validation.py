@@ -12,6 +12,8 @@ from amid_trl.sampling import FRESH_PARTS, AdaptiveShare
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from amid_trl.config import AMiDConfig
 
 # SFTConfig options that this trainer cannot honour: a value other than the one given here is refused.
@@ -108,8 +110,6 @@ def check_config(config: AMiDConfig) -> None:
         raise ValueError(f"assistant_turns must be 'all' or 'last'; got {config.assistant_turns!r}")
     if config.nonfinite_loss not in ("stop", "skip"):
         raise ValueError(f"nonfinite_loss must be 'stop' or 'skip'; got {config.nonfinite_loss!r}")
-    if (config.metric_for_best_model or "").endswith("rougeL") and not config.eval_generate:
-        raise ValueError(f"metric_for_best_model={config.metric_for_best_model!r} needs eval_generate=True")
     _check_sampling(config)
     _check_vllm(config)
     _check_placement(config)
@@ -219,8 +219,11 @@ def _check_absent_teacher(config: AMiDConfig) -> None:
     without_effect(config, ("distill_temperature",), "on a teacher of which only the likeliest tokens are known")
 
 
-def check_evaluation_set(config: AMiDConfig, evaluation_set: Any) -> None:
-    """Refuse several evaluation sets where the share of student text follows the loss of one."""
+def check_evaluation(config: AMiDConfig, evaluation_set: Any, compute_metrics: Callable | None) -> None:
+    """Refuse several sets where the share of student text follows the loss of one, and a metric that none measures."""
+    best = config.metric_for_best_model or ""
+    if best.endswith("rougeL") and not config.eval_generate and compute_metrics is None:
+        raise ValueError(f"metric_for_best_model={best!r} needs eval_generate=True")
     if config.sampling == "adaptive" and isinstance(evaluation_set, dict):
         raise ValueError(f"sampling='adaptive' follows one evaluation set; got {', '.join(evaluation_set)}")
 

@@ -103,3 +103,10 @@ def test_without_rouge_score_the_extra_is_named(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ImportError, match=r"pip install 'amid-trl\[eval\]'"):
         train(eval_generate=True)
+
+
+def test_a_best_model_by_answers_that_nobody_writes_is_refused(train):
+    settings = {"metric_for_best_model": "eval_rougeL", "eval_dataset": messages_dataset(2)}
+    with pytest.raises(ValueError, match="metric_for_best_model='eval_rougeL' needs eval_generate=True"):
+        train(**settings)
+    train(**settings, compute_metrics=lambda predictions: {"rougeL": 1.0})

@@ -138,7 +138,6 @@ REFUSED = [
         r"replay_capacity=31 is smaller than a window: one process trains on 32 rows",
     ),
     ({"sampling": "adaptive"}, r"sampling='adaptive' follows the loss of the evaluation set; set eval_strategy"),
-    ({"metric_for_best_model": "eval_rougeL"}, r"metric_for_best_model='eval_rougeL' needs eval_generate=True"),
     ({"packing": True}, r"does not support packing=True"),
     ({"padding_free": True}, r"does not support padding_free=True"),
     ({"loss_type": "dft"}, r"does not support loss_type='dft'"),
