@@ -79,7 +79,7 @@ def unwrap_model_for_generation(
     transformers puts one on the embeddings whenever checkpointing is turned on, and does not take it off again.
     """
     inner = causal_lm(accelerator.unwrap_model(model))
-    if inner.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
         inner.disable_input_require_grads()
     return _unwrap_model_for_generation(model, accelerator, **settings)
 
@@ -201,8 +201,15 @@ def launch_arguments(launch_args: list[str], module: str, script_args: list[str]
 
     accelerate itself refuses a file without a number. A machine without accelerators counts as one device, and all
     machines as alike.
+
+    Raises:
+        ValueError: a flag that accelerate does not know either.
     """
-    args = launch_command_parser().parse_args([*launch_args, "-m", module, *script_args])
+    parser = launch_command_parser()
+    flags = [text.split("=")[0] for text in launch_args if text.startswith("--")]
+    if unknown := [flag for flag in flags if flag not in parser._option_string_actions]:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+    args = parser.parse_args([*launch_args, "-m", module, *script_args])
     if args.config_file is not None and args.num_processes is None:
         defaults = load_config_from_file(args.config_file)
         if defaults.num_processes == -1:
@@ -216,6 +223,8 @@ def accelerate_launch(launch_args: list[str], module: str, script_args: list[str
 
     Raises:
         subprocess.CalledProcessError: a single process has failed.
+        ChildFailedError: one of several has.
+        SignalException: SIGTERM ended several.
     """
     args = launch_arguments(launch_args, module, script_args)
     previous = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in psutil.Process().children()])

@@ -49,7 +49,7 @@ def objective_card(config: AMiDConfig, objective: Objective) -> str:
         settings["pretrain_weight"] = config.pretrain_weight
     settings |= {"sampling temperature": config.temperature}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
-    return f"\n## Objective\n\nTrained with `amid_trl.AMiDTrainer`.\n\n| setting | value |\n|---|---|\n{rows}\n"
+    return f"\n\n## Objective\n\nTrained with `amid_trl.AMiDTrainer`.\n\n| setting | value |\n|---|---|\n{rows}\n"
 
 
 def _term(term: Term) -> str:

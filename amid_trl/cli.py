@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = {"evaluate": _evaluate, "compare": _compare, "init-student": _init_student, "merge": _merge}
         return work[args.command](args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"amid-trl {args.command}: {error}", file=sys.stderr)
-        return 2
+        return _refuse(args.command, error)
+
+
+def _refuse(command: str, error: Exception) -> int:
+    print(f"amid-trl {command}: {error}", file=sys.stderr)
+    return 2
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -93,19 +97,29 @@ def _launch(command: str, argv: list[str]) -> int:
         train.run(argv, import_module(LAUNCHED[command]).main)
         return 0
 
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     from amid_trl import accelerate_configs
     from amid_trl._trl import accelerate_launch
 
-    argv = recipes.resolve(argv)
-    # Parsed here once, so that --help and mistakes show at once; what the parser does not know is for accelerate.
-    *_, from_config, from_flags = train.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    launch_args = accelerate_configs.resolve([*from_config, *from_flags])
     try:
+        argv = recipes.resolve(argv)
+        # Parsed here once, so that --help and mistakes show at once; what the parser does not know is for accelerate.
+        *_, from_config, from_flags = train.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        launch_args = accelerate_configs.resolve([*from_config, *from_flags])
         accelerate_launch(launch_args, LAUNCHED[command], _without(argv, from_flags))
-    except subprocess.CalledProcessError as error:  # the process itself has said why
+    except (ValueError, OSError) as error:
+        return _refuse(command, error)
+    # The processes themselves have said why.
+    except subprocess.CalledProcessError as error:
         return error.returncode
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 

@@ -47,9 +47,10 @@ def compare(file: str | Path, output_dir: str | Path, report_only: bool = False)
     if not report_only:
         check_configs(comparison)
         for number, (work, folder) in enumerate(folders.items(), start=1):
+            print(f"{number}/{len(folders)} {work[0]}, seed {work[1]} ({folder / LOG}): ", end="", flush=True)
             outcome = _run(comparison, folder, comparison.settings(*work))
             again = " already" if work in finished and not outcome else ""
-            print(f"{number}/{len(folders)} {work[0]}, seed {work[1]}: {outcome or 'done'}{again}", flush=True)
+            print(f"{outcome or 'done'}{again}", flush=True)
     results = {work: result for work, folder in folders.items() if (result := _result(comparison, folder)) is not None}
     if not results:
         raise ValueError(f"{output_dir} holds no finished run to report")

@@ -63,7 +63,8 @@ def build_trainer(
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Train, save, and push if asked to."""
     trainer = build_trainer(script_args, training_args, model_args, dataset_args)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
 
     trainer.save_model(training_args.output_dir)

@@ -163,6 +163,7 @@ def test_the_process_that_holds_most_stands_for_its_engine(engine_memory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(
     not all(map(find_spec, ("deepspeed", "chatterbot_corpus"))) or shutil.which(os.environ.get("CXX", "c++")) is None,
     reason="needs the extra `deepspeed`, a C++ compiler and the wheels of `make install`",
@@ -174,7 +175,7 @@ def test_every_engine_is_measured_in_processes_of_its_own(tmp_path):
         save_tiny(tmp_path / name, tiny_llama(tokenizer, hidden_size=512, intermediate_size=mlp), tokenizer)
     pair = ("--student", tmp_path / "student", "--teacher", tmp_path / "teacher")
     command = [sys.executable, BENCHMARKS / "engine_memory.py", *pair, "--output", tmp_path / "results"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=280)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=580)
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"engine_memory.md", "engine_memory.json"}
     records = json.loads((tmp_path / "results" / "engine_memory.json").read_text())["records"]
     ranks = {record["engine"]: record["ranks"] for record in records}

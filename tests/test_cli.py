@@ -63,22 +63,45 @@ def test_every_way_to_launch_trains_the_same_student(launcher, tmp_path, tiny_di
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_sigterm_reaches_the_training_and_its_status_comes_back(tmp_path, tiny_dir, data_dir):
+@pytest.mark.parametrize("launch", [["--num_processes=1"], ["--accelerate_config=ddp", "--num_processes=2"]])
+def test_sigterm_reaches_the_training_whose_status_comes_back(tmp_path, tiny_dir, data_dir, launch):
     arguments = [
         *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)),
         *("--dataset_name", str(data_dir), "--output_dir", str(tmp_path), *SETTINGS),
         *("--max_steps=100000", "--save_strategy=steps", "--save_steps=5", "--save_total_limit=2"),
     ]
-    process = subprocess.Popen([*LAUNCHERS["amid-trl train"], *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    command = [LAUNCHERS["amid-trl train"][0], "train", *launch, *arguments]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
     end = time.monotonic() + 120
     while not (tmp_path / "checkpoint-5" / "trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
-    [training] = psutil.Process(process.pid).children()
+    training = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and b"SIGTERM: training has stopped" in errors
-    assert not training.is_running()
+    assert b"Traceback" not in errors
+    assert not any(child.is_running() for child in training)
+    last = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    run(*command, "--resume_from_checkpoint=true", f"--max_steps={last + 1}", "--save_steps=1")
+    assert (tmp_path / f"checkpoint-{last + 1}").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objektive", "kd"], "unknown arguments: --objektive"),
+        (["--divergence", "foo"], "divergence must be one of kl, "),
+        (["--accelerate_config", "nosuch"], "neither a file nor a configuration"),
+        (["--config", "nosuch"], "nosuch"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert cli.main(["train", "--output_dir", str(tmp_path), "--use_cpu", "--bf16=False", *flags]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("amid-trl train: ") and message in line
 
 
 def test_a_yaml_file_is_the_same_as_flags_and_flags_win(tmp_path, tiny_dir, data_dir):

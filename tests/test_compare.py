@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -135,7 +136,7 @@ def test_the_report_alone_says_what_is_missing(own_copy, capsys):
 def test_a_finished_comparison_trains_nothing(own_copy, capsys):
     file, out = own_copy
     assert compare(file, out)["missing"] == []
-    assert capsys.readouterr().out.count(": done already\n") == 4
+    assert capsys.readouterr().out.count("): done already\n") == 4
 
 
 # ---- Results that are of something else ----
@@ -233,7 +234,8 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_past_a_run_that_fails(con
     assert json.loads((folder / "result.json").read_text())["work"]["steps"] == steps
     assert (folder / "log.txt").read_text().count("{'loss'") == steps  # none was made twice
     assert done.returncode == 1
-    assert "broken, seed 0: FAILED with status 1" in done.stdout and "/there/is/none" in done.stdout
+    assert re.search(r"broken, seed 0 \(.*log.txt\): FAILED with status 1", done.stdout)
+    assert "/there/is/none" in done.stdout
     assert "**Missing**: `broken`, seed 0." in (out / "comparison.md").read_text()
     assert not list(out.glob("broken/*/result.json"))
 
@@ -269,7 +271,7 @@ def test_students_are_evaluated_and_their_answers_compared(content, tmp_path, ca
     assert [differences[metric]["rows"] for metric in change["metrics"]] == [5, 5, None]
 
     compare(file, out)  # in this process, and at once: there is nothing left to do
-    assert capsys.readouterr().out.count(": done already\n") == 2
+    assert capsys.readouterr().out.count("): done already\n") == 2
     change["evaluate"]["max_new_tokens"] = 5
     with pytest.raises(ValueError, match=r"kd/seed-0 holds a run of other settings: max_new_tokens 4, not 5\. "):
         compare(written(tmp_path, content | change), out)

@@ -130,22 +130,17 @@ def launch(models: Path, folder: Path, engine: str, cases: dict[str, dict]) -> R
     return Runs(folder, ranks)
 
 
-def param(engine: str, *marks) -> object:
-    # All tests of an engine in one worker of pytest-xdist: they share one launch.
-    return pytest.param(engine, marks=[pytest.mark.xdist_group(engine), *marks])
-
-
 # On a CPU DeepSpeed builds its communication when it is first used.
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
     reason="needs the extra `deepspeed` and a C++ compiler",
 )
 ENGINES = [
-    param("ddp"),
-    param("zero1", needs_deepspeed, pytest.mark.slow),
-    param("zero2", needs_deepspeed, pytest.mark.slow),
-    param("zero3", needs_deepspeed),
-    param("fsdp2"),
+    "ddp",
+    pytest.param("zero1", marks=[needs_deepspeed, pytest.mark.slow]),
+    pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.slow]),
+    pytest.param("zero3", marks=needs_deepspeed),
+    "fsdp2",
 ]
 
 

@@ -54,9 +54,6 @@ def two(models, tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
     return folder, ranks
 
 
-pytestmark = pytest.mark.xdist_group("fsdp")  # one launch serves all
-
-
 @pytest.mark.parametrize("case", OWN)
 def test_two_processes_train_like_one(two, models, tmp_path, case):
     folder, ranks = two
