@@ -1,6 +1,5 @@
 """Folders that commands write results to: files that are whole, one process at a time, the versions behind them."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -8,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -29,6 +29,11 @@ def write_whole(file: Path, content: str | bytes) -> None:
 def sole_use(folder: Path) -> Iterator[None]:
     """Make the folder if there is none; wait for a process that works in it, such as one whose parent was killed."""
     folder.mkdir(parents=True, exist_ok=True)
+    if find_spec("fcntl") is None:  # Windows, where nobody waits
+        yield
+        return
+    import fcntl
+
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
