@@ -57,7 +57,7 @@ def whole_checkpoint(
     if accelerator.is_main_process:
         mark.unlink()
         rotate_checkpoints(run_dir, limit, state.best_model_checkpoint, use_mtime=True)
-    accelerator.wait_for_everyone()  # a process that may leave then, and make the launcher end the others
+    accelerator.wait_for_everyone()  # after SIGTERM all leave next, and the launcher ends the others with the first
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | bool | None:
