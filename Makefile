@@ -7,7 +7,6 @@ INSTALLED := $(VENV)/.installed
 SOAK_SECONDS ?= 1800
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
-export TRL_EXPERIMENTAL_SILENCE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo test test-all soak bench lint clean

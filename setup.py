@@ -11,10 +11,8 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.46"],
     "eval": ["rouge-score"],
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
-    "sweep": ["optuna", "ray[tune]"],
     "plot": ["matplotlib"],
-    "compare": ["matplotlib", "scipy"],
-    "docs": ["mkdocs-material", "mkdocstrings[python]"],
+    "compare": ["matplotlib", "scipy>=1.15"],
 }
 TEST = [
     "beartype",

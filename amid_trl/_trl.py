@@ -5,7 +5,7 @@ A test lists these names, so that an upgrade which moves one fails there and now
 
 import inspect
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
-from trl.import_utils import is_vllm_available
+from trl.import_utils import is_vllm_available, suppress_experimental_warning
 from trl.models.utils import (
     _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
     prepare_deepspeed,  # shards the teacher like the student under ZeRO-3
@@ -38,8 +38,14 @@ from amid_trl.kernel import Finish
 from amid_trl.linear import Head
 
 
+with suppress_experimental_warning():  # a notice for those who import it; setup.py pins TRL because of it
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+
 __all__ = [
     "ACCELERATE_CONFIGS",
+    "GKDConfig",
+    "GKDTrainer",
     "accelerate_launch",
     "announce_head",
     "backbone_states",
@@ -54,6 +60,7 @@ __all__ = [
     "loaded_whole",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
+    "unknown_to_launcher",
     "unwrap_model_for_generation",
     "use_adapter",
     "vllm_engine",
@@ -205,17 +212,21 @@ def launch_arguments(launch_args: list[str], module: str, script_args: list[str]
     Raises:
         ValueError: a flag that accelerate does not know either.
     """
-    parser = launch_command_parser()
-    flags = [text.split("=")[0] for text in launch_args if text.startswith("--")]
-    if unknown := [flag for flag in flags if flag not in parser._option_string_actions]:
+    if unknown := unknown_to_launcher(launch_args):
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    args = parser.parse_args([*launch_args, "-m", module, *script_args])
+    args = launch_command_parser().parse_args([*launch_args, "-m", module, *script_args])
     if args.config_file is not None and args.num_processes is None:
         defaults = load_config_from_file(args.config_file)
         if defaults.num_processes == -1:
             machines = args.num_machines or defaults.num_machines
             args.num_processes = machines * max(1, torch.accelerator.device_count())
     return args
+
+
+def unknown_to_launcher(arguments: Iterable[str]) -> list[str]:
+    """Those of the flags that `accelerate launch` does not know."""
+    known = launch_command_parser()._option_string_actions
+    return [flag for text in arguments if text.startswith("--") and (flag := text.split("=")[0]) not in known]
 
 
 def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:

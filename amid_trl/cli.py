@@ -1,14 +1,13 @@
 """The command `amid-trl`: train, cache-teacher, evaluate, compare, init-student, merge."""
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
-from amid_trl import evaluation_sets
-from amid_trl.evaluation_results import EvaluationSettings
+from amid_trl.evaluation_options import add_options, given_settings
 
 
 # Commands that run under accelerate, in a module of their own. The last one is what `compare` starts.
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     commands.add_parser("train", help="train a student (options: amid-trl train --help)", add_help=False)
     commands.add_parser("cache-teacher", help="write the teacher's answers that train reads then", add_help=False)
-    _add_evaluate(commands)
+    add_options(commands.add_parser("evaluate", help="measure a model as for the tables of the paper"))
     compare = commands.add_parser("compare", help="the same work through several objectives, with intervals")
     compare.add_argument("file", help="YAML: base, runs, seeds, metrics, budget (docs/compare.md)")
     compare.add_argument("--output-dir", required=True, help="where the runs, the table and the figure are kept")
@@ -57,37 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(command: str, error: Exception) -> int:
     print(f"amid-trl {command}: {error}", file=sys.stderr)
     return 2
-
-
-def _add_evaluate(commands: Any) -> None:
-    defaults = EvaluationSettings
-    evaluate = commands.add_parser("evaluate", help="measure a model as for the tables of the paper")
-    evaluate.add_argument("model", help="name or path of the model, or path of an adapter")
-    evaluate.add_argument("--output-dir", required=True, help="where the results are written, and a run goes on")
-    evaluate.add_argument(
-        "--evaluation-set",
-        help=f"{', '.join(evaluation_sets.names())}, or a file of JSON lines with prompt and reference(s)",
-    )
-    evaluate.add_argument("--teacher", help="a model to compare with, for KL, agreement and perplexity")
-    evaluate.add_argument("--lm-eval", metavar="TASKS", default="", help="tasks of lm-eval-harness, between commas")
-    seeds = " ".join(map(str, defaults.seeds))
-    evaluate.add_argument(
-        "--seeds", type=int, nargs="+", default=defaults.seeds, help=f"of the sampling (default: {seeds})"
-    )
-    numbers = {
-        "batch-size": (int, "prompts at a time"),
-        "max-new-tokens": (int, "bound on a completion, and on what of a reference is scored"),
-        "temperature": (float, "of the sampling"),
-        "top-p": (float, "of the sampling"),
-        "no-repeat-ngram-size": (int, "an n-gram of this size is not written twice; 0: no such rule"),
-        "limit": (int, "only so many rows"),
-    }
-    for name, (kind, what) in numbers.items():
-        default = getattr(defaults, name.replace("-", "_"))
-        shown = "all" if default is None else default
-        evaluate.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: {shown})")
-    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: that of the weights")
-    evaluate.add_argument("--trust-remote-code", action="store_true", help="load code that ships with the models")
 
 
 def _launch(command: str, argv: list[str]) -> int:
@@ -135,18 +103,7 @@ def _without(argv: list[str], removed: list[str]) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    # Settings first: what they refuse does not wait for torch.
-    settings = EvaluationSettings(
-        evaluation_set=args.evaluation_set,
-        seeds=tuple(args.seeds),
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-        limit=args.limit,
-        lm_eval=tuple(task for task in args.lm_eval.split(",") if task),
-    )
+    settings = given_settings(args)  # first: what they refuse does not wait for torch
 
     from amid_trl.evaluate import evaluate
     from amid_trl.evaluation_results import table
@@ -160,7 +117,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from amid_trl.compare import compare
 
-    results = compare(args.file, args.output_dir, report_only=args.report_only)
+    try:
+        results = compare(args.file, args.output_dir, report_only=args.report_only)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 1 if results["missing"] else 0
 
 

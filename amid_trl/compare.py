@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ import yaml
 
 from amid_trl.compare_report import Result, report, table
 from amid_trl.comparison import RESULT, SETTINGS, Comparison, check_configs, read_comparison
-from amid_trl.outputs import fingerprint, write_whole
+from amid_trl.outputs import differences, write_whole
 from amid_trl.statistics import summed
 
 
 LOG = "log.txt"
 EVALUATE = "evaluate.json"  # the options that a run was evaluated with
 EVALUATED = Path("evaluation", "results.json")
+LAUNCHERS_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TAIL = 20  # lines of a failed run's log that are shown
 
 
@@ -41,8 +43,7 @@ def compare(file: str | Path, output_dir: str | Path, report_only: bool = False)
         raise ImportError(f"compare needs {' and '.join(missing)}: pip install 'amid-trl[compare]'")
     comparison, output_dir = read_comparison(file), Path(output_dir)
     folders = {work: output_dir / work[0] / f"seed-{work[1]}" for work in comparison.works}
-    for work, folder in folders.items():
-        _check_folder(folder, comparison.settings(*work), comparison.evaluate)
+    _check_folders(comparison, folders)
     finished = [work for work, folder in folders.items() if _result(comparison, folder) is not None]
     if not report_only:
         check_configs(comparison)
@@ -51,33 +52,36 @@ def compare(file: str | Path, output_dir: str | Path, report_only: bool = False)
             outcome = _run(comparison, folder, comparison.settings(*work))
             again = " already" if work in finished and not outcome else ""
             print(f"{outcome or 'done'}{again}", flush=True)
+    _check_folders(comparison, folders)  # another command may have worked there meanwhile
     results = {work: result for work, folder in folders.items() if (result := _result(comparison, folder)) is not None}
     if not results:
         raise ValueError(f"{output_dir} holds no finished run to report")
     return _write_report(output_dir, report(comparison, results))
 
 
-def _check_folder(folder: Path, settings: Mapping[str, Any], evaluate: Mapping[str, Any]) -> None:
-    """Refuse a folder of another run, by what is different, or one that does not say what it was evaluated with."""
-    if evaluate and (folder / EVALUATED).exists() and not (folder / EVALUATE).exists():
-        raise ValueError(f"{folder} has {EVALUATED}, but no {EVALUATE} with the options of that evaluation")
-    pairs = [
-        (_read(folder / SETTINGS), settings),
-        ((_read(folder / RESULT) or {}).get("settings"), settings),
-        (_read(folder / EVALUATE) if evaluate else None, evaluate),
-    ]
-    for there, here in pairs:
-        if there is None or fingerprint(there) == fingerprint(here):
-            continue
-        theirs, ours = _flat(there), _flat(here)
-        different = [
-            f"{name} {theirs.get(name)!r}, not {ours.get(name)!r}"
-            for name in {**theirs, **ours}
-            if theirs.get(name) != ours.get(name)
-        ]
-        raise ValueError(
-            f"{folder} holds a run of other settings: {'; '.join(different)}. Choose another output directory"
-        )
+def _check_folders(comparison: Comparison, folders: Mapping[tuple[str, int], Path]) -> None:
+    """Refuse a folder of another run, by what is different, or one that does not say what it was evaluated with.
+
+    What was only asked for may be asked for otherwise.
+    """
+    for work, folder in folders.items():
+        settings, result = comparison.settings(*work), _read(folder / RESULT)
+        if result is not None:
+            _check_settings(folder, result["settings"], settings)
+        elif any(folder.glob("checkpoint-*")):
+            _check_settings(folder, _read(folder / SETTINGS), settings)
+        if comparison.evaluate and (folder / EVALUATED).exists():
+            if (options := _read(folder / EVALUATE)) is None:
+                raise ValueError(f"{folder} has {EVALUATED}, but no {EVALUATE} with the options of that evaluation")
+            _check_settings(folder, options, comparison.evaluate)
+
+
+def _check_settings(folder: Path, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    theirs, ours = _flat(there or {}), _flat(here)
+    if theirs.get("evaluates") and not ours.get("evaluates"):  # more than is asked for
+        del theirs["evaluates"], ours["evaluates"]
+    if different := differences(theirs, ours):
+        raise ValueError(f"{folder} holds a run of other settings: {different}. Choose another output directory")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,32 +92,42 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _run(comparison: Comparison, folder: Path, settings: Mapping[str, Any]) -> str:
     """Do what is missing of one run; nothing, or how it failed."""
     folder.mkdir(parents=True, exist_ok=True)
+    of_config = {name: str(value) for name, value in (settings["config"].get("env") or {}).items()}
+    environment = {**_without_launcher(os.environ), **of_config}
     if not (folder / RESULT).exists():
+        _forget_evaluation(folder)  # of an earlier student
         write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         config = {**settings["config"], "output_dir": str(folder)}
         write_whole(folder / "run.yaml", yaml.safe_dump(config, sort_keys=False))
-        if failure := _process(["compared-run", "--config", str(folder / "run.yaml")], folder):
+        if failure := _process(["compared-run", "--config", str(folder / "run.yaml")], folder, environment):
             return failure
     if comparison.evaluate and not (folder / EVALUATED).exists():
+        if _read(folder / EVALUATE) != comparison.evaluate:
+            _forget_evaluation(folder)
         write_whole(folder / EVALUATE, json.dumps(comparison.evaluate, indent=2) + "\n")
         target = ["--output-dir", str((folder / EVALUATED).parent)]
-        return _process(["evaluate", str(folder), *target, *_options(comparison.evaluate)], folder)
+        return _process(["evaluate", str(folder), *target, *comparison.evaluate_flags], folder, environment)
     return ""
 
 
-def _options(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        yield f"--{name.replace('_', '-')}"
-        if value is not True:  # True is a flag
-            yield from map(str, value if isinstance(value, list) else [value])
+def _forget_evaluation(folder: Path) -> None:
+    shutil.rmtree((folder / EVALUATED).parent, ignore_errors=True)
+    (folder / EVALUATE).unlink(missing_ok=True)
 
 
-def _process(arguments: Sequence[str], folder: Path) -> str:
+def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what tells a process that a launcher has started it: ours start their own."""
+    return {k: v for k, v in environment.items() if not k.startswith("ACCELERATE_") and k not in LAUNCHERS_VARIABLES}
+
+
+def _process(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
     """Run `amid-trl` with these arguments in a process group of its own; nothing, or how it failed."""
     with (folder / LOG).open("ab") as log, _sigterm_raises():
         begin = log.tell()
         command = [sys.executable, "-m", "amid_trl", *arguments]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status = process.wait()
         except BaseException:  # Ctrl-C and SIGTERM end the run as well, which saves a checkpoint first
@@ -154,7 +168,8 @@ def _result(comparison: Comparison, folder: Path) -> Result | None:
     of_training = {name: (sums, rows["tokens"]) for name, sums in rows["sums"].items()}
     hashes = (rows["hash"], evaluated.get("settings", {}).get("set_rows"))
     figures = {**of_training, **_row_figures(evaluated)}
-    return Result(metrics, trained["work"], figures, hashes, trained.get("trained_rows"))
+    facts = {"trained_rows": trained.get("trained_rows"), "num_processes": trained["num_processes"]}
+    return Result(metrics, trained["work"], figures, hashes, facts)
 
 
 def _row_figures(evaluated: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:

@@ -18,15 +18,21 @@ class Result(NamedTuple):
     """What a run came to.
 
     `rows` has for some metrics what each evaluated row adds, and its weight, as in `paired_interval`; `hashes` are of
-    the rows' content, `trained_rows` of the rows it was trained on, if they are known.
+    the rows' content. `facts` has `trained_rows`, a hash of the rows that it was trained on, and `num_processes`.
     """
 
     metrics: Mapping[str, float]
     work: Mapping[str, float]
     rows: Mapping[str, tuple[list[float], list[float]]]
     hashes: tuple[str | None, ...]
-    trained_rows: str | None = None
+    facts: Mapping[str, Any]
 
+
+# What must be equal where these settings are, or begin with this.
+SETTINGS_BEHIND = {
+    "trained_rows": ("dataset", "streaming", "test_split_size"),
+    "num_processes": ("num_processes", "accelerate_config"),
+}
 
 Results = Mapping[tuple[str, int], Result]
 
@@ -62,19 +68,25 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
 
 
 def _check_data(comparison: Comparison, results: Results) -> None:
-    """Refuse runs on other rows than settings of the same data have given before."""
-    if len({result.hashes for result in results.values()}) > 1:
-        raise ValueError("not all runs were evaluated on the same rows: the data has changed between them")
-    known: dict[str, tuple[str, str]] = {}
-    for (name, seed), result in results.items():
-        if result.trained_rows is None:
-            continue
-        config = {**comparison.base, **comparison.runs[name]}
-        data = json.dumps({key: config[key] for key in sorted(config) if key.startswith("dataset")})
-        run = f"{name}, seed {seed}"
-        other, rows = known.setdefault(data, (run, result.trained_rows))
-        if rows != result.trained_rows:
-            raise ValueError(f"{run} was not trained on the rows of {other}: the data has changed between them")
+    """Refuse runs on other rows, or with another fact, than runs of the same settings had before."""
+    first, *others = results
+    for work in others:
+        if results[work].hashes != results[first].hashes:
+            raise ValueError(f"{_run(work)} and {_run(first)} were evaluated on different rows: the data has changed")
+    known: dict[tuple[str, str], tuple[str, int]] = {}
+    for work, result in results.items():
+        config = {**comparison.base, **comparison.runs[work[0]]}
+        for fact, names in SETTINGS_BEHIND.items():
+            if (ours := result.facts[fact]) is None:
+                continue
+            settings = {name: config[name] for name in sorted(config) if name.startswith(names)}
+            other = known.setdefault((fact, json.dumps(settings)), work)
+            if (theirs := results[other].facts[fact]) != ours:
+                raise ValueError(f"{_run(work)} and {_run(other)} differ in {fact}: {ours} and {theirs}")
+
+
+def _run(work: tuple[str, int]) -> str:
+    return f"{work[0]} (seed {work[1]})"
 
 
 def _difference(comparison: Comparison, results: Results, name: str, metric: str) -> dict[str, Any]:
@@ -85,6 +97,10 @@ def _difference(comparison: Comparison, results: Results, name: str, metric: str
     if pairs and all(metric in result.rows for pair in pairs for result in pair):
         sums = [np.subtract(ours.rows[metric][0], theirs.rows[metric][0]) for ours, theirs in pairs]
         weights = pairs[0][0].rows[metric][1]
+        if any(result.rows[metric][1] != weights for pair in pairs for result in pair):
+            raise ValueError(
+                f"{name} and {comparison.baseline} read the same rows in other tokens: compare no {metric}"
+            )
     else:
         sums, weights = [[value] for value in values], [1.0]
     interval = paired_interval(sums, weights) if len(pairs) > 1 else None
@@ -162,16 +178,23 @@ def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> 
 def _cell(difference: Mapping[str, Any]) -> str:
     mean, interval, verdict = difference["mean"], difference["interval"], difference["verdict"]
     if interval is None:
-        return f"{mean:+.3f}, {verdict}" if verdict == "too few seeds" and mean is not None else verdict
+        return f"{shown(mean, sign='+')}, {verdict}" if verdict == "too few seeds" and mean is not None else verdict
     if verdict == "not distinguishable":
-        return f"{verdict}: {mean:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
+        mean, low, high = (shown(value, sign="+") for value in (mean, *interval))
+        return f"{verdict}: {mean} ({low} to {high})"
     low, high = sorted(map(abs, interval))  # neither end is on the other side of 0
-    return f"**{verdict}** by {abs(mean):.3f} ({low:.3f} to {high:.3f})"
+    return f"**{verdict}** by {shown(abs(mean))} ({shown(low)} to {shown(high)})"
 
 
 def _mean(summary: Mapping[str, Any]) -> str:
     spread = summary["deviation"]
-    return f"{summary['mean']:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    return shown(summary["mean"], digits=4) + ("" if spread is None else f" ± {shown(spread, digits=2)}")
+
+
+def shown(value: float, digits: int = 3, sign: str = "") -> str:
+    """So many significant digits, but all of those before the point, and at most six behind it."""
+    before = math.floor(math.log10(abs(value))) + 1 if value and math.isfinite(value) else 1
+    return f"{value:{sign},.{min(6, max(0, digits - before))}f}"
 
 
 def direction(metric: str) -> str:

@@ -1,17 +1,20 @@
 """What `amid-trl compare` is asked for: a YAML file, and what it may not say."""
 
+import argparse
 import contextlib
 import io
 import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from amid_trl.evaluation_results import EvaluationSettings
 
 
 SETTINGS = "settings.json"
@@ -37,6 +40,8 @@ TRAINING_METRICS = {
     "eval_top1_agreement": Metric("top-1 agreement", 1),
     "eval_student_entropy": Metric("student's entropy, nats", 0),
 }
+# Those that compare with the teacher that the run has learnt from.
+OF_TRAININGS_TEACHER = ("eval_kl", "eval_top1_agreement")
 # Of `amid-trl evaluate`.
 EVALUATE_METRICS = {
     "rougeL": Metric("ROUGE-L", 1),
@@ -51,8 +56,11 @@ EVALUATE_METRICS = {
 }
 # Those that need its option `teacher`.
 TEACHER_METRICS = ("kl_pq", "top1_agreement", "teacher_perplexity")
-# Its options that say how models are loaded.
-EVALUATE_LOADING = ("teacher", "dtype", "trust_remote_code")
+# Its options: how models are loaded, and all but `lm_eval`, whose figures are not among the metrics.
+EVALUATE_OPTIONS = (
+    *("teacher", "dtype", "trust_remote_code"),
+    *(field.name for field in fields(EvaluationSettings) if field.name != "lm_eval"),
+)
 METRICS = {**TRAINING_METRICS, **EVALUATE_METRICS}
 
 # What the keys of the file hold.
@@ -89,6 +97,15 @@ class Comparison:
     def works(self) -> list[tuple[str, int]]:
         """(name, seed) of every run: all runs of a seed before the next seed, so that early tables are whole."""
         return [(name, seed) for seed in self.seeds for name in self.runs]
+
+    @property
+    def evaluate_flags(self) -> list[str]:
+        """`evaluate` as a command line."""
+        flags = []
+        for name, value in self.evaluate.items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+        return flags
 
     @property
     def evaluates(self) -> bool:
@@ -151,6 +168,15 @@ def _check(comparison: Comparison) -> None:
             raise ValueError(f"metrics: {metric} is measured by amid-trl evaluate; give its options under evaluate")
         if metric in TEACHER_METRICS and not comparison.evaluate.get("teacher"):
             raise ValueError(f"metrics: {metric} compares with a teacher; give one under evaluate")
+        of_teacher = [key for overrides in comparison.runs.values() for key in overrides if key.startswith("teacher")]
+        if metric in OF_TRAININGS_TEACHER and of_teacher:
+            raise ValueError(
+                f"metrics: {metric} compares with the teacher of training, and {of_teacher[0]} is not the same in all "
+                "runs; use kl_pq and top1_agreement, with one teacher under evaluate"
+            )
+    configs = [{**comparison.base, **overrides} for overrides in comparison.runs.values()]
+    if comparison.evaluates and any(config.get("dataloader_drop_last") for config in configs):
+        raise ValueError("dataloader_drop_last leaves out rows of the evaluation set, and all of them are compared")
     if comparison.evaluate and not set(comparison.metrics) & set(EVALUATE_METRICS):
         raise ValueError(f"evaluate has no effect: none of {', '.join(EVALUATE_METRICS)} is among the metrics")
 
@@ -181,24 +207,22 @@ def check_configs(comparison: Comparison) -> None:
     from amid_trl.objective import OBJECTIVES
     from amid_trl.train import make_parser
 
-    _check_evaluation(comparison.evaluate)
+    if comparison.evaluate:
+        _check_evaluation(comparison)
     before = dict(os.environ)  # a configuration may set some, for its own process
     for name in comparison.runs:
         config = comparison.settings(name, comparison.seeds[0])["config"]
         objective = config.get("objective", "amid")
-        if objective not in OBJECTIVES:
+        if not isinstance(objective, str) or objective not in OBJECTIVES:
             raise ValueError(f"runs.{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
-        said = io.StringIO()
         try:
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(said):
+            with tempfile.TemporaryDirectory() as folder, _argparse_raises():
                 file = Path(folder, "run.yaml")
                 file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
                 *parsed, launcher = make_parser().parse_args_and_config(
                     ["--config", str(file)], return_remaining_strings=True
                 )
                 launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.compared_run", [])
-        except SystemExit as error:  # of argparse
-            raise ValueError(f"runs.{name}: {said.getvalue().strip().splitlines()[-1]}") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"runs.{name}: {error}") from error
         finally:
@@ -208,20 +232,32 @@ def check_configs(comparison: Comparison) -> None:
             raise ValueError(f"runs.{name}: model_name_or_path is missing")
 
 
-def _check_evaluation(options: Mapping[str, Any]) -> None:
+def _check_evaluation(comparison: Comparison) -> None:
     """Read the set that the runs will be evaluated on, and refuse options that there are not."""
-    if not options:
-        return
     from amid_trl import evaluation_sets
     from amid_trl.evaluation import rouge_scorer
-    from amid_trl.evaluation_results import EvaluationSettings
+    from amid_trl.evaluation_options import add_options, given_settings
 
-    of_set = {name: value for name, value in options.items() if name not in EVALUATE_LOADING}
-    if "lm_eval" in of_set:
-        raise ValueError("evaluate: no figure of lm_eval is a metric here; run amid-trl evaluate on the students")
+    if unknown := [str(name) for name in comparison.evaluate if name not in EVALUATE_OPTIONS]:
+        raise ValueError(f"evaluate: unknown {', '.join(unknown)}; there are {', '.join(EVALUATE_OPTIONS)}")
+    parser = argparse.ArgumentParser("evaluate")
+    add_options(parser)
     try:
-        settings = EvaluationSettings(**of_set)
-    except (TypeError, ValueError) as error:
+        with _argparse_raises():
+            args = parser.parse_args(["student", "--output-dir", "folder", *comparison.evaluate_flags])
+        settings = given_settings(args)
+    except ValueError as error:
         raise ValueError(f"evaluate: {error}") from error
     rouge_scorer()  # an ImportError where there is none
     evaluation_sets.load(str(settings.evaluation_set), settings.limit)
+
+
+@contextlib.contextmanager
+def _argparse_raises() -> Iterator[None]:
+    """A ValueError with what argparse would have printed last."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as error:
+        raise ValueError(said.getvalue().strip().splitlines()[-1].rpartition("error: ")[2]) from error

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers.trainer_pt_utils import AcceleratorConfig
-from trl.experimental.gkd import GKDConfig
 
+from amid_trl._trl import GKDConfig
 from amid_trl.building import build_objective, build_schedule, build_student_text_objective, check_schedules
 from amid_trl.objective import OBJECTIVES
 from amid_trl.rows import DataSettings

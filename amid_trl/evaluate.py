@@ -26,7 +26,7 @@ from amid_trl.evaluation_models import EvaluationModels, Given, Row, load_models
 from amid_trl.evaluation_results import EvaluationSettings, Record, ResultFolder, table
 from amid_trl.evaluation_sets import EvaluationSet
 from amid_trl.generation import generate_completions
-from amid_trl.outputs import sole_use, versions
+from amid_trl.outputs import fingerprint, sole_use, versions
 from amid_trl.sampling import completion_seed
 
 
@@ -69,7 +69,11 @@ def evaluate(
     if teacher is not None and models.teacher is not None:
         about |= {"teacher": model_name(teacher), "teacher_weights": weights_fingerprint(models.teacher)}
     if examples:
+        tokens = [[part.tolist() for part in (row.prompt, row.context, row.reference)] for row in rows]
         about |= {"set_version": examples.version, "set_rows": examples.fingerprint}
+        about |= {"row_tokens": fingerprint([tokens, models.ends]), "vocabulary": models.vocabulary}
+    if files := [Path(task) for task in settings.lm_eval if Path(task).is_file()]:
+        about |= {"task_files": fingerprint([file.read_text(encoding="utf-8") for file in files])}
     with sole_use(Path(output_dir)):
         folder = ResultFolder(output_dir, about)
         if (finished := folder.results()) is not None:

@@ -1,12 +1,15 @@
 """The models of an evaluation and the rows of its set, in the tokens that they read."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import align_module_device
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +18,7 @@ from amid_trl.conversations import conversation_row, training_template
 from amid_trl.evaluation_results import EvaluationSettings
 from amid_trl.evaluation_sets import EvaluationSet, Example
 from amid_trl.generation import eos_token_ids, sampling_config
+from amid_trl.outputs import fingerprint
 from amid_trl.rows import UNTRAINED, DataSettings, text_row
 from amid_trl.teacher import (
     check_same_tokenizer,
@@ -83,7 +87,10 @@ class EvaluationModels:
         rows = []
         for number, example in enumerate(examples.examples, start=1):
             where = f"{examples.name}, row {number}"
-            row = _row(example, self.tokenizer, template, data, examples.prompt_tokens, max_new_tokens)
+            try:
+                row = _row(example, self.tokenizer, template, data, examples.prompt_tokens, max_new_tokens)
+            except (ValueError, TemplateError) as error:
+                raise ValueError(f"{where}: {error}") from error
             if not len(row.reference):
                 raise ValueError(f"{where}: the chat template does not show where the answer is")
             if room is not None and len(row.prompt) + max_new_tokens > room:
@@ -156,10 +163,19 @@ def model_name(model: Given) -> str:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of some values of every parameter: enough to tell a model from itself one training step later."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        digest.update(name.encode())
-        digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    """A hash of the configuration and some values of every parameter.
+
+    Enough to tell a model from itself one training step later, and adapters of different `lora_alpha`.
+    """
+    config = json.loads(causal_lm(model).config.to_json_string(use_diff=False))
+    config = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(fingerprint(config).encode())
+    for prefix, module in model.named_modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):  # of LoRA
+            digest.update(fingerprint(scaling).encode())
+        with align_module_device(module):  # weights that are offloaded while they are not used
+            for name, parameter in module.named_parameters(recurse=False):
+                values = parameter.detach().flatten()
+                digest.update(f"{prefix}.{name}".encode())
+                digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()

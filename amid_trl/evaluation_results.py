@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amid_trl.outputs import write_whole
+from amid_trl.outputs import differences, write_whole
 
 
 SETTINGS, COMPLETIONS, RESULTS, TABLE = "settings.json", "completions.jsonl", "results.json", "results.md"
-HASHES = ("weights", "teacher_weights", "set_rows")
+HASHES = ("weights", "teacher_weights", "set_rows", "row_tokens", "task_files")
+NAMES = ("model", "teacher")  # the same weights under another path are the same
 
 Record = dict[str, Any]
 
@@ -73,20 +74,15 @@ class ResultFolder:
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
         self._folder = Path(folder)
         text = _json(settings)
-        if not (self._folder / SETTINGS).exists():
-            if (self._folder / RESULTS).exists():
-                raise ValueError(f"{folder} holds a {RESULTS} of something else; choose another output_dir")
+        begun = [name for name in (COMPLETIONS, RESULTS) if (self._folder / name).exists()]
+        if not begun:
             write_whole(self._folder / SETTINGS, text)
-        wanted, given = json.loads(text), self._read(SETTINGS)
-        differences = [
-            f"{name} {given.get(name)!r}, not {wanted.get(name)!r}"
-            for name in {**given, **wanted}
-            if given.get(name) != wanted.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{folder} holds results of other settings: {'; '.join(differences)}. Choose another output_dir"
-            )
+            return
+        if not (self._folder / SETTINGS).exists():
+            raise ValueError(f"{folder} holds a {begun[-1]} of something else; choose another output_dir")
+        there, here = (_without_names(each) for each in (self._read(SETTINGS), json.loads(text)))
+        if different := differences(there, here):
+            raise ValueError(f"{folder} holds results of other settings: {different}. Choose another output_dir")
 
     def results(self) -> Record | None:
         """What an earlier run has finished."""
@@ -131,6 +127,10 @@ def table(results: Record) -> str:
         lines.append(" | ".join([f"| {name}", shown, *of_seeds]) + " |")
     settings_line = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in HASHES)
     return "\n".join([*lines, "", f"{results['date']}; {settings_line}", ""])
+
+
+def _without_names(settings: Record) -> Record:
+    return {name: value for name, value in settings.items() if name not in NAMES}
 
 
 def _json(record: Mapping[str, Any]) -> str:

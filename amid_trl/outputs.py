@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ PACKAGES = ("amid_trl", "torch", "transformers", "trl", "accelerate", "peft", "r
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write beside the file and rename: it is there as a whole, or not at all."""
-    beside = file.with_name(f".{file.name}.tmp")
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, file)
 
@@ -41,6 +41,12 @@ def sole_use(folder: Path) -> Iterator[None]:
             logger.warning("%s: waiting for another process that works there", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """`name THERE, not HERE` for every name whose values are not equal; a missing one is None."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return "; ".join(f"{name} {there.get(name)!r}, not {here.get(name)!r}" for name in names)
 
 
 def fingerprint(content: Any) -> str:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from amid_trl.compare_report import direction
+from amid_trl.compare_report import direction, shown
 from amid_trl.comparison import METRICS
 
 
@@ -48,6 +48,7 @@ def comparison_figure(results: Mapping[str, Any]) -> bytes:
         )
         panel.grid(axis="x", alpha=0.3)
         panel.margins(y=0.1)
+        panel.locator_params(axis="x", nbins=5)
     panels[0].set_yticks(range(len(compared)), list(compared))
     panels[0].invert_yaxis()
     handles = [
@@ -63,4 +64,4 @@ def comparison_figure(results: Mapping[str, Any]) -> bytes:
 
 
 def _plain_mean(run: Mapping[str, Any] | None, metric: str) -> str:
-    return "" if run is None else f" ({run['metrics'][metric]['mean']:.3f})"
+    return "" if run is None else f" ({shown(run['metrics'][metric]['mean'])})"

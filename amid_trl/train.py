@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from amid_trl import recipes
@@ -53,8 +54,8 @@ def build_trainer(
     return (trainer_class or AMiDTrainer)(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
+        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        eval_dataset=_split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
@@ -86,21 +87,43 @@ def load_splits(script_args: Any, dataset_args: Any) -> Any:
             f"dataset_name={script_args.dataset_name!r}, datasets={dataset_args.datasets!r}"
         )
     if dataset_args.datasets:
-        return get_dataset(dataset_args)
+        with _seeded_numpy():  # which `test_split_size` draws with: the same rows in every process and every run
+            return get_dataset(dataset_args)
     return load_dataset(
         script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
     )
 
 
+@contextmanager
+def _seeded_numpy() -> Iterator[None]:
+    import numpy as np
+
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def _split(dataset: Any, name: str, field: str) -> Any:
+    if name not in dataset:
+        raise ValueError(f"the dataset has no split {name!r} ({field}); there are {', '.join(dataset)}")
+    return dataset[name]
+
+
 def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> None:
-    """Parse and work. Under a launcher, keys of the YAML file that are the launcher's are left to it."""
+    """Parse and work. Under a launcher, keys of the YAML file that are the launcher's are passed over."""
     *parsed, from_config, from_flags = make_parser().parse_args_and_config(
         recipes.resolve(sys.argv[1:] if argv is None else argv),
         return_remaining_strings=True,
         separate_remaining_strings=True,
     )
-    unknown = from_flags if is_launched() else [*from_config, *from_flags]
-    if unknown:
+    if is_launched():
+        from amid_trl._trl import unknown_to_launcher
+
+        from_config = [flag for flag in unknown_to_launcher(from_config) if flag != "--accelerate_config"]
+    if unknown := [*from_config, *from_flags]:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     (work or main)(*parsed)
 

@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from trl import SFTTrainer
-from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import _trl
+from amid_trl._trl import GKDTrainer
 from amid_trl.answers import ANSWER_MEANS, Answers
 from amid_trl.batch_loss import BatchLoss, batch_loss
 from amid_trl.batches import DistillationCollator, deal_by_length
-from amid_trl.card import PAPER, objective_card
+from amid_trl.card import PAPER, complete_card, objective_table
 from amid_trl.checkpoint import Stateful, load_state, save_state
 from amid_trl.config import AMiDConfig, data_settings, own_copy
 from amid_trl.data import prepare_dataset
@@ -308,8 +308,9 @@ class AMiDTrainer(GKDTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if self.args.eval_generate:
             figures = self.accelerator.gather_for_metrics(self._answers(inputs, self.state.global_step))
-            for name, total in zip(ANSWER_MEANS, figures.sum(0), strict=True):
-                self._eval_means.add(name, total, len(figures))
+            counts = (~figures.isnan()).sum(0)
+            for name, total, count in zip(ANSWER_MEANS, figures.nansum(0), counts, strict=True):
+                self._eval_means.add(name, total, count)
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs["predictions"], inputs["labels"][:, 1:].contiguous()
@@ -383,8 +384,9 @@ class AMiDTrainer(GKDTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card, followed by the objective's settings."""
+        """TRL's card with both models' names, followed by the objective's settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
-                card.write(objective_card(self.args, self.objective))
+            teacher = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+            settings = objective_table(self.args, self.objective)
+            complete_card(Path(self.args.output_dir, "README.md"), self.model, teacher, settings)

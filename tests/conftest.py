@@ -1,5 +1,6 @@
 """Settings and fixtures shared by all tests; the builders are in tests/tiny.py."""
 
+import json
 import os
 import shutil
 
@@ -10,17 +11,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from evaluating import ROWS, SHORT, jsonl, taught
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from amid_trl import AMiDConfig, AMiDTrainer
+from amid_trl.evaluate import evaluate
 from amid_trl.kernel import _compiled
 
 
@@ -100,3 +103,30 @@ def compiling(monkeypatch, caplog):
     torch._dynamo.utils.counters.clear()
     yield
     assert not [record for record in caplog.get_records("call") if record.name == "amid_trl.kernel"]
+
+
+# ---- amid-trl evaluate ----
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder, tokenizer = tmp_path_factory.mktemp("models"), tiny_tokenizer()
+    student = taught(tiny_llama(tokenizer, seed=0), steps=1)
+    teacher = taught(tiny_llama(tokenizer, seed=1, hidden_size=48, intermediate_size=96), steps=3)
+    return {
+        "student": str(save_tiny(folder / "student", student, tokenizer)),
+        "teacher": str(save_tiny(folder / "teacher", teacher, tokenizer)),
+    }
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> str:
+    return jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory, models, rows_file) -> tuple[dict, Path]:
+    """One evaluation with a teacher, and its folder."""
+    folder = tmp_path_factory.mktemp("evaluated") / "out"
+    evaluate(models["student"], folder, replace(SHORT, evaluation_set=rows_file), teacher=models["teacher"])
+    return json.loads((folder / "results.json").read_text()), folder

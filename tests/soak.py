@@ -35,7 +35,7 @@ RUNS = {
 SELDOM = {"logging_steps": 100, "eval_steps": 100, "save_steps": 100}  # transformers keeps all that is logged
 ENDLESS = {"max_steps": 10**9, "save_total_limit": 2, "replay_share": "constant", **SELDOM}
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 OUTCOMES = {0: "runs over", -signal.SIGKILL: "killed", -signal.SIGTERM: "terminated", TERMINATED: "terminated"}
 PATIENCE = 300  # seconds until a life has to be over, or where it is to be killed
 GROWTH = 16  # MB

@@ -53,6 +53,26 @@ def test_answers_are_greedy_and_scored_against_the_datasets(train, student, toke
     assert "eval_rougeL" not in train(eval_dataset=messages_dataset(5)).evaluate()
 
 
+def test_only_what_is_behind_the_prompt_is_a_reference(train, student, tokenizer):
+    """Where prompts are trained too, and in a conversation that ends with a question, which nobody answers."""
+    speaking(student, tokenizer, "The capital of")
+    text = Dataset.from_list([{"prompt": f"{question}\n", "completion": answer} for question, answer in QUESTIONS[:3]])
+    settings = {"eval_generate": True, "max_new_tokens": 8, "eval_dataset": text, "train_dataset": text}
+    metrics = train(**settings).evaluate()
+    assert metrics["eval_rougeL"] > 5
+    trained_too = train(**settings, completion_only_loss=False).evaluate()
+    assert trained_too["eval_rougeL"] == pytest.approx(metrics["eval_rougeL"])
+
+    answered = messages_dataset(2)
+    open_ended = [{"messages": [*row["messages"], {"role": "user", "content": "The capital of"}]} for row in answered]
+    both = Dataset.from_list([*answered, *open_ended])
+    scores = [
+        train(eval_generate=True, max_new_tokens=8, eval_dataset=dataset).evaluate()["eval_rougeL"]
+        for dataset in (answered, both)
+    ]
+    assert scores[0] > 0 and scores[1] == pytest.approx(scores[0])
+
+
 def test_an_answer_without_an_end_is_clipped(train, student, tokenizer):
     speaking(student, tokenizer, "The capital of")
     metrics = train(eval_generate=True, max_new_tokens=2, eval_dataset=messages_dataset(5)).evaluate()

@@ -70,6 +70,7 @@ LAYERS = {
         "comparison",
         "evaluate",
         "evaluation_models",
+        "evaluation_options",
         "evaluation_results",
         "evaluation_sets",
         "harness",
@@ -152,6 +153,8 @@ def test_private_names_of_trl_and_transformers_are_used_in_one_place():
 def test_the_names_borrowed_from_trl_are_listed():
     assert sorted(_trl.__all__) == [
         "ACCELERATE_CONFIGS",
+        "GKDConfig",
+        "GKDTrainer",
         "accelerate_launch",
         "announce_head",
         "backbone_states",
@@ -166,6 +169,7 @@ def test_the_names_borrowed_from_trl_are_listed():
         "loaded_whole",
         "prepare_deepspeed",
         "print_prompt_completions_sample",
+        "unknown_to_launcher",
         "unwrap_model_for_generation",
         "use_adapter",
         "vllm_engine",

@@ -8,12 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import messages_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DatasetMixtureConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig
 
 from amid_trl import accelerate_configs, cli, train
 
@@ -23,7 +26,6 @@ ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
 }
 SETTINGS = [
     "--use_cpu", "--bf16=False", "--max_steps=2", "--max_new_tokens=4", "--lmbda=0.5", "--report_to=none",
@@ -126,15 +128,19 @@ def test_an_unknown_flag_is_refused_by_name(tmp_path, tiny_dir, data_dir):
 
 def test_a_yaml_file_may_hold_the_launchers_keys_but_no_others(tmp_path, monkeypatch):
     file = tmp_path / "run.yaml"
-    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nnum_processes: 2\n")
+    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nnum_processes: 2\naccelerate_config: ddp\n")
     runs = []
     monkeypatch.setattr(train, "main", lambda *parsed: runs.append(parsed))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     train.run(["--config", str(file)])
     assert len(runs) == 1 and runs[0][1].output_dir == str(tmp_path)
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nlmda: 0.5\nnum_processes: 2\n")
+    with pytest.raises(ValueError, match=r"unknown arguments: --lmda$"):
+        train.run(["--config", str(misspelt)])
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match="unknown arguments: --num_processes 2"):
+    with pytest.raises(ValueError, match="unknown arguments: --num_processes 2 --accelerate_config ddp"):
         train.run(["--config", str(file)])
 
 
@@ -152,6 +158,28 @@ def test_the_teacher_keeps_its_dtype_whatever_the_students_is(tmp_path, tiny_dir
     with pytest.raises(KeyboardInterrupt):
         train.run([*arguments, "--dataset_name", str(data_dir), "--output_dir", str(tmp_path), "--dtype", "float32"])
     assert seen["student"] == "float32" and "dtype" not in seen["teacher"]
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path, tiny_dir, monkeypatch):
+    messages_dataset(4).to_json(tmp_path / "train.jsonl")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    arguments = ["--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir), "--use_cpu"]
+    arguments += ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--eval_strategy", "epoch"]
+    with pytest.raises(ValueError, match=r"no split 'test' \(dataset_test_split\); there are train"):
+        train.run(arguments)
+
+
+def test_a_split_of_a_mixture_is_the_same_in_every_process(tmp_path):
+    """TRL draws it with numpy's random state, which is another one in each process."""
+    messages_dataset(8).to_json(tmp_path / "train.jsonl")
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(str(tmp_path))], test_split_size=4)
+    np.random.seed(3)
+    first = train.load_splits(ScriptArguments(), mixture)
+    after = np.random.random()
+    np.random.seed(4)
+    assert train.load_splits(ScriptArguments(), mixture)["test"][:] == first["test"][:]
+    np.random.seed(3)
+    assert np.random.random() == after  # as if nothing had been drawn
 
 
 def test_launch_arguments_go_to_accelerate_and_the_rest_to_the_script(monkeypatch):

@@ -139,6 +139,26 @@ def test_a_finished_comparison_trains_nothing(own_copy, capsys):
     assert capsys.readouterr().out.count("): done already\n") == 4
 
 
+@pytest.mark.slow
+def test_a_run_on_two_processes_comes_to_the_result_of_one(compared, content, tmp_path):
+    """Six rows in three batches: the second process is given rows once more, which do not count again."""
+    changed = {"accelerate_config": "ddp", "num_processes": 2, "per_device_train_batch_size": 1}
+    base = content["base"] | changed | {"per_device_eval_batch_size": 2}
+    change = {"base": base, "runs": {"kd": {"objective": "kd"}}, "seeds": [0], "budget": {"steps": 2}}
+    file = written(tmp_path, content | change)
+    behind_a_launcher = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment = ENVIRONMENT | behind_a_launcher
+    done = subprocess.run(command(file, tmp_path), env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (json.loads((out / "kd/seed-0/result.json").read_text()) for out in (compared[1], tmp_path))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+    assert (two["rows"]["hash"], two["rows"]["tokens"]) == (one["rows"]["hash"], one["rows"]["tokens"])
+    for name, sums in one["rows"]["sums"].items():
+        assert two["rows"]["sums"][name] == pytest.approx(sums, rel=1e-4), name
+    assert two["work"]["tokens"] == one["work"]["tokens"]
+
+
 # ---- Results that are of something else ----
 
 
@@ -150,6 +170,29 @@ def test_a_folder_of_other_settings_is_refused_by_what_differs(own_copy, content
     for report_only in (False, True):
         with pytest.raises(ValueError, match=there):
             compare(file, out, report_only=report_only)
+
+
+def test_settings_of_a_run_that_came_to_nothing_may_be_others(content, tmp_path):
+    folder = tmp_path / "out" / "kd" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"config": {"learning_rate": 7}}')
+    with pytest.raises(ValueError, match="holds no finished run"):
+        compare(written(tmp_path, content), tmp_path / "out", report_only=True)
+    (folder / "checkpoint-1").mkdir()
+    with pytest.raises(ValueError, match=r"kd/seed-0 holds a run of other settings: learning_rate 7, not 0\.01"):
+        compare(written(tmp_path, content), tmp_path / "out", report_only=True)
+
+
+def test_a_report_may_have_fewer_metrics_than_were_measured(own_copy, content, tmp_path):
+    _, out = own_copy
+    (tmp_path / "set.jsonl").write_text('{"prompt": "a", "reference": "b"}\n')
+    options = {"evaluation_set": str(tmp_path / "set.jsonl")}
+    for folder in out.glob("*/seed-*"):
+        (folder / "evaluation").mkdir()
+        (folder / "evaluation" / "results.json").write_text('{"metrics": {"nll": 1.0}}')
+        (folder / "evaluate.json").write_text(json.dumps(options))
+    file = written(tmp_path, content | {"metrics": ["nll"], "evaluate": options})
+    assert list(compare(file, out, report_only=True)["runs"]["kd"]["metrics"]) == ["nll"]
 
 
 def test_a_result_alone_says_what_it_is_of(own_copy, content, tmp_path):
@@ -196,7 +239,7 @@ def test_runs_on_other_rows_are_not_compared(own_copy, content, tmp_path):
     changed = json.loads(result.read_text())
     changed["rows"]["hash"] = "another"
     result.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="not all runs were evaluated on the same rows"):
+    with pytest.raises(ValueError, match="were evaluated on different rows"):
         compare(written(tmp_path, content), out, report_only=True)
 
 
@@ -209,7 +252,8 @@ def test_nothing_to_report_is_an_error(content, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_comparison_goes_on_where_it_was_stopped_and_past_a_run_that_fails(content, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_comparison_goes_on_where_it_was_stopped_and_past_a_run_that_fails(content, tmp_path, stop):
     steps = 400
     change = {
         "base": content["base"]
@@ -220,14 +264,16 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_past_a_run_that_fails(con
     }
     file, out = written(tmp_path, content | change), tmp_path / "out"
     folder = out / "kd" / "seed-0"
-    process = subprocess.Popen(command(file, out), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(file, out), env=ENVIRONMENT, **pipes)
     end = time.monotonic() + 120
     while not list(folder.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + stop and "Traceback" not in said
+    assert ("the same command goes on" in said) == (stop == signal.SIGINT)
     assert not (folder / "result.json").exists()
 
     done = subprocess.run(command(file, out), env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
@@ -258,9 +304,16 @@ def test_students_are_evaluated_and_their_answers_compared(content, tmp_path, ca
         },
     }
     out = tmp_path / "out"
+    wrong = change["evaluate"] | {"teacher": str(tmp_path / "none")}
+    file = written(tmp_path, content | change | {"evaluate": wrong})
+    done = subprocess.run(command(file, out), env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2 and done.stdout.count("FAILED with status 2") == 2, done.stdout + done.stderr
+    trained = (out / "kd" / "seed-0" / "result.json").stat()
+
     file = written(tmp_path, content | change)
     done = subprocess.run(command(file, out), env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "kd" / "seed-0" / "result.json").stat() == trained
     kd, amid = (
         json.loads((out / name / "seed-0" / "evaluation" / "results.json").read_text())["metrics"]
         for name in ("kd", "amid")

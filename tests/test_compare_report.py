@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from amid_trl.compare import _options, _row_figures
+from amid_trl.compare import _row_figures
 from amid_trl.compare_report import Result, report, table
 from amid_trl.comparison import Comparison
 from amid_trl.plotting import comparison_figure
@@ -18,11 +18,14 @@ def comparison(*names: str, metrics=("eval_kl",)) -> Comparison:
     return Comparison({}, {name: {} for name in names}, SEEDS, metrics, {"steps": 10}, names[0], {})
 
 
-def result(value: float, seed: int, metric: str = "eval_kl", hashes=("rows", None), trained_rows=None) -> Result:
+def result(
+    value: float, seed: int, metric: str = "eval_kl", hashes=("rows", None), trained_rows=None, num_processes=1
+) -> Result:
     """A metric that moves by 0.01 from seed to seed, the same in every row."""
     value += 0.01 * seed
     rows = {metric: ([value * tokens for tokens in TOKENS], TOKENS)}
-    return Result({metric: value}, WORK, rows, hashes, trained_rows)
+    facts = {"trained_rows": trained_rows, "num_processes": num_processes}
+    return Result({metric: value}, WORK, rows, hashes, facts)
 
 
 def results(metric: str = "eval_kl", **values: float) -> dict:
@@ -74,7 +77,7 @@ def test_seeds_that_disagree_are_not_distinguishable():
     found = report(comparison("kd", "other"), noisy)
     low, high = found["runs"]["other"]["differences"]["eval_kl"]["interval"]
     assert low < 0 < high
-    assert "| `other` | not distinguishable: +0.033 (-" in table(found)
+    assert "| `other` | not distinguishable: +0.0333 (-" in table(found)
 
 
 def test_runs_are_paired_by_seed():
@@ -111,7 +114,7 @@ def test_without_the_baseline_there_are_no_differences():
 def test_other_rows_are_refused():
     some = results(kd=1.0, low=0.8)
     some["low", 0] = result(0.8, 0, hashes=("others", None))
-    with pytest.raises(ValueError, match="not all runs were evaluated on the same rows"):
+    with pytest.raises(ValueError, match=r"low \(seed 0\) and kd \(seed 0\) were evaluated on different rows"):
         report(comparison("kd", "low"), some)
 
 
@@ -124,8 +127,36 @@ def test_other_training_data_is_refused_where_the_settings_of_the_data_are_the_s
     report(compared, some)
     for name, seed, other in (("low", 0, "kd"), ("more", 2, "more")):
         changed = {**some, (name, seed): result(1.0, seed, trained_rows="others")}
-        with pytest.raises(ValueError, match=f"{name}, seed {seed} was not trained on the rows of {other}, seed 0"):
+        where = rf"{name} \(seed {seed}\) and {other} \(seed 0\)"
+        with pytest.raises(ValueError, match=where + " differ in trained_rows: others and "):
             report(compared, changed)
+
+
+def test_another_number_of_processes_is_refused_where_nobody_asked_for_it():
+    runs = {"kd": {}, "low": {"num_processes": 2}}
+    some = {("kd", seed): result(1.0, seed, num_processes=1) for seed in SEEDS}
+    some |= {("low", seed): result(1.0, seed, num_processes=2) for seed in SEEDS}
+    report(Comparison({}, runs, SEEDS, ("eval_kl",), {"steps": 10}, "kd", {}), some)
+    with pytest.raises(ValueError, match=r"low \(seed 0\) and kd \(seed 0\) differ in num_processes: 2 and 1"):
+        report(comparison("kd", "low"), some)
+
+
+def test_rows_in_other_tokens_are_refused():
+    some = results(kd=1.0, low=0.8)
+    some["low", 2] = some["low", 2]._replace(rows={"eval_kl": ([1.0, 1.0, 1.0], [4.0, 2.0, 5.0])})
+    with pytest.raises(ValueError, match="low and kd read the same rows in other tokens"):
+        report(comparison("kd", "low"), some)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.00031, "0.000310"), (54321.0, "54,321"), (317.25, "317"), (2e-9, "0.000000")]
+)
+def test_differences_have_three_significant_digits(value, shown):
+    found = report(
+        comparison("kd", "low"),
+        {(name, seed): result(base, 0) for name, base in {"kd": 1.0, "low": 1.0 + value}.items() for seed in SEEDS},
+    )
+    assert f"**worse** by {shown} (" in table(found)
 
 
 @pytest.mark.parametrize("seeds", [(1,), SEEDS])
@@ -175,8 +206,3 @@ def test_what_a_row_of_an_evaluation_adds():
         "clipped_ratio": ([0.5, 0.0], [2.0, 1.0]),
     }
     assert _row_figures({}) == {}
-
-
-def test_options_of_evaluate_are_flags_of_the_command():
-    options = {"seeds": [1, 2], "top_p": 0.9, "trust_remote_code": True}
-    assert list(_options(options)) == ["--seeds", "1", "2", "--top-p", "0.9", "--trust-remote-code"]

@@ -77,6 +77,12 @@ def test_a_run_is_the_base_with_what_it_changes_the_seed_and_the_budget(tmp_path
             for metric in ("kl_pq", "top1_agreement", "teacher_perplexity")
         ),
         ({"evaluate": {"evaluation_set": "dolly"}}, "evaluate has no effect"),
+        ({"runs": {"kd": {"objective": ["kd"]}}}, r"runs.kd: unknown objective \['kd'\]"),
+        (
+            {"runs": {"kd": {}, "other": {"teacher_model_name_or_path": "x"}}},
+            "_path is not the same in all runs",
+        ),
+        ({"runs": {"kd": {}, "other": {"dataloader_drop_last": True}}}, "dataloader_drop_last leaves out rows"),
         ({"seeds": [1, 1]}, r"seeds must be different integers; got \[1, 1\]"),
         ({"seeds": 3}, "seeds must be a list; got 3"),
         ({"metrics": "eval_kl"}, "metrics must be a list; got 'eval_kl'"),
@@ -126,9 +132,14 @@ def test_a_budget_of_tokens_needs_them_counted(tmp_path, content):
     ("options", "message"),
     [
         ({"evaluation_set": "none.jsonl"}, "none.jsonl"),
-        ({"evaluation_set": "dolly", "sedes": [1]}, "evaluate: .*sedes"),
+        ({"evaluation_set": "dolly", "sedes": [1]}, "evaluate: unknown sedes; there are teacher, "),
         ({"evaluation_set": "dolly", "temperature": 0}, "evaluate: temperature must be positive"),
-        ({"lm_eval": "gsm8k"}, "no figure of lm_eval is a metric here"),
+        ({"lm_eval": "gsm8k"}, "evaluate: unknown lm_eval; there are"),
+        ({"output_dir": "x"}, "evaluate: unknown output_dir; there are"),
+        ({"evaluation_set": "dolly", "dtype": "fp16"}, "evaluate: argument --dtype: invalid choice: 'fp16'"),
+        ({"evaluation_set": "dolly", "batch_size": 8.0}, "evaluate: argument --batch-size: invalid int value: '8.0'"),
+        ({"evaluation_set": "dolly", "limit": True}, "evaluate: argument --limit: expected one argument"),
+        ({"limit": 3}, "evaluate: nothing to evaluate: name an evaluation_set"),
     ],
 )
 def test_an_evaluation_that_cannot_be_made_is_named(tmp_path, content, options, message):
@@ -155,6 +166,13 @@ def test_metrics_of_evaluate_alone_need_no_evaluation_in_training(tmp_path, cont
     comparison = read_comparison(written(tmp_path, content | {"metrics": ["kl_pq"], "evaluate": options}))
     check_configs(comparison)
     assert not comparison.settings("kd", 0)["evaluates"]
+
+
+def test_options_of_evaluate_are_flags_of_the_command(tmp_path, content):
+    options = evaluation(tmp_path, seeds=[1, 2], top_p=0.9, trust_remote_code=True)
+    comparison = read_comparison(written(tmp_path, content | {"metrics": ["rougeL"], "evaluate": options}))
+    flags = ["--seeds", "1", "2", "--top-p", "0.9", "--trust-remote-code"]
+    assert comparison.evaluate_flags == ["--evaluation-set", options["evaluation_set"], *flags]
 
 
 def test_null_and_false_are_as_if_they_were_not_given(tmp_path, content):

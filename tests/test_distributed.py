@@ -10,7 +10,7 @@ import torch
 
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(directory: Path, processes: int, **settings) -> list[dict]:

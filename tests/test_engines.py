@@ -29,7 +29,6 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "TRL_EXPERIMENTAL_SILENCE": "1",
 }
 pytestmark = pytest.mark.timeout(600)  # the first test of an engine waits for its launch
 FIGURES = ("loss", "grad_norm", "kl", "nll", "student_entropy", "pretrain_nll", "eval_loss", "eval_kl")

@@ -9,7 +9,7 @@ from tiny import messages_dataset, tiny_llama
 
 import amid_trl.kernel
 from amid_trl import OBJECTIVES, AMiDConfig, Objective
-from amid_trl.card import objective_card
+from amid_trl.card import objective_table
 from amid_trl.run_objective import RunObjective
 from amid_trl.schedules import TaidLambda
 
@@ -151,7 +151,7 @@ def test_taids_t_follows_the_cross_entropy_of_the_windows_and_no_evaluation(trai
 def test_the_model_card_says_what_moved_and_who_wrote():
     moving = {"kind": "linear", "start": 0.1, "end": 0.9}
     config = AMiDConfig(output_dir="unused", use_cpu=True, lmbda_schedule=moving, assistant_lambda_schedule=moving)
-    card = objective_card(config, Objective(lam=0.9))
+    card = objective_table(config, Objective(lam=0.9))
     for line in (
         "| `lam` | `0.9` |",
         f"| `assistant_lambda_schedule` | `{moving}` |",
@@ -161,7 +161,7 @@ def test_the_model_card_says_what_moved_and_who_wrote():
         assert line in card
     assert "`lmbda`" not in card and "student_text" not in card
     config = AMiDConfig(output_dir="unused", use_cpu=True, sampling="adaptive", eval_strategy="epoch", **SKL_PAIR)
-    card = objective_card(config, OBJECTIVES["skl"]())
+    card = objective_table(config, OBJECTIVES["skl"]())
     for line in ("| `adaptive_threshold` | `0.0` |", "| `student_text_objective` | `srkl` |"):
         assert line in card
     assert "`lmbda" not in card

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from observe import LORA, dense_loss, logged, weights
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import (
     chat_prompt_completion_dataset,
     chat_prompt_only_dataset,
@@ -223,6 +223,19 @@ def test_a_saved_student_loads_and_its_card_states_the_objective(train, tmp_path
     ):
         assert text in card
     assert json.loads((tmp_path / "run" / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_the_card_names_student_and_teacher_but_no_folder_above_them(train, tmp_path, tiny_dir, tokenizer):
+    teacher = get_peft_model(tiny_llama(tokenizer, seed=1), LoraConfig(target_modules=["q_proj"]))
+    train(model=str(tiny_dir), teacher_model=teacher, max_steps=1, save_strategy="steps", save_steps=1).train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "a fine-tuned version of `model`." in card and "[None]" not in card
+    assert "Its teacher was `LlamaForCausalLM`, with an adapter." in card
+    assert str(tiny_dir.parent) not in card
+
+    train(teacher_model=str(tiny_dir), max_steps=1, save_strategy="steps", save_steps=1).train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "a fine-tuned version of `LlamaForCausalLM`." in card and "Its teacher was `model`." in card
 
 
 def test_it_is_a_gkd_trainer_and_an_sft_trainer(train):

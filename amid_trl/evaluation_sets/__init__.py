@@ -106,7 +106,7 @@ def _downloaded(about: Source) -> Path:
 
 
 def _examples(file: Path, prompt: str, *references: str) -> Iterator[Example]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
@@ -115,11 +115,11 @@ def _examples(file: Path, prompt: str, *references: str) -> Iterator[Example]:
                 yield Example(_prompt(row.get(prompt), where), _references(given, where))
 
 
-def _row(line: str, where: str) -> Mapping[str, Any]:
+def _row(line: bytes, where: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON in UTF-8 ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is needed; got {row!r}")
     return row
