@@ -26,7 +26,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
+# With lm-eval-harness, without which its tests are skipped: it is large, and slows every start a little.
 test-all: $(INSTALLED)
+	$(BIN)/pip install -c constraints.txt -e '.[eval-harness]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Half an hour of kills and resumes. `make soak SOAK_SECONDS=300 SOAK_SEED=7` repeats what a run with that seed did.

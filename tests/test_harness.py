@@ -58,6 +58,7 @@ def test_a_task_of_lm_eval_is_run_on_the_model(tmp_path, models):
         correct += likelihoods.index(max(likelihoods)) == row["label"]
     assert 0 < correct < len(rows)
     assert results["metrics"]["answers/acc"] == correct / len(rows)
+    assert {name.split("/")[1].removesuffix("_stderr") for name in results["metrics"]} == {"acc"}
     assert "| answers/acc |" in (tmp_path / "out" / "results.md").read_text()
 
 
