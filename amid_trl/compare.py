@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from amid_trl.compare_report import Result, report, table
-from amid_trl.comparison import RESULT, SETTINGS, Comparison, check_configs, read_comparison
+from amid_trl.comparison import RESULT, SETTINGS, Comparison, check_configs, read_comparison, without_launcher
 from amid_trl.outputs import differences, write_whole
 from amid_trl.statistics import summed
 
@@ -25,7 +25,6 @@ from amid_trl.statistics import summed
 LOG = "log.txt"
 EVALUATE = "evaluate.json"  # the options that a run was evaluated with
 EVALUATED = Path("evaluation", "results.json")
-LAUNCHERS_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TAIL = 20  # lines of a failed run's log that are shown
 
 
@@ -93,7 +92,7 @@ def _run(comparison: Comparison, folder: Path, settings: Mapping[str, Any]) -> s
     """Do what is missing of one run; nothing, or how it failed."""
     folder.mkdir(parents=True, exist_ok=True)
     of_config = {name: str(value) for name, value in (settings["config"].get("env") or {}).items()}
-    environment = {**_without_launcher(os.environ), **of_config}
+    environment = {**without_launcher(os.environ), **of_config}
     if not (folder / RESULT).exists():
         _forget_evaluation(folder)  # of an earlier student
         write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -113,11 +112,6 @@ def _run(comparison: Comparison, folder: Path, settings: Mapping[str, Any]) -> s
 def _forget_evaluation(folder: Path) -> None:
     shutil.rmtree((folder / EVALUATED).parent, ignore_errors=True)
     (folder / EVALUATE).unlink(missing_ok=True)
-
-
-def _without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what tells a process that a launcher has started it: ours start their own."""
-    return {k: v for k, v in environment.items() if not k.startswith("ACCELERATE_") and k not in LAUNCHERS_VARIABLES}
 
 
 def _process(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:

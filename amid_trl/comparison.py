@@ -23,6 +23,7 @@ RESULT = "result.json"
 BUDGETS = ("steps", "tokens", "minutes")
 # The comparison gives each run its own.
 OWN = ("output_dir", "seed", "resume_from_checkpoint", "push_to_hub")
+LAUNCHERS_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NAME = re.compile(r"(?!\.)[\w.+=-]+")
 
 
@@ -216,6 +217,8 @@ def check_configs(comparison: Comparison) -> None:
         if not isinstance(objective, str) or objective not in OBJECTIVES:
             raise ValueError(f"runs.{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
         try:
+            os.environ.clear()
+            os.environ.update(without_launcher(before))
             with tempfile.TemporaryDirectory() as folder, _argparse_raises():
                 file = Path(folder, "run.yaml")
                 file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
@@ -230,6 +233,11 @@ def check_configs(comparison: Comparison) -> None:
             os.environ.update(before)
         if parsed[2].model_name_or_path is None:
             raise ValueError(f"runs.{name}: model_name_or_path is missing")
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what tells a process that a launcher has started it: ours start their own."""
+    return {k: v for k, v in environment.items() if not k.startswith("ACCELERATE_") and k not in LAUNCHERS_VARIABLES}
 
 
 def _check_evaluation(comparison: Comparison) -> None:

@@ -183,6 +183,21 @@ def test_settings_of_a_run_that_came_to_nothing_may_be_others(content, tmp_path)
         compare(written(tmp_path, content), tmp_path / "out", report_only=True)
 
 
+def test_what_another_command_has_made_meanwhile_is_looked_at_again(own_copy, monkeypatch):
+    file, out = own_copy
+    result = out / "kd" / "seed-0" / "result.json"
+
+    def replaced(*_) -> str:
+        changed = json.loads(result.read_text())
+        changed["settings"]["config"]["learning_rate"] = 7
+        result.write_text(json.dumps(changed))
+        return ""
+
+    monkeypatch.setattr("amid_trl.compare._run", replaced)
+    with pytest.raises(ValueError, match=r"kd/seed-0 holds a run of other settings: learning_rate 7, not 0\.01"):
+        compare(file, out)
+
+
 def test_a_report_may_have_fewer_metrics_than_were_measured(own_copy, content, tmp_path):
     _, out = own_copy
     (tmp_path / "set.jsonl").write_text('{"prompt": "a", "reference": "b"}\n')
@@ -325,6 +340,11 @@ def test_students_are_evaluated_and_their_answers_compared(content, tmp_path, ca
 
     compare(file, out)  # in this process, and at once: there is nothing left to do
     assert capsys.readouterr().out.count("): done already\n") == 2
+    results = out / "kd" / "seed-0" / "evaluation" / "results.json"
+    of_the_first_student = results.stat()
+    (out / "kd" / "seed-0" / "result.json").unlink()
+    subprocess.run(command(file, out), env=ENVIRONMENT, check=True, capture_output=True, timeout=280)
+    assert results.stat() != of_the_first_student
     change["evaluate"]["max_new_tokens"] = 5
     with pytest.raises(ValueError, match=r"kd/seed-0 holds a run of other settings: max_new_tokens 4, not 5\. "):
         compare(written(tmp_path, content | change), out)
