@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from amid_trl.evaluation_options import add_options, given_settings
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return work[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         return _refuse(args.command, error)
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on" if args.command in ("evaluate", "compare") else ""
+        print(f"\namid-trl {args.command}: stopped{goes_on}", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _refuse(command: str, error: Exception) -> int:
@@ -62,7 +67,11 @@ def _launch(command: str, argv: list[str]) -> int:
     from amid_trl import recipes, train
 
     if train.is_launched():
-        train.run(argv, import_module(LAUNCHED[command]).main)
+        try:
+            parsed = train.parse(argv)
+        except ValueError as error:
+            return _refuse(command, error)
+        import_module(LAUNCHED[command]).main(*parsed)
         return 0
 
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -117,12 +126,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from amid_trl.compare import compare
 
-    try:
-        results = compare(args.file, args.output_dir, report_only=args.report_only)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
+    results = compare(args.file, args.output_dir, report_only=args.report_only)
+    print(f"{args.output_dir}: comparison.json, comparison.md, comparison.png")
     return 1 if results["missing"] else 0
+
+
+def _check_new(output_dir: str) -> None:
+    if Path(output_dir, "config.json").exists():
+        raise ValueError(f"{output_dir} holds a model already; choose another output_dir")
 
 
 def _init_student(args: argparse.Namespace) -> int:
@@ -130,6 +141,7 @@ def _init_student(args: argparse.Namespace) -> int:
 
     from amid_trl.student import drop_layers, parse_layers
 
+    _check_new(args.output_dir)
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     layers = parse_layers(args.drop_layers)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", **source)
@@ -145,6 +157,7 @@ def _merge(args: argparse.Namespace) -> int:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
+    _check_new(args.output_dir)
     merged = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype="auto").merge_and_unload()
     merged.save_pretrained(args.output_dir)
     AutoTokenizer.from_pretrained(args.adapter).save_pretrained(args.output_dir)

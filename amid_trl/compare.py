@@ -72,7 +72,11 @@ def _check_folders(comparison: Comparison, folders: Mapping[tuple[str, int], Pat
         if comparison.evaluate and (folder / EVALUATED).exists():
             if (options := _read(folder / EVALUATE)) is None:
                 raise ValueError(f"{folder} has {EVALUATED}, but no {EVALUATE} with the options of that evaluation")
-            _check_settings(folder, options, comparison.evaluate)
+            if different := differences(options, comparison.evaluate):
+                raise ValueError(
+                    f"{folder} was evaluated with other options: {different}. Choose another output directory; or "
+                    f"delete {(folder / EVALUATED).parent}, and its student is evaluated again"
+                )
 
 
 def _check_settings(folder: Path, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:

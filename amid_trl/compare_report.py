@@ -145,7 +145,7 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for name, run in runs.items():
         cells = [_mean(run["metrics"][metric]) for metric in metrics]
-        work = "{steps:.0f} | {tokens:,.0f} | {minutes:.1f}".format(**run["work"])
+        work = f"{run['work']['steps']:.0f} | {run['work']['tokens']:,.0f} | {shown(run['work']['minutes'], digits=2)}"
         lines.append(f"| `{name}` | {len(run['seeds'])} | {' | '.join(cells)} | {work} |")
     if baseline in runs and len(runs) > 1:
         lines += ["", *_differences(runs, baseline, metrics)]
@@ -159,11 +159,14 @@ def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> 
     cells = [each[metric] for each in compared.values() for metric in metrics]
     rows = {metric: each[metric]["rows"] for each in compared.values() for metric in metrics if each[metric]["rows"]}
     of_rows = ", ".join(f"{count} for `{metric}`" for metric, count in rows.items())
+    if len(set(rows.values())) == 1:
+        of_rows = str(next(iter(rows.values())))
+    evaluated = f" and evaluated rows, those of one prompt as one ({of_rows})" if rows else ""
     return [
         f"## Against `{baseline}`",
         "",
         f"Mean of the differences between runs of the same seed, with its 95 % interval over training seeds"
-        f"{f' and evaluated rows ({of_rows})' if rows else ''}. Not distinguishable: the interval contains 0. Each of "
+        f"{evaluated}. Not distinguishable: the interval contains 0. Each of "
         f"the {len(cells)} intervals is right in about 95 % of all cases, all of them together in fewer.",
         "",
         f"| run | {' | '.join(f'`{metric}`' for metric in metrics)} |",

@@ -51,9 +51,11 @@ def comparison_figure(results: Mapping[str, Any]) -> bytes:
         panel.locator_params(axis="x", nbins=5)
     panels[0].set_yticks(range(len(compared)), list(compared))
     panels[0].invert_yaxis()
-    handles = [
-        Line2D([], [], color=COLOURS[verdict], marker="o", label=verdict) for verdict in COLOURS if verdict in used
-    ]
+    labels: dict[str, str] = {}
+    for verdict, colour in COLOURS.items():
+        if verdict in used:
+            labels[colour] = f"{labels[colour]} or {verdict}" if colour in labels else verdict
+    handles = [Line2D([], [], color=colour, marker="o", label=label) for colour, label in labels.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) or 1, frameon=False)
     [(unit, amount)] = results["budget"].items()
     legend = "circle: mean over training seeds, bar: its 95 % interval, tick: one seed"

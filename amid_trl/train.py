@@ -89,9 +89,13 @@ def load_splits(script_args: Any, dataset_args: Any) -> Any:
     if dataset_args.datasets:
         with _seeded_numpy():  # which `test_split_size` draws with: the same rows in every process and every run
             return get_dataset(dataset_args)
-    return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"dataset_name {name!r} is neither a folder with data nor found on the Hub: {error}"
+        ) from error
 
 
 @contextmanager
@@ -113,7 +117,15 @@ def _split(dataset: Any, name: str, field: str) -> Any:
 
 
 def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> None:
-    """Parse and work. Under a launcher, keys of the YAML file that are the launcher's are passed over."""
+    """Parse and work."""
+    (work or main)(*parse(argv))
+
+
+def parse(argv: list[str] | None = None) -> list[Any]:
+    """The arguments in the classes of `make_parser`; ValueError for unknown ones.
+
+    Under a launcher, keys of the YAML file that are the launcher's are passed over.
+    """
     *parsed, from_config, from_flags = make_parser().parse_args_and_config(
         recipes.resolve(sys.argv[1:] if argv is None else argv),
         return_remaining_strings=True,
@@ -125,7 +137,7 @@ def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) 
         from_config = [flag for flag in unknown_to_launcher(from_config) if flag != "--accelerate_config"]
     if unknown := [*from_config, *from_flags]:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    (work or main)(*parsed)
+    return parsed
 
 
 def is_launched() -> bool:

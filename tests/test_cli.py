@@ -160,6 +160,38 @@ def test_the_teacher_keeps_its_dtype_whatever_the_students_is(tmp_path, tiny_dir
     assert seen["student"] == "float32" and "dtype" not in seen["teacher"]
 
 
+def test_mistakes_are_one_line_behind_a_launcher_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert cli.main(["train", "--output_dir", str(tmp_path), "--use_cpu", "--lmda", "0.5"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "amid-trl train: unknown arguments: --lmda 0.5"
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    arguments = ScriptArguments(dataset_name=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"dataset_name '.*none' is neither a folder with data nor found on the Hub"):
+        train.load_splits(arguments, DatasetMixtureConfig())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("evaluate", "stopped; the same command goes on"), ("merge", "stopped")]
+)
+def test_ctrl_c_is_one_line(monkeypatch, capsys, command, said):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"amid_trl.cli._{command}", interrupted)
+    assert cli.main([command, "model", *(["--output-dir", "out"] if command == "evaluate" else ["out"])]) == 130
+    assert capsys.readouterr().err == f"\namid-trl {command}: {said}\n"
+
+
+@pytest.mark.parametrize("arguments", [["init-student", "DIR", "DIR", "--drop-layers", "1"], ["merge", "x", "DIR"]])
+def test_a_model_is_not_overwritten(tiny_dir, capsys, arguments):
+    before = {file: file.stat() for file in tiny_dir.iterdir()}
+    assert cli.main([str(tiny_dir) if text == "DIR" else text for text in arguments]) == 2
+    assert f"{tiny_dir} holds a model already" in capsys.readouterr().err
+    assert {file: file.stat() for file in tiny_dir.iterdir()} == before
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path, tiny_dir, monkeypatch):
     messages_dataset(4).to_json(tmp_path / "train.jsonl")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

@@ -346,5 +346,5 @@ def test_students_are_evaluated_and_their_answers_compared(content, tmp_path, ca
     subprocess.run(command(file, out), env=ENVIRONMENT, check=True, capture_output=True, timeout=280)
     assert results.stat() != of_the_first_student
     change["evaluate"]["max_new_tokens"] = 5
-    with pytest.raises(ValueError, match=r"kd/seed-0 holds a run of other settings: max_new_tokens 4, not 5\. "):
+    with pytest.raises(ValueError, match=r"kd/seed-0 was evaluated with other options: max_new_tokens 4, not 5\. "):
         compare(written(tmp_path, content | change), out)

@@ -68,7 +68,9 @@ def test_the_table_names_the_rows_of_each_metric():
 
     some = {(name, seed): both(value, seed) for name, value in {"kd": 1.0, "low": 0.8}.items() for seed in SEEDS}
     of_both = table(report(comparison("kd", "low", metrics=("eval_kl", "rougeL", "distinct_1")), some))
-    assert "over training seeds and evaluated rows (3 for `eval_kl`, 2 for `rougeL`). Not" in of_both
+    assert "and evaluated rows, those of one prompt as one (3 for `eval_kl`, 2 for `rougeL`). Not" in of_both
+    of_one = table(report(comparison("kd", "low"), results(kd=1.0, low=0.8)))
+    assert "and evaluated rows, those of one prompt as one (3). Not" in of_one
 
 
 def test_seeds_that_disagree_are_not_distinguishable():
