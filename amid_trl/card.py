@@ -32,9 +32,7 @@ OPTIONAL_FIELDS = (
     "assistant_lambda_schedule",
     "student_text_objective",
     "student_text_objective_kwargs",
-    "pretrain_dataset",
 )
-
 
 NO_BASE_MODEL = "[None](https://huggingface.co/None)"  # where TRL's card names a student that came from a folder
 
@@ -72,11 +70,10 @@ def objective_table(config: AMiDConfig, objective: Objective) -> str:
     shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
     settings |= {name: getattr(config, name) for name in shares}
     settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
-    if config.pretrain_dataset:
-        settings["pretrain_dataset"] = _without_folders(config.pretrain_dataset)
     if config.teacher_model_server_url or config.teacher_cache:
         settings["teacher_top_k"] = config.teacher_top_k
     if config.pretrain_dataset:
+        settings["pretrain_dataset"] = _without_folders(config.pretrain_dataset)
         settings["pretrain_weight"] = config.pretrain_weight
     settings |= {"sampling temperature": config.temperature}
     rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())

@@ -1,6 +1,7 @@
 """What holds for the package as a whole: imports point down, the public names stay, documents match the code."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,13 @@ def test_the_names_borrowed_from_trl_are_listed():
         "whole_head",
     ]
     assert all(hasattr(_trl, name) for name in _trl.__all__)
+
+
+def test_trls_notice_for_those_who_import_it_is_not_shown_to_ours():
+    environment = {name: value for name, value in os.environ.items() if name != "TRL_EXPERIMENTAL_SILENCE"}
+    command = [sys.executable, "-c", "from amid_trl import AMiDConfig, AMiDTrainer"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stderr
+    assert "trl.experimental" not in said
 
 
 def test_the_public_names_stay():

@@ -167,6 +167,15 @@ def test_the_model_card_says_what_moved_and_who_wrote():
     assert "`lmbda" not in card
 
 
+def test_the_model_card_names_no_folder_above_the_plain_text(tmp_path):
+    (tmp_path / "books").mkdir()
+    config = AMiDConfig(output_dir="unused", use_cpu=True, pretrain_dataset=str(tmp_path / "books"))
+    card = objective_table(config, Objective())
+    assert "| `pretrain_dataset` | `books` |" in card and str(tmp_path) not in card
+    config = AMiDConfig(output_dir="unused", use_cpu=True, pretrain_dataset="somebody/books")
+    assert "| `pretrain_dataset` | `somebody/books` |" in objective_table(config, Objective())
+
+
 def test_an_objective_that_moves_is_never_compiled(train, tokenizer, monkeypatch):
     compiled = []
 
