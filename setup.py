@@ -44,9 +44,9 @@ setup(
     packages=find_packages(include=["amid_trl", "amid_trl.*"]),
     package_data={
         "amid_trl": ["py.typed"],
-        "amid_trl.accelerate_configs": ["*.yaml"],
-        "amid_trl.evaluation_sets": ["*.yaml"],
-        "amid_trl.recipes": ["*.yaml"],
+        "amid_trl.launch.accelerate_configs": ["*.yaml"],
+        "amid_trl.evaluation.sets": ["*.yaml"],
+        "amid_trl.launch.recipes": ["*.yaml"],
     },
     install_requires=[
         "torch>=2.7",

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from amid_trl.assistant import alpha_mixture
-    from amid_trl.config import AMiDConfig
-    from amid_trl.divergences import DIVERGENCES
-    from amid_trl.linear import linear_distillation_loss
-    from amid_trl.objective import OBJECTIVES, Objective
-    from amid_trl.trainer import AMiDTrainer
+    from amid_trl.maths.assistant import alpha_mixture
+    from amid_trl.maths.divergences import DIVERGENCES
+    from amid_trl.maths.linear import linear_distillation_loss
+    from amid_trl.maths.objective import Objective
+    from amid_trl.maths.published import OBJECTIVES
+    from amid_trl.training.config import AMiDConfig
+    from amid_trl.training.trainer import AMiDTrainer
 
 __all__ = [
     "DIVERGENCES",
@@ -26,13 +27,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DIVERGENCES": "divergences",
-    "OBJECTIVES": "objective",
-    "AMiDConfig": "config",
-    "AMiDTrainer": "trainer",
-    "Objective": "objective",
-    "alpha_mixture": "assistant",
-    "linear_distillation_loss": "linear",
+    "DIVERGENCES": "maths.divergences",
+    "OBJECTIVES": "maths.published",
+    "AMiDConfig": "training.config",
+    "AMiDTrainer": "training.trainer",
+    "Objective": "maths.objective",
+    "alpha_mixture": "maths.assistant",
+    "linear_distillation_loss": "maths.linear",
 }
 
 

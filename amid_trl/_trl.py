@@ -1,199 +1,76 @@
-"""Everything we need from trl and transformers that is not their public interface, each with its reason.
+"""The names that we need of trl, transformers and accelerate beyond what they promise, and nothing of ours.
 
-A test lists these names, so that an upgrade which moves one fails there and nowhere else.
+`HOOKS` says which they are, which parameters of them we rely on, and what for. A test compares it with the installed
+versions and with our own code, so that a new release fails there, first and by name.
 """
 
-import inspect
-import signal
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import psutil
-import torch
 import trl
-from accelerate import Accelerator
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from accelerate.utils import fsdp2_prepare_model
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
 from trl.import_utils import is_vllm_available, suppress_experimental_warning
 from trl.models.utils import (
-    _ForwardRedirection,  # runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters
-    prepare_deepspeed,  # shards the teacher like the student under ZeRO-3
+    _ForwardRedirection,
+    prepare_deepspeed,
+    unwrap_model_for_generation,
 )
-from trl.models.utils import unwrap_model_for_generation as _unwrap_model_for_generation
 from trl.trainer.utils import (
-    create_model_from_path,  # picks the architecture and the dtype as TRL's own trainers do
-    global_then_local_main_first,  # one process tokenises, the others read its cache
+    create_model_from_path,
+    global_then_local_main_first,
     print_prompt_completions_sample,
     use_adapter,
 )
 
-from amid_trl.kernel import Finish
-from amid_trl.linear import Head
 
+try:
+    with suppress_experimental_warning():  # a notice for those who import it; setup.py pins TRL because of it
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+except ImportError:  # TRL has removed experimental trainers before
+    from trl import SFTTrainer as GKDTrainer
 
-with suppress_experimental_warning():  # a notice for those who import it; setup.py pins TRL because of it
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
+    from amid_trl._gkd import GKDConfig
 
 __all__ = [
     "ACCELERATE_CONFIGS",
+    "HOOKS",
+    "PREFIX_CHECKPOINT_DIR",
     "GKDConfig",
     "GKDTrainer",
-    "accelerate_launch",
-    "announce_head",
-    "backbone_states",
-    "causal_lm",
+    "Hook",
+    "common_prefix_length",
     "create_model_from_path",
     "forward_redirection",
-    "gathered_head",
+    "fsdp2_prepare_model",
+    "get_training_chat_template",
     "global_then_local_main_first",
+    "has_generation_markers",
+    "hf_deepspeed",
     "is_vllm_available",
-    "language_model_head",
-    "launch_arguments",
-    "loaded_whole",
+    "launch_command",
+    "launch_command_parser",
+    "load_config_from_file",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
-    "unknown_to_launcher",
+    "render_jinja_template",
+    "rotate_checkpoints",
     "unwrap_model_for_generation",
     "use_adapter",
     "vllm_engine",
-    "whole_head",
 ]
 
 forward_redirection = _ForwardRedirection()
 
 # What TRL's own command knows by name: multi_gpu, fsdp1, …
 ACCELERATE_CONFIGS = Path(trl.__file__).with_name("accelerate_configs")
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model below a PEFT wrapper: adapters live inside its layers, so nothing is lost."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def unwrap_model_for_generation(
-    model: nn.Module, accelerator: Accelerator, **settings: Any
-) -> AbstractContextManager[nn.Module]:
-    """TRL's: gathers ZeRO-3 parameters and suspends gradient checkpointing, here without leaving a hook behind.
-
-    transformers puts one on the embeddings whenever checkpointing is turned on, and does not take it off again.
-    """
-    inner = causal_lm(accelerator.unwrap_model(model))
-    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
-        inner.disable_input_require_grads()
-    return _unwrap_model_for_generation(model, accelerator, **settings)
-
-
-def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (batch, tokens, dim), with positions that follow the padding on either side."""
-    backbone = model.base_model
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return backbone(**inputs).last_hidden_state
-
-
-def language_model_head(model: PreTrainedModel) -> Head:
-    """The head as transformers applies it; configurations have several names for its scale."""
-    config, layer = model.config.get_text_config(), model.get_output_embeddings()
-    if hasattr(layer, "modules_to_save"):  # PEFT's trainable copy of the whole head
-        active = (
-            [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.modules_to_save]
-        )
-        layer = layer.modules_to_save[active[0]] if active else layer.original_module
-    # Neither a quantised layer's forward nor an adapter's; FSDP2 makes a class of its own that has it.
-    if getattr(type(layer), "forward", None) is not nn.Linear.forward:
-        raise ValueError(
-            f"the output embedding of {type(model).__name__} is a {type(layer).__name__}; the loss multiplies by its "
-            "weight, so it must be a plain torch.nn.Linear: not quantised, and without an adapter"
-        )
-    if layer.weight.is_meta:
-        raise ValueError(
-            f"the head of {type(model).__name__} is offloaded, and the loss reads its weight; give "
-            "the output embedding a device in device_map"
-        )
-    finish = Finish(_logit_scale(config), getattr(config, "final_logit_softcapping", None))
-    return Head(layer.weight, layer.bias, finish)
-
-
-def _logit_scale(config) -> float:
-    # Cohere and MPT; Muse Glimmer; Falcon-H1: three names for one multiplier, None where the model does not scale.
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
-
-
-def announce_head(student: nn.Module) -> None:
-    """Let ZeRO-3 keep the head whole in the student's forward and backward, which use it without calling it.
-
-    Left to itself ZeRO-3 finds that out only if the head happens to be sharded when it is first read.
-    """
-    if not hf_deepspeed.is_deepspeed_zero3_enabled():
-        return
-    import deepspeed
-
-    head = language_model_head(causal_lm(student))
-    for tensor in (head.weight, head.bias):
-        if tensor is not None:
-            deepspeed.zero.register_external_parameter(student, tensor)
-
-
-def whole_head(model: PreTrainedModel) -> Head:
-    """The head inside the model's forward: FSDP2 gathers what runs, and the head does not, its weights are read."""
-    layer = model.get_output_embeddings()
-    if isinstance(layer, FSDPModule):
-        layer.unshard()  # until backward, which reduces its gradient too
-    return language_model_head(model)
-
-
-@contextmanager
-def gathered_head(head: Head) -> Iterator[Head]:
-    """Another model's head with whole weights, for the time of a direct product (ZeRO-3, FSDP2)."""
-    with _gathered(head.weight, head.bias):
-        yield Head(_whole(head.weight), None if head.bias is None else _whole(head.bias), head.finish)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _gathered(*tensors: Tensor | None) -> AbstractContextManager:
-    """Whole weights that ZeRO-3 has sharded, nothing elsewhere.
-
-    TRL's `maybe_gather_lm_head_ctx` asks how the student is sharded, and a teacher may have an engine of its own.
-    """
-    sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_status")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    # A tied head may be there already, as the embedding's; gathered again, it would be shared out under its feet.
-    absent = [tensor for tensor in sharded if tensor.ds_status != ZeroParamStatus.AVAILABLE]
-    return deepspeed.zero.GatheredParameters(absent) if absent else nullcontext()
-
-
-@contextmanager
-def loaded_whole() -> Iterator[None]:
-    """Within it `from_pretrained` does not shard what it loads, though the student is under ZeRO-3."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def vllm_engine(**settings: Any) -> Any:
@@ -203,43 +80,138 @@ def vllm_engine(**settings: Any) -> Any:
     return VLLMGeneration(**settings)
 
 
-def launch_arguments(launch_args: list[str], module: str, script_args: list[str]) -> Any:
-    """What `accelerate launch … -m module …` parses; a process for each device where nothing says how many.
+class Hook(NamedTuple):
+    """A name of another package that we override, call, read or set."""
 
-    accelerate itself refuses a file without a number. A machine without accelerators counts as one device, and all
-    machines as alike.
+    name: str  # module, and the names in it
+    how: Literal["overridden", "called", "read", "set"]
+    why: str
+    parameters: tuple[str, ...] = ()  # those that we pass, or take by name
 
-    Raises:
-        ValueError: a flag that accelerate does not know either.
-    """
-    if unknown := unknown_to_launcher(launch_args):
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    args = launch_command_parser().parse_args([*launch_args, "-m", module, *script_args])
-    if args.config_file is not None and args.num_processes is None:
-        defaults = load_config_from_file(args.config_file)
-        if defaults.num_processes == -1:
-            machines = args.num_machines or defaults.num_machines
-            args.num_processes = machines * max(1, torch.accelerator.device_count())
-    return args
-
-
-def unknown_to_launcher(arguments: Iterable[str]) -> list[str]:
-    """Those of the flags that `accelerate launch` does not know."""
-    known = launch_command_parser()._option_string_actions
-    return [flag for text in arguments if text.startswith("--") and (flag := text.split("=")[0]) not in known]
+    def resolve(self) -> Any:
+        """What is installed under this name; AttributeError or ImportError where there is nothing."""
+        parts = self.name.split(".")
+        for count in range(len(parts), 0, -1):
+            try:
+                found: Any = import_module(".".join(parts[:count]))
+            except ModuleNotFoundError:
+                continue
+            for part in parts[count:]:
+                found = getattr(found, part)
+            return found
+        raise ImportError(f"no package of {self.name} is installed")
 
 
-def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
-    """Launch the module's processes, and end them on SIGTERM: accelerate would leave a single one to itself.
+_TRAINER = "transformers.Trainer"
+_SFT = "trl.SFTTrainer"
 
-    Raises:
-        subprocess.CalledProcessError: a single process has failed.
-        ChildFailedError: one of several has.
-        SignalException: SIGTERM ended several.
-    """
-    args = launch_arguments(launch_args, module, script_args)
-    previous = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in psutil.Process().children()])
-    try:
-        launch_command(args)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+HOOKS = (
+    # ---- overridden by AMiDTrainer or ComparedTrainer ----
+    Hook(
+        f"{_SFT}._prepare_dataset",
+        "overridden",
+        "rows are made by amid_trl.data",
+        ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
+    ),
+    Hook(f"{_SFT}._set_signature_columns_if_needed", "overridden", "columns of our rows are kept"),
+    Hook(
+        f"{_TRAINER}.get_batch_samples",
+        "overridden",
+        "a window is written and counted before it is trained",
+        ("epoch_iterator", "num_batches", "device"),
+    ),
+    Hook(f"{_SFT}.training_step", "overridden", "TAID's share follows the window's loss"),
+    Hook(
+        f"{_SFT}.compute_loss", "overridden", "the loss", ("model", "inputs", "return_outputs", "num_items_in_batch")
+    ),
+    Hook(
+        f"{_SFT}.prediction_step",
+        "overridden",
+        "token ids in place of logits",
+        ("model", "inputs", "prediction_loss_only", "ignore_keys"),
+    ),
+    Hook(
+        f"{_TRAINER}._evaluate",
+        "overridden",
+        "an adaptive share follows the evaluations of training",
+        ("trial", "ignore_keys_for_eval", "skip_scheduler"),
+    ),
+    Hook(f"{_TRAINER}.evaluation_loop", "overridden", "figures of the evaluation set", ("metric_key_prefix",)),
+    Hook(f"{_TRAINER}.train", "overridden", "resuming from whole checkpoints, SIGTERM", ("resume_from_checkpoint",)),
+    Hook(f"{_TRAINER}._save", "overridden", "the teacher's adapter is not saved"),
+    Hook(f"{_SFT}._save_checkpoint", "overridden", "a checkpoint is whole, or known not to be", ("model", "trial")),
+    Hook(
+        f"{_TRAINER}._push_from_checkpoint", "overridden", "only whole checkpoints are pushed", ("checkpoint_folder",)
+    ),
+    Hook(f"{_TRAINER}._save_optimizer_and_scheduler", "overridden", "our state beside theirs", ("output_dir",)),
+    Hook(f"{_TRAINER}._load_optimizer_and_scheduler", "overridden", "our state beside theirs", ("checkpoint",)),
+    Hook(f"{_SFT}.log", "overridden", "our means in the logs", ("logs", "start_time")),
+    Hook(f"{_SFT}.create_model_card", "overridden", "the card names the objective"),
+    Hook(f"{_TRAINER}._get_eval_sampler", "overridden", "compared rows come in their order", ("eval_dataset",)),
+    # ---- called, read or set on a trainer ----
+    Hook(f"{_TRAINER}._prepare_inputs", "called", "written text goes to the device", ("inputs",)),
+    Hook(f"{_TRAINER}._get_num_items_in_batch", "called", "trained tokens of a window", ("batch_samples", "device")),
+    Hook(f"{_TRAINER}._get_output_dir", "called", "where checkpoints lie", ("trial",)),
+    Hook(f"{_TRAINER}.get_tp_size", "called", "processes that share a batch"),
+    Hook(f"{_TRAINER}.create_optimizer", "called", "accelerate wraps an FSDP2 model with its optimizer alone"),
+    # ---- functions and classes ----
+    Hook(
+        "trl.models.utils._ForwardRedirection",
+        "called",
+        "runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters",
+    ),
+    Hook(
+        "trl.models.utils.prepare_deepspeed",
+        "called",
+        "shards the teacher like the student under ZeRO-3",
+        ("model", "accelerator"),
+    ),
+    Hook(
+        "trl.models.utils.unwrap_model_for_generation",
+        "called",
+        "gathers weights, suspends checkpointing",
+        ("model", "accelerator", "gather_deepspeed3_params", "gradient_checkpointing_kwargs"),
+    ),
+    Hook("trl.trainer.utils.create_model_from_path", "called", "picks architecture and dtype as TRL does"),
+    Hook("trl.trainer.utils.global_then_local_main_first", "called", "one process tokenises, the others read it"),
+    Hook(
+        "trl.trainer.utils.print_prompt_completions_sample",
+        "called",
+        "the table of completions",
+        ("prompts", "completions", "rewards", "advantages", "step", "num_samples"),
+    ),
+    Hook("trl.trainer.utils.use_adapter", "called", "the teacher's adapter for one pass", ("model", "adapter_name")),
+    Hook("trl.import_utils.is_vllm_available", "called", "refuse early"),
+    Hook("trl.import_utils.suppress_experimental_warning", "called", "a notice that our users cannot act on"),
+    Hook("trl.chat_template_utils.get_training_chat_template", "called", "templates with generation marks"),
+    Hook("trl.chat_template_utils.has_generation_markers", "called", "whether a template has them"),
+    Hook("trl.data_utils.common_prefix_length", "called", "where the answer begins"),
+    Hook(
+        "transformers.utils.chat_template_utils.render_jinja_template",
+        "called",
+        "text with generation marks",
+        ("conversations", "chat_template", "return_assistant_tokens_mask", "add_generation_prompt"),
+    ),
+    Hook(
+        "transformers.trainer_utils.rotate_checkpoints",
+        "called",
+        "old checkpoints go when the new one is whole",
+        ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
+    ),
+    Hook("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "read", "how checkpoints are called"),
+    Hook("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", "called", "whether loading shards"),
+    Hook("transformers.integrations.deepspeed.unset_hf_deepspeed_config", "called", "load a teacher whole"),
+    Hook("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "set", "load a teacher whole"),
+    Hook("transformers.PreTrainedModel.disable_input_require_grads", "called", "a hook that checkpointing leaves"),
+    Hook(
+        "accelerate.utils.fsdp2_prepare_model", "called", "shards the teacher layer by layer", ("accelerator", "model")
+    ),
+    Hook("accelerate.commands.launch.launch_command", "called", "amid-trl train starts its processes", ("args",)),
+    Hook("accelerate.commands.launch.launch_command_parser", "called", "flags of the launcher"),
+    Hook(
+        "accelerate.commands.config.load_config_from_file",
+        "called",
+        "how many processes a file asks for",
+        ("config_file",),
+    ),
+)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,10 +18,13 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("amid_trl", "torch", "transformers", "trl", "accelerate", "peft", "rouge-score", "lm-eval")
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write beside the file and rename: it is there as a whole, or not at all."""
+def write_whole(file: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write beside the file and rename: it is whole, or not there. `content` may be a function of a path."""
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    if callable(content):
+        content(beside)
+    else:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, file)
 
 

@@ -29,8 +29,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.memory import expected_gradients, expected_optimizer_state, optimizer_state, weights
-from amid_trl.student import drop_layers, parse_layers
+from amid_trl.models.layers import parse_layers
+from amid_trl.models.pruning import drop_layers
+from amid_trl.training.memory import expected_gradients, expected_optimizer_state, optimizer_state, weights
 
 
 sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]

@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.student import drop_layers, parse_layers
+from amid_trl.models.layers import parse_layers
+from amid_trl.models.pruning import drop_layers
 
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -17,8 +17,11 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.evaluation import generate_greedy, rouge_l, token_metrics
-from amid_trl.student import drop_layers, parse_layers
+from amid_trl.evaluation.figures import token_metrics
+from amid_trl.evaluation.scores import rouge_l
+from amid_trl.models.generation import generate_greedy
+from amid_trl.models.layers import parse_layers
+from amid_trl.models.pruning import drop_layers
 
 
 OUTPUT = Path("runs/demo")

@@ -23,8 +23,8 @@ from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.evaluate import evaluate
-from amid_trl.kernel import _compiled
+from amid_trl.evaluation.evaluate import evaluate
+from amid_trl.maths.kernel import _compiled
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,12 +97,12 @@ def compiling(monkeypatch, caplog):
     """The loss is compiled whatever the vocabulary, and the test fails if that did not work."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    monkeypatch.setattr("amid_trl.kernel.COMPILE_FROM_VOCAB", 0)
+    monkeypatch.setattr("amid_trl.maths.kernel.COMPILE_FROM_VOCAB", 0)
     _compiled.cache_clear()
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     yield
-    assert not [record for record in caplog.get_records("call") if record.name == "amid_trl.kernel"]
+    assert not [record for record in caplog.get_records("call") if record.name == "amid_trl.maths.kernel"]
 
 
 # ---- amid-trl evaluate ----

@@ -1,182 +1,195 @@
-"""What holds for the package as a whole: imports point down, the public names stay, documents match the code."""
+"""What holds for the package as a whole: imports point one way, nothing has two meanings, the public names stay."""
 
 import ast
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import amid_trl
-from amid_trl import _trl
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "amid_trl"
 
-# Lower layers first; a module imports from its own layer and from those above it in this list.
-LAYERS = {
-    "maths": ["assistant", "divergences", "objective", "kernel", "linear", "token_loss", "sparse", "schedules"],
-    "batches": [
-        "sampling",
-        "replay",
-        "rows",
-        "conversations",
-        "batches",
-        "data",
-        "generation",
-        "plain_text",
-        "teacher_cache",
-        "teacher_server",
-    ],
-    "training": [
-        "_trl",
-        "absent_teacher",
-        "answers",
-        "batch_loss",
-        "building",
-        "card",
-        "checkpoint",
-        "completions",
-        "config",
-        "engines",
-        "evaluation",
-        "fsdp",
-        "memory",
-        "metrics",
-        "nonfinite",
-        "placement",
-        "run_objective",
-        "sources",
-        "student",
-        "survival",
-        "teacher",
-        "teachers",
-        "trainer",
-        "validation",
-        "windows",
-        "writers",
-    ],
-    "entry": [
-        "__init__",
-        "__main__",
-        "accelerate_configs",
-        "arguments",
-        "caching",
-        "cli",
-        "compare",
-        "compare_report",
-        "compared_run",
-        "comparison",
-        "evaluate",
-        "evaluation_models",
-        "evaluation_options",
-        "evaluation_results",
-        "evaluation_sets",
-        "harness",
-        "outputs",
-        "plotting",
-        "recipes",
-        "statistics",
-        "train",
-    ],
-}
-# Imported by modules of the maths layer, and nothing else.
-STANDARD_LIBRARY = {
-    "collections",
-    "dataclasses",
-    "functools",
-    "inspect",
-    "itertools",
-    "logging",
-    "math",
-    "threading",
-    "typing",
-}
-MATHS_IMPORTS = {"torch", "jaxtyping", "amid_trl", *STANDARD_LIBRARY}
+# Folders and files of the package, each of which sees those to its left alone; what stands in one place sees nothing
+# of its neighbours there.
+ORDER = [
+    {"_gkd"},
+    {"_trl", "outputs"},
+    {"maths"},
+    {"fields"},
+    {"run"},
+    {"data"},
+    {"models"},
+    {"teacher", "sources", "evaluation"},
+    {"training"},
+    {"launch"},
+    {"choosing", "comparison"},
+    {"cli"},
+    {"__main__"},
+]
+PLACES = {name: place for place, names in enumerate(ORDER) for name in names}
+# Imported by the maths, and nothing else.
+MATHS_IMPORTS = {"torch", "jaxtyping", "amid_trl", *sys.stdlib_module_names}
+# Names that every module, or every folder of named files, may have.
+COMMON = {"logger", "main", "T", "FOLDER", "names", "resolve", "config_path", "__getattr__", "__dir__"}
 
 
-def imports(module: str) -> set[str]:
-    file = PACKAGE / f"{module}.py"
-    tree = ast.parse((file if file.exists() else PACKAGE / module / "__init__.py").read_text())
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= (
-                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "amid_trl" else {node.module}
-            )
-    return names
-
-
-def test_every_module_has_a_layer():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
-        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """All modules by their dotted name below the package; a folder by its own."""
+    files = sorted(package.rglob("*.py"))
+    assert files
+    return {
+        ".".join(file.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): file for file in files
     }
-    assert modules == {module for layer in LAYERS.values() for module in layer}
 
 
-def test_imports_point_down():
-    allowed: set[str] = set()
-    for modules in LAYERS.values():
-        allowed |= set(modules)
-        for module in modules:
-            ours = {name.split(".")[1] for name in imports(module) if name.startswith("amid_trl.")}
-            public = {name for name in ours if name in amid_trl.__all__}
-            assert ours - public <= allowed, f"{module} imports {ours - allowed} from a higher layer"
+def imported(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything that a file imports from the package, wherever in it, below the package."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def test_the_maths_layer_needs_torch_alone():
-    for module in LAYERS["maths"]:
-        assert {name.split(".")[0] for name in imports(module)} <= MATHS_IMPORTS
+def arrows(package: Path = PACKAGE) -> list[tuple[str, str, str]]:
+    """(module, module that it imports, where) within the package."""
+    known, found = modules(package), []
+    public = {f"amid_trl.{name}" for name in amid_trl.__all__}
+    for module, file in known.items():
+        if module == "__init__":
+            continue  # the public names, lazily
+        for line, name in imported(file):
+            if not name.startswith("amid_trl.") or name in public:
+                continue
+            target = name.removeprefix("amid_trl.")
+            while target not in known:
+                target, dot, _ = target.rpartition(".")
+                assert dot, f"{file}:{line}: {name} is in no module"
+            found.append((module, target, f"{file.relative_to(package)}:{line}"))
+    return found
+
+
+def violations(package: Path = PACKAGE) -> list[str]:
+    """Imports from a folder's right, or from a neighbour in the same place."""
+    wrong = []
+    for module, target, where in arrows(package):
+        mine, theirs = module.split(".")[0], target.split(".")[0]
+        assert {mine, theirs} <= PLACES.keys(), f"{mine} or {theirs} has no place in ORDER"
+        if mine != theirs and PLACES[theirs] >= PLACES[mine]:
+            wrong.append(f"{where} imports {target}")
+    return wrong
+
+
+def circle(package: Path = PACKAGE) -> list[str]:
+    """Modules that import each other in a circle, if there are any."""
+    graph = defaultdict(set)
+    for module, target, _ in arrows(package):
+        if module != target:
+            graph[module].add(target)
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for target in sorted(graph[module]):
+            if found := visit(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+def test_imports_point_to_the_left():
+    assert not violations()
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert not circle()
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A copy of the package's imports, with one more of them in a file."""
+
+    def plant(module: str, line: str) -> Path:
+        copy = tmp_path / "amid_trl"
+        for name, file in modules().items():
+            place = copy / file.relative_to(PACKAGE)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(file.read_text() + (f"\n\ndef planted():\n    {line}\n" if name == module else ""))
+        return copy
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "found"),
+    [
+        ("maths.kernel", "from amid_trl.data.rows import UNTRAINED", "imports data.rows"),
+        ("teacher.server", "from amid_trl.sources.choice import Source", "imports sources.choice"),
+        ("training.trainer", "import amid_trl.launch.names", "imports launch.names"),
+        ("evaluation.sets", "from amid_trl.training import config", "imports training.config"),
+        ("outputs", "from amid_trl import _trl", "imports _trl"),
+    ],
+)
+def test_an_import_to_the_right_is_found(planted, module, line, found):
+    [message] = violations(planted(module, line))
+    assert message.endswith(found)
+
+
+def test_a_circle_within_a_folder_is_found(planted):
+    assert not circle(planted("maths.kernel", "pass"))
+    copy = planted("maths.kernel", "from amid_trl.maths.linear import Head")
+    assert not violations(copy)
+    assert set(circle(copy)) == {"maths.kernel", "maths.linear"}
+
+
+def test_the_maths_need_torch_alone():
+    files = list((PACKAGE / "maths").glob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        assert {name.split(".")[0] for _, name in imported(file)} <= MATHS_IMPORTS, file
+
+
+def test_no_name_has_two_meanings():
+    homes = defaultdict(set)
+    for module, file in modules().items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            for name in names:
+                if not name.startswith("_") and name not in COMMON:
+                    homes[name].add(module)
+    homes.pop("jeffreys")  # the divergence, and the objective that is nothing else
+    twice = {name: sorted(where) for name, where in homes.items() if len(where) > 1}
+    assert not twice, twice
+
+
+def test_no_file_is_long():
+    for file in modules().values():
+        lines = len(file.read_text().splitlines())
+        assert lines <= (350 if file.name == "trainer.py" else 400), f"{file} has {lines} lines"
 
 
 def test_importing_the_package_is_light():
     code = "import sys, amid_trl; print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
-
-
-def test_private_names_of_trl_and_transformers_are_used_in_one_place():
-    for path in PACKAGE.glob("*.py"):
-        if path.stem == "_trl":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trl", "transformers"):
-                private = [alias.name for alias in node.names if alias.name.startswith("_")]
-                assert not private and node.module not in ("trl.models.utils", "trl.trainer.utils"), (
-                    f"{path}: {private}"
-                )
-
-
-def test_the_names_borrowed_from_trl_are_listed():
-    assert sorted(_trl.__all__) == [
-        "ACCELERATE_CONFIGS",
-        "GKDConfig",
-        "GKDTrainer",
-        "accelerate_launch",
-        "announce_head",
-        "backbone_states",
-        "causal_lm",
-        "create_model_from_path",
-        "forward_redirection",
-        "gathered_head",
-        "global_then_local_main_first",
-        "is_vllm_available",
-        "language_model_head",
-        "launch_arguments",
-        "loaded_whole",
-        "prepare_deepspeed",
-        "print_prompt_completions_sample",
-        "unknown_to_launcher",
-        "unwrap_model_for_generation",
-        "use_adapter",
-        "vllm_engine",
-        "whole_head",
-    ]
-    assert all(hasattr(_trl, name) for name in _trl.__all__)
 
 
 def test_trls_notice_for_those_who_import_it_is_not_shown_to_ours():
@@ -202,38 +215,18 @@ def test_the_public_names_stay():
 
 
 def test_objectives_and_divergences_keep_their_names():
-    objectives = [
-        "kd",
-        "rkl",
-        "csd",
-        "gkd",
-        "skl",
-        "srkl",
-        "taid",
-        "abkd",
-        "tvd",
-        "wsd",
-        "jeffreys",
-        "akl",
-        "bdkd",
-        "amid",
-    ]
-    assert list(amid_trl.OBJECTIVES) == objectives
+    objectives = "kd rkl csd gkd skl srkl taid abkd tvd wsd jeffreys akl bdkd amid"
+    assert list(amid_trl.OBJECTIVES) == objectives.split()
     assert list(amid_trl.DIVERGENCES) == ["kl", "js", "tv", "alpha", "ab", "hellinger", "renyi", "jeffreys", "chi2"]
 
 
 def test_an_installed_package_has_its_yaml_files(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    built = {path.parts[-2:] for path in tmp_path.glob("lib*/amid_trl/*/*.yaml")}
-    assert built == {path.parts[-2:] for path in PACKAGE.glob("*/*.yaml")}
-
-
-def test_the_readme_lists_every_module():
-    readme = (ROOT / "README.md").read_text()
-    for path in PACKAGE.glob("*.py"):
-        if path.stem not in ("__init__", "__main__"):
-            assert f"{path.name} " in readme, f"README.md does not say what {path.name} is"
+    [built] = tmp_path.glob("lib*/amid_trl")
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.yaml")}
+    assert len(files) == 7 + 6 + 5  # recipes, engines, sets
+    assert {path.relative_to(built) for path in built.rglob("*.yaml")} == files
 
 
 def test_every_objective_and_divergence_is_in_the_docs():

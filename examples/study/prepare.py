@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from amid_trl.student import drop_layers, parse_layers
+from amid_trl.models.layers import parse_layers
+from amid_trl.models.pruning import drop_layers
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

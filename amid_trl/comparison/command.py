@@ -1,0 +1,19 @@
+"""`amid-trl compare`."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def compare_runs(argv: Sequence[str]) -> int:
+    """Train what is missing, and report; the exit status, 1 where a run is missing."""
+    parser = argparse.ArgumentParser("amid-trl compare")
+    parser.add_argument("file", help="YAML: base, runs, seeds, metrics, budget (docs/compare.md)")
+    parser.add_argument("--output-dir", required=True, help="where the runs, the table and the figure are kept")
+    parser.add_argument("--report-only", action="store_true", help="from the runs that are there, without training")
+    args = parser.parse_args(argv)
+
+    from amid_trl.comparison.compare import compare
+
+    results = compare(args.file, args.output_dir, report_only=args.report_only)
+    print(f"{args.output_dir}: comparison.json, comparison.md, comparison.png")
+    return 1 if results["missing"] else 0

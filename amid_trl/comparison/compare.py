@@ -1,0 +1,165 @@
+"""`amid-trl compare`: the same work through several objectives, a process for each run, then a table and a figure."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amid_trl.comparison.report import comparison_table, report
+from amid_trl.comparison.results import EVALUATE, EVALUATED, read_json, read_result
+from amid_trl.comparison.spec import RESULT, SETTINGS, Comparison, check_configs, read_comparison, without_launcher
+from amid_trl.outputs import differences, write_whole
+
+
+LOG = "log.txt"
+
+
+TAIL = 20  # lines of a failed run's log that are shown
+
+
+def compare(file: str | Path, output_dir: str | Path, report_only: bool = False) -> dict[str, Any]:
+    """Train what is missing, and report: comparison.json, comparison.md and comparison.png in `output_dir`.
+
+    Returns what comparison.json holds. `report_only` trains nothing.
+
+    Raises:
+        ImportError: the extra `compare` is not installed.
+        ValueError: the file asks for what does not exist, or a folder holds a run of other settings. Nothing has been
+            trained then.
+    """
+    if missing := [package for package in ("scipy", "matplotlib") if find_spec(package) is None]:
+        raise ImportError(f"compare needs {' and '.join(missing)}: pip install 'amid-trl[compare]'")
+    comparison, output_dir = read_comparison(file), Path(output_dir)
+    folders = {work: output_dir / work[0] / f"seed-{work[1]}" for work in comparison.works}
+    _check_folders(comparison, folders)
+    finished = [work for work, folder in folders.items() if read_result(comparison, folder) is not None]
+    if not report_only:
+        check_configs(comparison)
+        for number, (work, folder) in enumerate(folders.items(), start=1):
+            print(f"{number}/{len(folders)} {work[0]}, seed {work[1]} ({folder / LOG}): ", end="", flush=True)
+            outcome = _run(comparison, folder, comparison.settings(*work))
+            again = " already" if work in finished and not outcome else ""
+            print(f"{outcome or 'done'}{again}", flush=True)
+    _check_folders(comparison, folders)  # another command may have worked there meanwhile
+    results = {
+        work: result for work, folder in folders.items() if (result := read_result(comparison, folder)) is not None
+    }
+    if not results:
+        raise ValueError(f"{output_dir} holds no finished run to report")
+    return _write_report(output_dir, report(comparison, results))
+
+
+def _check_folders(comparison: Comparison, folders: Mapping[tuple[str, int], Path]) -> None:
+    """Refuse a folder of another run, by what is different, or one that does not say what it was evaluated with.
+
+    What was only asked for may be asked for otherwise.
+    """
+    for work, folder in folders.items():
+        settings, result = comparison.settings(*work), read_json(folder / RESULT)
+        if result is not None:
+            _check_settings(folder, result["settings"], settings)
+        elif any(folder.glob("checkpoint-*")):
+            _check_settings(folder, read_json(folder / SETTINGS), settings)
+        if comparison.evaluate and (folder / EVALUATED).exists():
+            if (options := read_json(folder / EVALUATE)) is None:
+                raise ValueError(f"{folder} has {EVALUATED}, but no {EVALUATE} with the options of that evaluation")
+            if different := differences(options, comparison.evaluate):
+                raise ValueError(
+                    f"{folder} was evaluated with other options: {different}. Choose another output directory; or "
+                    f"delete {(folder / EVALUATED).parent}, and its student is evaluated again"
+                )
+
+
+def _check_settings(folder: Path, there: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    theirs, ours = _flat(there or {}), _flat(here)
+    if theirs.get("evaluates") and not ours.get("evaluates"):  # more than is asked for
+        del theirs["evaluates"], ours["evaluates"]
+    if different := differences(theirs, ours):
+        raise ValueError(f"{folder} holds a run of other settings: {different}. Choose another output directory")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    config = settings.get("config", {})
+    return {**config, **{name: value for name, value in settings.items() if name != "config"}}
+
+
+def _run(comparison: Comparison, folder: Path, settings: Mapping[str, Any]) -> str:
+    """Do what is missing of one run; nothing, or how it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    of_config = {name: str(value) for name, value in (settings["config"].get("env") or {}).items()}
+    environment = {**without_launcher(os.environ), **of_config}
+    if not (folder / RESULT).exists():
+        _forget_evaluation(folder)  # of an earlier student
+        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        config = {**settings["config"], "output_dir": str(folder)}
+        write_whole(folder / "run.yaml", yaml.safe_dump(config, sort_keys=False))
+        if failure := _process(["compared-run", "--config", str(folder / "run.yaml")], folder, environment):
+            return failure
+    if comparison.evaluate and not (folder / EVALUATED).exists():
+        if read_json(folder / EVALUATE) != comparison.evaluate:
+            _forget_evaluation(folder)
+        write_whole(folder / EVALUATE, json.dumps(comparison.evaluate, indent=2) + "\n")
+        target = ["--output-dir", str((folder / EVALUATED).parent)]
+        return _process(["evaluate", str(folder), *target, *comparison.evaluate_flags], folder, environment)
+    return ""
+
+
+def _forget_evaluation(folder: Path) -> None:
+    shutil.rmtree((folder / EVALUATED).parent, ignore_errors=True)
+    (folder / EVALUATE).unlink(missing_ok=True)
+
+
+def _process(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
+    """Run `amid-trl` with these arguments in a process group of its own; nothing, or how it failed."""
+    with (folder / LOG).open("ab") as log, _sigterm_raises():
+        begin = log.tell()
+        command = [sys.executable, "-m", "amid_trl", *arguments]
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C and SIGTERM end the run as well, which saves a checkpoint first
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+    if status == 0:
+        return ""
+    said = (folder / LOG).read_bytes()[begin:].decode(errors="replace").splitlines()
+    return "\n    ".join([f"FAILED with status {status}; the end of {folder / LOG}:", *said[-TAIL:]])
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():  # the only one that gets signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _write_report(output_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
+    from amid_trl.comparison.figure import comparison_figure
+
+    markdown = comparison_table(results)
+    write_whole(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
+    write_whole(output_dir / "comparison.md", markdown)
+    write_whole(output_dir / "comparison.png", comparison_figure(results))
+    print(f"\n{markdown}")
+    return results

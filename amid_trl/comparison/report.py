@@ -1,0 +1,191 @@
+"""The results of a comparison: means, deviations, paired intervals, and the table that says how much better."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from amid_trl.comparison.intervals import Interval, deviation, paired_interval
+from amid_trl.comparison.metrics import METRICS
+from amid_trl.comparison.results import Results
+from amid_trl.comparison.spec import Comparison
+
+
+WORK = ("steps", "tokens", "minutes")
+
+
+# What must be equal where these settings are, or begin with this.
+SETTINGS_BEHIND = {
+    "trained_rows": ("dataset", "streaming", "test_split_size"),
+    "num_processes": ("num_processes", "accelerate_config"),
+}
+
+
+def report(comparison: Comparison, results: Results) -> dict[str, Any]:
+    """Every run's figures, and their differences from the baseline's."""
+    _check_data(comparison, results)
+    runs: dict[str, Any] = {}
+    for name in comparison.runs:
+        of_run = {seed: results[name, seed] for seed in comparison.seeds if (name, seed) in results}
+        if not of_run:
+            continue
+        values = {metric: [result.metrics[metric] for result in of_run.values()] for metric in comparison.metrics}
+        runs[name] = {
+            "seeds": list(of_run),
+            "work": {key: float(np.mean([result.work[key] for result in of_run.values()])) for key in WORK},
+            "metrics": {
+                metric: {"mean": float(np.mean(of_metric)), "deviation": deviation(of_metric), "values": of_metric}
+                for metric, of_metric in values.items()
+            },
+        }
+        if name != comparison.baseline:
+            runs[name]["differences"] = {
+                metric: _difference(comparison, results, name, metric) for metric in comparison.metrics
+            }
+    return {
+        "budget": dict(comparison.budget),
+        "seeds": list(comparison.seeds),
+        "baseline": comparison.baseline,
+        "runs": runs,
+        "missing": [[name, seed] for name, seed in comparison.works if (name, seed) not in results],
+    }
+
+
+def _check_data(comparison: Comparison, results: Results) -> None:
+    """Refuse runs on other rows, or with another fact, than runs of the same settings had before."""
+    first, *others = results
+    for work in others:
+        if results[work].hashes != results[first].hashes:
+            raise ValueError(f"{_run(work)} and {_run(first)} were evaluated on different rows: the data has changed")
+    known: dict[tuple[str, str], tuple[str, int]] = {}
+    for work, result in results.items():
+        config = {**comparison.base, **comparison.runs[work[0]]}
+        for fact, names in SETTINGS_BEHIND.items():
+            if (ours := result.facts[fact]) is None:
+                continue
+            settings = {name: config[name] for name in sorted(config) if name.startswith(names)}
+            other = known.setdefault((fact, json.dumps(settings)), work)
+            if (theirs := results[other].facts[fact]) != ours:
+                raise ValueError(f"{_run(work)} and {_run(other)} differ in {fact}: {ours} and {theirs}")
+
+
+def _run(work: tuple[str, int]) -> str:
+    return f"{work[0]} (seed {work[1]})"
+
+
+def _difference(comparison: Comparison, results: Results, name: str, metric: str) -> dict[str, Any]:
+    """Run less baseline, over the seeds that both have."""
+    seeds = [seed for seed in comparison.seeds if {(name, seed), (comparison.baseline, seed)} <= set(results)]
+    pairs = [(results[name, seed], results[comparison.baseline, seed]) for seed in seeds]
+    values = [ours.metrics[metric] - theirs.metrics[metric] for ours, theirs in pairs]
+    if pairs and all(metric in result.rows for pair in pairs for result in pair):
+        sums = [np.subtract(ours.rows[metric][0], theirs.rows[metric][0]) for ours, theirs in pairs]
+        weights = pairs[0][0].rows[metric][1]
+        if any(result.rows[metric][1] != weights for pair in pairs for result in pair):
+            raise ValueError(
+                f"{name} and {comparison.baseline} read the same rows in other tokens: compare no {metric}"
+            )
+    else:
+        sums, weights = [[value] for value in values], [1.0]
+    interval = paired_interval(sums, weights) if len(pairs) > 1 else None
+    verdict = _verdict(metric, interval)
+    return {
+        "seeds": seeds,
+        "values": values,
+        "mean": float(np.mean(values)) if values else None,
+        "interval": None if interval is None or verdict == "not a number" else [interval.low, interval.high],
+        "rows": len(weights) if len(weights) > 1 else None,
+        "verdict": verdict,
+    }
+
+
+def _verdict(metric: str, interval: Interval | None) -> str:
+    if interval is None:
+        return "too few seeds"
+    if math.isnan(interval.difference):
+        return "not a number"
+    if not interval.distinguishable:
+        return "not distinguishable"
+    sign = METRICS[metric].better
+    if sign == 0:
+        return "more" if interval.difference > 0 else "less"
+    return "better" if interval.difference * sign > 0 else "worse"
+
+
+def comparison_table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    runs, baseline, seeds = results["runs"], results["baseline"], ", ".join(map(str, results["seeds"]))
+    metrics = list(next(iter(runs.values()))["metrics"])
+    [(unit, amount)] = results["budget"].items()
+    titles = " | ".join(f"`{metric}`: {METRICS[metric].title} ({direction(metric)})" for metric in metrics)
+    lines = [
+        f"# {len(runs)} runs, {amount:,} {unit} each",
+        "",
+        f"Mean ± sample standard deviation over the training seeds {seeds}; steps, input tokens and minutes of "
+        "training are means.",
+        "",
+        f"| run | seeds | {titles} | {' | '.join(WORK)} |",
+        "|---" * (2 + len(metrics) + len(WORK)) + "|",
+    ]
+    for name, run in runs.items():
+        cells = [_mean(run["metrics"][metric]) for metric in metrics]
+        work = f"{run['work']['steps']:.0f} | {run['work']['tokens']:,.0f} | {shown(run['work']['minutes'], digits=2)}"
+        lines.append(f"| `{name}` | {len(run['seeds'])} | {' | '.join(cells)} | {work} |")
+    if baseline in runs and len(runs) > 1:
+        lines += ["", *_differences(runs, baseline, metrics)]
+    for name, seed in results["missing"]:
+        lines += ["", f"**Missing**: `{name}`, seed {seed}."]
+    return "\n".join([*lines, ""])
+
+
+def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> list[str]:
+    compared = {name: run["differences"] for name, run in runs.items() if name != baseline}
+    cells = [each[metric] for each in compared.values() for metric in metrics]
+    rows = {metric: each[metric]["rows"] for each in compared.values() for metric in metrics if each[metric]["rows"]}
+    of_rows = ", ".join(f"{count} for `{metric}`" for metric, count in rows.items())
+    if len(set(rows.values())) == 1:
+        of_rows = str(next(iter(rows.values())))
+    evaluated = f" and evaluated rows, those of one prompt as one ({of_rows})" if rows else ""
+    return [
+        f"## Against `{baseline}`",
+        "",
+        f"Mean of the differences between runs of the same seed, with its 95 % interval over training seeds"
+        f"{evaluated}. Not distinguishable: the interval contains 0. Each of "
+        f"the {len(cells)} intervals is right in about 95 % of all cases, all of them together in fewer.",
+        "",
+        f"| run | {' | '.join(f'`{metric}`' for metric in metrics)} |",
+        "|---" * (1 + len(metrics)) + "|",
+        *(
+            f"| `{name}` | {' | '.join(_cell(differences[metric]) for metric in metrics)} |"
+            for name, differences in compared.items()
+        ),
+    ]
+
+
+def _cell(difference: Mapping[str, Any]) -> str:
+    mean, interval, verdict = difference["mean"], difference["interval"], difference["verdict"]
+    if interval is None:
+        return f"{shown(mean, sign='+')}, {verdict}" if verdict == "too few seeds" and mean is not None else verdict
+    if verdict == "not distinguishable":
+        mean, low, high = (shown(value, sign="+") for value in (mean, *interval))
+        return f"{verdict}: {mean} ({low} to {high})"
+    low, high = sorted(map(abs, interval))  # neither end is on the other side of 0
+    return f"**{verdict}** by {shown(abs(mean))} ({shown(low)} to {shown(high)})"
+
+
+def _mean(summary: Mapping[str, Any]) -> str:
+    spread = summary["deviation"]
+    return shown(summary["mean"], digits=4) + ("" if spread is None else f" ± {shown(spread, digits=2)}")
+
+
+def shown(value: float, digits: int = 3, sign: str = "") -> str:
+    """So many significant digits, but all of those before the point, and at most six behind it."""
+    before = math.floor(math.log10(abs(value))) + 1 if value and math.isfinite(value) else 1
+    return f"{value:{sign},.{min(6, max(0, digits - before))}f}"
+
+
+def direction(metric: str) -> str:
+    """Which way the metric is better, in words."""
+    return {1: "more is better", -1: "less is better", 0: "neither is better"}[METRICS[metric].better]

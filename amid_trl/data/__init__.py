@@ -1,0 +1,1 @@
+"""From the dataset formats of TRL to batches."""

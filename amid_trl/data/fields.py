@@ -1,0 +1,32 @@
+"""The fields of AMiDConfig that say how rows are made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from amid_trl.fields import JSON, Fields, check_choice, check_weights, option
+
+
+@dataclass
+class DataFields(Fields):
+    """Parameters that control the data."""
+
+    assistant_turns: Literal["all", "last"] = option(
+        "all", "Which turns of a conversation are trained: all assistant turns, or the last one, as GKD does."
+    )
+    chat_template_kwargs: JSON = option(None, 'Passed to the chat template, e.g. {"enable_thinking": false}.')
+    pretrain_dataset: str | None = option(
+        None,
+        "Name or path of a dataset of plain text whose train split is streamed beside the distillation. Its column "
+        "dataset_text_field is read as blocks of max_length tokens, as many to a micro-batch as it has rows. The "
+        "trainer also takes a dataset.",
+    )
+    pretrain_dataset_config: str | None = option(None, "Its configuration, for a dataset that has several.")
+    pretrain_weight: float = option(
+        1.0, "Weight of the student's mean cross-entropy on that text, added to the loss (the paper's code: 1)."
+    )
+
+    def __post_init__(self):
+        """Refuse what cannot work."""
+        super().__post_init__()
+        check_choice(self, "assistant_turns", ("all", "last"))
+        check_weights(self, "pretrain_weight")

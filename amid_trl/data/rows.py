@@ -1,0 +1,172 @@
+"""One row of text or tokens -> input ids, labels and prompt ids, and the length policy. Chats: conversations.py."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from amid_trl._trl import common_prefix_length
+
+
+UNTRAINED = -100
+
+
+Row = dict[str, list[int]]
+
+
+# What may happen to a row; data.py says how it is reported.
+CUT = "cut"
+
+
+NO_ANSWER = "no answer"
+
+
+NO_ROOM = "no room"
+
+
+NO_PROMPT = "no prompt"
+
+
+LONG_PROMPT = "long prompt"
+
+
+REWRITTEN = "rewritten"
+
+
+OTHER_CONTEXT = "other context"
+
+
+DROPPED = {NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How rows are made; lengths are in tokens.
+
+    Attributes:
+        max_length: bound on prompt and completion; None cuts nothing.
+        prompt_budget: bound on the prompt of a run that generates, `max_length - max_new_tokens`; None drops nothing.
+        generates: whether student or teacher write completions, so that every row needs a prompt.
+        trains_on_dataset: whether the dataset's own completions are trained (or evaluated), at least some of the time.
+        assistant_turns: "all", or "last" for only the answer that ends the conversation.
+        completion_only_loss: False trains the prompt of `prompt`/`completion` rows too.
+        text_field: name of the text column.
+        chat_template_kwargs: passed to the chat template; a row's own column of that name wins.
+        eos_token_ids: tokens that end a turn besides the tokenizer's EOS (those of the model's generation config).
+        formatting_func: row -> text; not applied to a dataset that is tokenised already.
+        num_proc: processes that tokenise a `Dataset`.
+    """
+
+    max_length: int | None = None
+    prompt_budget: int | None = None
+    generates: bool = False
+    trains_on_dataset: bool = True
+    assistant_turns: Literal["all", "last"] = "all"
+    completion_only_loss: bool = True
+    text_field: str = "text"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    formatting_func: Callable[[dict[str, Any]], str] | None = None
+    num_proc: int | None = None
+
+
+def fit(row: Row, settings: DataSettings) -> tuple[Row, list[str]]:
+    """Apply the length policy: the row with its end cut, and what happened to it."""
+    prompt_length = len(row["prompt_ids"])
+    cut = {**row, **{name: row[name][: settings.max_length] for name in ("input_ids", "labels")}}
+    if settings.generates and not prompt_length:
+        return cut, [NO_PROMPT]
+    if settings.generates and settings.prompt_budget is not None and prompt_length > settings.prompt_budget:
+        return cut, [LONG_PROMPT]
+    if settings.trains_on_dataset and not _is_trained(cut["labels"]):
+        return cut, [NO_ROOM if _is_trained(row["labels"]) else NO_ANSWER]
+    return cut, [CUT] if len(cut["input_ids"]) < len(row["input_ids"]) else []
+
+
+def _is_trained(labels: list[int]) -> bool:
+    # No logit predicts the first token.
+    return any(label != UNTRAINED for label in labels[1:])
+
+
+def tokens_row(example: dict[str, Any], settings: DataSettings) -> Row:
+    """A row of given tokens without its padding: labels from `labels` or masks, prompt from `prompt_ids` or labels."""
+    ids = list(example["input_ids"])
+    labels = _given_labels(example, ids, settings)
+    present = [bool(value) for value in example.get("attention_mask") or [1] * len(ids)]
+    ids = [token for token, keep in zip(ids, present, strict=True) if keep]
+    labels = [label for label, keep in zip(labels, present, strict=True) if keep]
+    if example.get("prompt_ids") is not None:
+        return {"input_ids": ids, "labels": labels, "prompt_ids": list(example["prompt_ids"])}
+    return {"input_ids": ids, "labels": labels, "prompt_ids": ids[: last_span_start(labels)]}
+
+
+def _given_labels(example: dict[str, Any], ids: list[int], settings: DataSettings) -> list[int]:
+    if example.get("labels") is not None:
+        labels = list(example["labels"])
+        if len(labels) != len(ids) or any(a not in (UNTRAINED, b) for a, b in zip(labels, ids, strict=True)):
+            raise ValueError(f"labels must be the input_ids, unshifted, or -100; got {labels} for {ids}")
+        return labels
+    masks = ["assistant_masks", "completion_mask"] if settings.completion_only_loss else ["assistant_masks"]
+    masks = [example[mask] for mask in masks if example.get(mask) is not None]
+    if masks:
+        return [token if all(values) else UNTRAINED for token, *values in zip(ids, *masks, strict=True)]
+    if example.get("prompt_ids") is not None and settings.completion_only_loss:
+        return _train_from(common_prefix_length(list(example["prompt_ids"]), ids), ids)
+    return list(ids)
+
+
+def _train_from(start: int, ids: list[int]) -> list[int]:
+    return [UNTRAINED] * start + ids[start:]
+
+
+def last_span_start(labels: list[int]) -> int:
+    """Where the last run of trained labels begins; the end if nothing is trained."""
+    trained = [label != UNTRAINED for label in labels]
+    if not any(trained):
+        return len(labels)
+    start = len(labels) - trained[::-1].index(True) - 1
+    while start > 0 and trained[start - 1]:
+        start -= 1
+    return start
+
+
+def text_row(
+    prompt: str, completion: str | None, tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> tuple[Row, list[str]]:
+    """A row of plain text: `prompt` is "" for text without one, `completion` is None for a prompt without an answer.
+
+    Prompt and completion are tokenised together, and trained from where that differs from the prompt alone. EOS is
+    appended unless the text ends with one.
+    """
+    for column, value in {"prompt": prompt, "completion or text": completion or ""}.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{column} must be text here (prompt and completion alike); got {value!r}")
+    prompt_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
+    ends = end_tokens(tokenizer, settings)
+    if not ends:
+        raise ValueError(
+            "the tokenizer has no EOS token, so no completion would learn to end: set tokenizer.eos_token"
+        )
+    if prompt_ids and prompt_ids[-1] in ends and not prompt.endswith(str(tokenizer.decode(prompt_ids[-1:]))):
+        prompt_ids.pop()  # some tokenizers end every text with EOS, and a prompt that has ended is not continued
+    if completion is None:
+        return prompt_row(prompt_ids), []
+    ids = list(tokenizer(prompt + completion)["input_ids"])
+    if not ids or ids[-1] not in ends:
+        ids.append(ends[0])
+    start = common_prefix_length(prompt_ids, ids)
+    notes = [OTHER_CONTEXT] if start < len(prompt_ids) else []
+    labels = _train_from(start, ids) if settings.completion_only_loss else ids
+    return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, notes
+
+
+def prompt_row(prompt_ids: list[int]) -> Row:
+    """A prompt without an answer: nothing is trained."""
+    return {"input_ids": prompt_ids, "labels": [UNTRAINED] * len(prompt_ids), "prompt_ids": prompt_ids}
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[int]:
+    """Tokens that end a turn, the one to append first."""
+    own: Any = tokenizer.eos_token_id
+    return [*([] if own is None else [own]), *settings.eos_token_ids]

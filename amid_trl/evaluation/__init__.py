@@ -1,0 +1,1 @@
+"""A model measured as for the tables of the paper."""

@@ -1,0 +1,131 @@
+"""What every group of fields of AMiDConfig needs: options with their text, and checks that name a field and its value.
+
+A group is a mixin in front of TRL's configuration, beside the code that reads it, with checks of its own in
+`__post_init__`; `AMiDConfig` puts the groups together. The text of an option is told once, in its `help`: `--help`,
+the docstring of AMiDConfig and docs/fields.md are made of it. Nothing here imports torch.
+"""
+
+import dataclasses
+import inspect
+import math
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from amid_trl.maths.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
+
+
+if TYPE_CHECKING:
+    from amid_trl._trl import GKDConfig as Fields
+else:
+
+    class Fields:
+        """What the last group in the order of inheritance calls; TRL's own checks stand behind it."""
+
+        def __post_init__(self):
+            """Go on with TRL's."""
+            if (following := getattr(super(), "__post_init__", None)) is not None:
+                following()
+
+
+JSON = dict[str, Any] | str | None  # a dict, on the command line as a JSON string
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with its text."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def own_fields(group: type) -> list[dataclasses.Field]:
+    """The fields that a group declares itself."""
+    return [field for field in dataclasses.fields(group) if field.name in inspect.get_annotations(group)]
+
+
+def json_fields(groups: Iterable[type]) -> list[str]:
+    """Those that hold a dict, which TRL reads from JSON."""
+    return [field.name for group in groups for field in own_fields(group) if field.type == JSON]
+
+
+def type_name(field: dataclasses.Field) -> str:
+    """Of a field, as documents show it."""
+    if field.type == JSON:
+        return "dict or JSON"
+    name = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    return name.replace("typing.", "").replace(" | None", "")
+
+
+def described(groups: Iterable[type]) -> str:
+    """The fields of groups as the `Args:` of a docstring in TRL's style."""
+    lines = []
+    for group in groups:
+        lines += [f"        > {(group.__doc__ or '').splitlines()[0]}", ""]
+        for field in own_fields(group):
+            default = "" if field.default is None else f", defaults to `{field.default!r}`"
+            lines.append(f"        {field.name} (`{type_name(field)}`, *optional*{default}):")
+            lines += textwrap.wrap(field.metadata["help"], 107, initial_indent=" " * 12, subsequent_indent=" " * 12)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def without_effect(config: Any, names: Iterable[str], where: str) -> None:
+    """Refuse fields that have been set although nothing reads them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    unread = [name for name in names if getattr(config, name) != defaults[name]]
+    if unread:
+        raise ValueError(f"{', '.join(unread)} has no effect {where}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Refuse a field below its bound; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_shares(config: Any, *names: str) -> None:
+    """Refuse what is no number in [0, 1]."""
+    for name in names:
+        value = getattr(config, name)
+        if not (is_number(value) and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number in [0, 1]; got {value!r}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse what is no positive, finite number."""
+    for name in names:
+        value = getattr(config, name)
+        if not (is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive, finite number; got {value!r}")
+
+
+def check_weights(config: Any, *names: str) -> None:
+    """Refuse what is no finite number, 0 or more."""
+    for name in names:
+        value = getattr(config, name)
+        if not (is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"{name} must be a finite number, 0 or more; got {value!r}")
+
+
+def check_choice(config: Any, name: str, choices: Iterable[str]) -> None:
+    """Refuse what is none of the choices."""
+    *others, last = map(repr, choices)
+    if repr(getattr(config, name)) not in (*others, last):
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {getattr(config, name)!r}")
+
+
+def build_schedule(config: Any, name: str) -> Schedule | TaidLambda:
+    """How the number in the field `name` moves: as the field `<name>_schedule` says, else not at all."""
+    field = f"{name}_schedule"
+    spec = getattr(config, field)
+    if spec is None:
+        return Schedule("constant", getattr(config, name), getattr(config, name))
+    if name == "assistant_lambda":
+        return parse_lambda_schedule(field, spec)
+    low, high = (0, 1) if name == "lmbda" else (-math.inf, math.inf)
+    return parse_schedule(field, spec, low, high)

@@ -1,0 +1,62 @@
+"""The commands that run under accelerate: parsed here, done by the processes that its launcher starts."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+from amid_trl.launch import accelerate_configs, recipes, script
+
+
+def launch(command: str, module: str, argv: list[str]) -> int:
+    """Start the processes of `module`, or be one of them; the exit status."""
+    if script.is_launched():
+        try:
+            parsed = script.parse(argv)
+        except ValueError as error:
+            return _refuse(command, error)
+        import_module(module).main(*parsed)
+        return 0
+    try:
+        argv = recipes.resolve(argv)
+        # Parsed here once, so that --help and mistakes show at once; what the parser does not know is for accelerate.
+        *_, from_config, from_flags = script.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        launch_args = accelerate_configs.resolve([*from_config, *from_flags])
+        return _launched(launch_args, module, _without(argv, from_flags))
+    except (ValueError, OSError) as error:
+        return _refuse(command, error)
+
+
+def _launched(launch_args: list[str], module: str, script_args: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from amid_trl.launch.launcher import accelerate_launch
+
+    try:
+        accelerate_launch(launch_args, module, script_args)
+    # The processes themselves have said why.
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _refuse(command: str, error: Exception) -> int:
+    print(f"amid-trl {command}: {error}", file=sys.stderr)
+    return 2
+
+
+def _without(argv: list[str], removed: list[str]) -> list[str]:
+    """`argv` without the strings of `removed`, which occur in it in this order."""
+    kept, pending = [], list(removed)
+    for text in argv:
+        if pending and text == pending[0]:
+            pending.pop(0)
+        else:
+            kept.append(text)
+    return kept

@@ -1,0 +1,149 @@
+"""The training script behind `amid-trl train`; also `accelerate launch -m amid_trl train …`."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from amid_trl.launch import recipes
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """A TrlParser for (script, training, model, dataset-mixture) arguments: flags, or YAML with `--config`."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from amid_trl import AMiDConfig
+
+    return TrlParser(
+        (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig),
+        prog=prog,
+        epilog=f"--config reads them from a YAML file, or from a recipe: {', '.join(recipes.names())}",
+    )
+
+
+def build_trainer(
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
+    trainer_class: Callable[..., Any] | None = None,
+    evaluates: bool = False,
+) -> Any:
+    """The trainer that the arguments describe, or one of another class; `evaluates` gives it an evaluation set."""
+    from trl import get_peft_config, get_quantization_config
+
+    from amid_trl import AMiDTrainer
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name the student with --model_name_or_path")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    # `--dtype` is the student's: the teacher keeps the dtype of its weights unless its own kwargs say otherwise.
+    training_args.teacher_model_init_kwargs = {
+        "attn_implementation": model_args.attn_implementation,
+        **(training_args.teacher_model_init_kwargs or {}),
+    }
+
+    dataset = load_splits(script_args, dataset_args)
+    evaluates = evaluates or training_args.eval_strategy != "no"
+    return (trainer_class or AMiDTrainer)(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        eval_dataset=_split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Train, save, and push if asked to."""
+    trainer = build_trainer(script_args, training_args, model_args, dataset_args)
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)  # a flag is text
+    trainer.accelerator.print("✅ Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def load_splits(script_args: Any, dataset_args: Any) -> Any:
+    """The dataset of `dataset_name`, or the mixture `datasets`; a ValueError for both or none."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if bool(dataset_args.datasets) == bool(script_args.dataset_name):
+        raise ValueError(
+            "give the data either as dataset_name or as a datasets mixture; got "
+            f"dataset_name={script_args.dataset_name!r}, datasets={dataset_args.datasets!r}"
+        )
+    if dataset_args.datasets:
+        with _seeded_numpy():  # which `test_split_size` draws with: the same rows in every process and every run
+            return get_dataset(dataset_args)
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"dataset_name {name!r} is neither a folder with data nor found on the Hub: {error}"
+        ) from error
+
+
+@contextmanager
+def _seeded_numpy() -> Iterator[None]:
+    import numpy as np
+
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def _split(dataset: Any, name: str, field: str) -> Any:
+    if name not in dataset:
+        raise ValueError(f"the dataset has no split {name!r} ({field}); there are {', '.join(dataset)}")
+    return dataset[name]
+
+
+def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) -> None:
+    """Parse and work."""
+    (work or main)(*parse(argv))
+
+
+def parse(argv: list[str] | None = None) -> list[Any]:
+    """The arguments in the classes of `make_parser`; ValueError for unknown ones.
+
+    Under a launcher, keys of the YAML file that are the launcher's are passed over.
+    """
+    *parsed, from_config, from_flags = make_parser().parse_args_and_config(
+        recipes.resolve(sys.argv[1:] if argv is None else argv),
+        return_remaining_strings=True,
+        separate_remaining_strings=True,
+    )
+    if is_launched():
+        from amid_trl.launch.launcher import unknown_to_launcher
+
+        from_config = [flag for flag in unknown_to_launcher(from_config) if flag != "--accelerate_config"]
+    if unknown := [*from_config, *from_flags]:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+    return parsed
+
+
+def is_launched() -> bool:
+    """Whether accelerate or torchrun has started this process, and has seen the arguments before us."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""Assistant, divergences, objectives, and the loss from hidden states: torch alone."""

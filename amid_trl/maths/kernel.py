@@ -1,0 +1,121 @@
+"""The row-wise part of the loss: from the projections of some tokens to losses, figures and the gradient.
+
+Written out by autograd it is a few dozen passes over (rows, vocab) tensors, most of the time that the loss takes
+beside its matrix products. Where the vocabulary makes it worth a compilation, torch.compile fuses them into a few.
+"""
+
+import functools
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+logger = logging.getLogger(__name__)
+
+# (student logits, teacher logits, *columns) -> (loss per row, figures per row), or without the teacher's logits.
+# Columns are tensors with an entry for every row, such as labels. Compiled only if its attribute `compiles` is true:
+# it must not read what may change later.
+TokenLoss = Callable[..., tuple[Tensor, Tensor]]
+
+
+# A compilation takes several seconds once per objective; below this vocabulary the passes are too short to matter.
+COMPILE_FROM_VOCAB = 8192
+
+
+# Tracing changes state of the whole process, so nothing compiled may run beside it.
+_LOCK = threading.RLock()
+
+
+class Finish(NamedTuple):
+    """What a head does after its projection: softcap(scale * projected).
+
+    softcap(x) = cap * tanh(x / cap) (Gemma 2), or the identity without a cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, projected: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """Logits, in the dtype of the projection."""
+        logits = projected if self.scale == 1.0 else projected * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """`token_loss` of finished projections, with its gradient on the student's projection."""
+
+    token_loss: TokenLoss
+    student: Finish
+    teacher: Finish | None  # None if the token loss reads no teacher's logits
+    differentiates: bool
+
+    def __call__(self, student: Float[Tensor, "rows vocab"], *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(losses, figures, gradient of Σ losses with respect to `student`, or None unless `differentiates`).
+
+        `others` are the teacher's projection, if there is one, and the columns.
+        """
+        # A single row would be a compilation of its own: shapes of size 1 are special to it.
+        large = len(student) > 1 and student.shape[-1] >= COMPILE_FROM_VOCAB
+        if large and getattr(self.token_loss, "compiles", False):
+            rows_of = tuple((tensor.dtype, tensor.shape[1:]) for tensor in (student, *others))
+            return _compiled(self, rows_of, student.device.type)(student, *others)
+        return self.plain(student, *others)
+
+    def plain(self, student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same by autograd, operation by operation."""
+        if self.teacher is not None:
+            others = (self.teacher(others[0]), *others[1:])
+        with torch.set_grad_enabled(self.differentiates):
+            leaf = student.detach().requires_grad_(self.differentiates)
+            losses, figures = self.token_loss(self.student(leaf), *others)
+            gradient = torch.autograd.grad(losses.sum(), leaf)[0] if self.differentiates else None
+        return losses.detach(), figures.detach(), gradient
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], ...], device: str) -> Callable:
+    """`kernel.plain` fused into one function for any number of such rows, or itself where it does not compile."""
+    chosen: Callable | None = None
+
+    def fused(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        nonlocal chosen
+        with _LOCK:
+            if chosen is not None:
+                return chosen(*tensors)
+            try:
+                # Traced before it is compiled: one graph that has the gradient in it.
+                graph = make_fx(kernel.plain, tracing_mode="symbolic")(*_few_rows(tensors))
+                candidate = torch.compile(graph, dynamic=True)
+                outputs = candidate(*tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a missing compiler or an unsupported device raises
+                outputs = kernel.plain(*tensors)  # raises what is wrong with the loss itself
+                candidate = kernel.plain
+                logger.debug("Not compiled:", exc_info=error)
+                _warn_of_plain()
+            chosen = candidate
+            return outputs
+
+    return fused
+
+
+def _few_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Tensors to trace with. Equal sizes in them count as one size, so they have as many rows as nothing else has."""
+    widths = {width for tensor in tensors for width in tensor.shape[1:]}
+    rows = next(rows for rows in itertools.count(3) if rows not in widths)
+    return [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
+
+
+@functools.cache
+def _warn_of_plain() -> None:
+    logger.warning("The loss is not compiled and therefore slower; the reason is logged at level DEBUG")

@@ -1,0 +1,1 @@
+"""What we need of a transformers model: its states and head, loading, generation, engines, pruning."""

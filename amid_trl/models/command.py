@@ -1,0 +1,56 @@
+"""`amid-trl init-student` and `amid-trl merge`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def init_student(argv: Sequence[str]) -> int:
+    """Save a student made of some of a teacher's layers; the exit status."""
+    from amid_trl.models.layers import parse_layers
+
+    parser = argparse.ArgumentParser("amid-trl init-student")
+    parser.add_argument("teacher", help="name or path of the model to start from")
+    parser.add_argument("output_dir", help="where the student and its tokenizer are saved")
+    parser.add_argument("--drop-layers", required=True, help="decoder layers to leave out, such as 16-21,25")
+    parser.add_argument("--revision", help="revision of the teacher on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="load code that ships with the teacher")
+    args = parser.parse_args(argv)
+    layers = parse_layers(args.drop_layers)
+    _check_new(args.output_dir)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from amid_trl.models.pruning import drop_layers
+
+    source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", **source)
+    student = drop_layers(teacher, layers)
+    student.save_pretrained(args.output_dir)
+    AutoTokenizer.from_pretrained(args.teacher, **source).save_pretrained(args.output_dir)
+    before, after = (model.config.get_text_config().num_hidden_layers for model in (teacher, student))
+    print(f"{args.output_dir}: {after} of {before} layers, {student.num_parameters():,} parameters")
+    return 0
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Save a plain model made of an adapter and its base; the exit status."""
+    parser = argparse.ArgumentParser("amid-trl merge")
+    parser.add_argument("adapter", help="path of the adapter")
+    parser.add_argument("output_dir", help="where the merged model and its tokenizer are saved")
+    args = parser.parse_args(argv)
+    _check_new(args.output_dir)
+
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    merged = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype="auto").merge_and_unload()
+    merged.save_pretrained(args.output_dir)
+    AutoTokenizer.from_pretrained(args.adapter).save_pretrained(args.output_dir)
+    print(f"{args.output_dir}: merged {args.adapter}")
+    return 0
+
+
+def _check_new(output_dir: str) -> None:
+    if Path(output_dir, "config.json").exists():
+        raise ValueError(f"{output_dir} holds a model already; choose another output_dir")

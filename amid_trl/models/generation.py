@@ -1,0 +1,164 @@
+"""Prompts -> completions with `generate`: one call for a whole window, padded once, cut at the first EOS."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from amid_trl._trl import unwrap_model_for_generation
+from amid_trl.data.batches import pad_rows
+from amid_trl.models.heads import causal_lm, evaluating
+
+
+def generation_config_of(model: nn.Module) -> GenerationConfig:
+    """The generation config that a model came with, below its adapter."""
+    return causal_lm(model).generation_config
+
+
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | None) -> list[int]:
+    """Every id that ends a completion: the tokenizer's EOS and those of the generation configs, without repetition."""
+    declared = [tokenizer.eos_token_id, *(config.eos_token_id for config in configs if config is not None)]
+    return list(dict.fromkeys(token for ids in declared for token in _listed(ids)))
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
+
+
+def sampling_config(
+    *,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    padded_ids: Iterable[int] = (),
+    generation_kwargs: Mapping[str, Any] | None = None,
+    **sampling: Any,
+) -> GenerationConfig:
+    """Settings for sampling with the KV cache on. `padded_ids` have a row in the head but no token: never emitted.
+
+    `sampling` are GenerationConfig's own (temperature, top_p, top_k, min_p, repetition_penalty, ...), and
+    `generation_kwargs` override everything, as in TRL.
+    """
+    generation_kwargs = dict(generation_kwargs or {})
+    suppressed = sorted({*padded_ids, *(generation_kwargs.pop("suppress_tokens", None) or ())})
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": True,
+        "use_cache": True,
+        "eos_token_id": eos_token_ids or None,
+        "pad_token_id": pad_token_id,
+        "suppress_tokens": suppressed or None,
+        "disable_compile": True,
+        **sampling,
+        **generation_kwargs,
+    }
+    settings["eos_token_id"] = _listed(settings["eos_token_id"]) or None
+    return GenerationConfig(**settings)
+
+
+@contextmanager
+def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`model.generate` without its own generation config, from which transformers would fill every unset value.
+
+    A repetition penalty or a banned n-gram that ships with a model would otherwise bend the student's distribution.
+    """
+    own, model.generation_config = model.generation_config, config
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        model.generation_config = own
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    config: GenerationConfig,
+    batch_size: int | None = None,
+) -> list[Tensor]:
+    """One completion per prompt, the EOS included where there is one; token ids in, token ids out.
+
+    `batch_size` bounds the prompts of one `generate` call (None: all of them at once). Dropout is off meanwhile.
+    """
+    ends = torch.tensor(config.eos_token_id or [], dtype=torch.long)
+    device = next(model.parameters()).device
+    completions: list[Tensor] = []
+    with _only(model, config):
+        for start in range(0, len(prompts), batch_size or max(1, len(prompts))):
+            rows = prompts[start : start + (batch_size or len(prompts))]
+            ids, mask = pad_rows(rows, config.pad_token_id, side="left")
+            generated = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+            completions.extend(until_eos(row, ends) for row in generated[:, ids.shape[1] :].cpu())
+    return completions
+
+
+def until_eos(completion: Tensor, ends: Tensor) -> Tensor:
+    """The completion up to and with its first EOS: what `generate` wrote behind it is padding."""
+    positions = torch.isin(completion, ends).nonzero()
+    return completion if len(positions) == 0 else completion[: int(positions[0]) + 1]
+
+
+def are_clipped(completions: Iterable[Tensor], config: GenerationConfig) -> list[bool]:
+    """Which completions were cut off: their last token is no EOS of `config`."""
+    ends = set(config.eos_token_id or ())
+    return [len(ids) == 0 or int(ids[-1]) not in ends for ids in completions]
+
+
+def generate_greedy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """The most likely next token over and over, until an EOS or for `max_new_tokens`: one answer for each prompt.
+
+    A prompt is a text, taken as it is, or a list of chat messages, to which the chat template adds the start of the
+    assistant's turn. Nothing that ships with the model bends the choice (repetition penalties, banned n-grams).
+    """
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ends = eos_token_ids(tokenizer, model.generation_config)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, disable_compile=True
+    )
+    # Prompts of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    completions = generate_completions(model, [ids[i] for i in order], config, batch_size)
+    answers = [""] * len(ids)
+    for i, completion in zip(order, completions, strict=True):
+        answers[i] = str(tokenizer.decode(completion, skip_special_tokens=True)).strip()
+    return answers
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> Tensor:
+    if isinstance(prompt, str):
+        return torch.tensor(tokenizer(prompt)["input_ids"])
+    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    return torch.tensor(cast(dict[str, list[int]], encoded)["input_ids"])
+
+
+def completion_seed(seed: int, step: int, process_index: int) -> int:
+    """A torch seed for the completions of one window on one process: other processes draw other completions."""
+    return random.Random(f"completions {seed} {step} {process_index}").getrandbits(63)
+
+
+def unwrapped_for_generation(
+    model: nn.Module, accelerator: Accelerator, **settings: Any
+) -> AbstractContextManager[nn.Module]:
+    """TRL's: gathers ZeRO-3 parameters and suspends gradient checkpointing, here without leaving a hook behind.
+
+    transformers puts one on the embeddings whenever checkpointing is turned on, and does not take it off again.
+    """
+    inner = causal_lm(accelerator.unwrap_model(model))
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        inner.disable_input_require_grads()
+    return unwrap_model_for_generation(model, accelerator, **settings)

@@ -1,0 +1,62 @@
+"""Models and tokenizers by name, path, or the path of an adapter."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import is_peft_available
+
+from amid_trl._trl import create_model_from_path
+from amid_trl.models.heads import causal_lm
+
+
+logger = logging.getLogger(__name__)
+
+
+def is_distributed(args: TrainingArguments) -> bool:
+    """Whether the run has several processes, or an engine that places the models."""
+    return args.distributed_state is not None and args.distributed_state.distributed_type != DistributedType.NO
+
+
+def load_causal_lm(
+    name: str, init_kwargs: dict[str, Any], *, distributed: bool, trainable_adapter: bool = False
+) -> nn.Module:
+    """A causal LM from a name or path; an adapter's path gives a PeftModel, whose adapter is kept, not merged.
+
+    `init_kwargs` are those of `from_pretrained`, with `dtype` as a torch.dtype or its name. `distributed` runs place
+    the model themselves, so that `device_map` is left out.
+    """
+    init_kwargs = dict(init_kwargs)
+    if distributed:
+        init_kwargs["device_map"] = None
+    if not os.path.exists(os.path.join(name, "adapter_config.json")):
+        return create_model_from_path(name, **init_kwargs)
+    if not is_peft_available():
+        raise ImportError(f"{name} is an adapter; install peft to load it")
+    from peft import AutoPeftModelForCausalLM
+
+    if isinstance(init_kwargs.get("dtype"), str) and init_kwargs["dtype"] != "auto":
+        init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable_adapter, **init_kwargs)
+
+
+def load_tokenizer(
+    model: nn.Module, given: str | nn.Module | None = None, *, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside what was `given` (a name, or the path of an adapter), else beside the model's weights.
+
+    None, with a warning, where neither has one; a model that was never saved has none to look for.
+    """
+    names = [name for name in (given, causal_lm(model).config._name_or_path) if isinstance(name, str) and name]
+    for name in names:
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            logger.info("No tokenizer could be loaded from %s: %s", name, error)
+    if names:
+        logger.warning("There is no tokenizer beside %s to compare or use.", names[0])
+    return None

@@ -1,0 +1,1 @@
+"""Where the text of a window comes from: dataset, student, replay or teacher."""

@@ -1,0 +1,90 @@
+"""Who writes the windows of a run, and what that depends on: DistiLLM's share and the replay buffer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amid_trl.fields import build_schedule
+from amid_trl.maths.schedules import AdaptiveShare
+from amid_trl.run import Run
+from amid_trl.sources.choice import FRESH_PARTS, Source, next_source, replay_seed, window_draw
+from amid_trl.sources.fields import SourceFields
+from amid_trl.sources.replay import ReplayBuffer, deal
+
+
+class WindowSources:
+    """The sources of one process, which are those of all processes: only what is in its replay buffer is its own."""
+
+    def __init__(self, run: Run[SourceFields]):
+        self._config, self._accelerator = run.args, run.accelerator
+        config, accelerator = run.args, run.accelerator
+        self._schedule = build_schedule(config, "lmbda")
+        self._lmbda = self._schedule(0.0)
+        self._adaptive: AdaptiveShare | None = None
+        if config.sampling == "adaptive":
+            self._adaptive = AdaptiveShare(config.adaptive_threshold, config.adaptive_tolerance, config.adaptive_step)
+            self._replay = ReplayBuffer(config.replay_capacity, replay_seed(config.seed, accelerator.process_index))
+
+    def choose(self, step: int, steps: int) -> Source:
+        """The source of window `step` of `steps`; all processes have to ask."""
+        u = window_draw(self._config.seed, step, self._config.sampling_block_size)
+        if self._adaptive is None:
+            self._lmbda = self._schedule(step / steps)
+            return next_source(u, lmbda=self._lmbda, seq_kd=self._config.seq_kd)
+        return next_source(
+            u,
+            lmbda=self._adaptive.threshold,
+            seq_kd=self._config.seq_kd,
+            fresh_part=FRESH_PARTS[self._config.replay_share]((step + 1) / steps),  # DistiLLM counts this window too
+            buffer_full=self._full_everywhere(),
+        )
+
+    def _full_everywhere(self) -> bool:
+        full = torch.tensor(float(self._replay.full), device=self._accelerator.device)
+        share: Any = self._accelerator.reduce(full, reduction="mean")
+        return share.item() == 1
+
+    def remember(self, prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> None:
+        """Keep what the student has just written, if it may be replayed."""
+        if self._adaptive is not None:
+            self._replay.add(prompts, completions)
+
+    def replayed(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Prompts and completions of earlier windows."""
+        return self._replay.sample(rows)
+
+    @property
+    def needs_evaluation(self) -> bool:
+        """Whether the first window has to wait for the loss of the untrained student."""
+        return self._adaptive is not None and not self._adaptive.has_reference
+
+    def follow(self, metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation during training."""
+        if self._adaptive is not None:
+            self._adaptive.update(metrics["eval_nll"])
+
+    def shares(self, source: Source) -> dict[str, bool]:
+        """What a window of `source` adds to the logged shares."""
+        shares = {"on_policy_share": source == "student"}
+        return shares if self._adaptive is None else {**shares, "replay_share": source == "replay"}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the logs: the numbers that move."""
+        if self._adaptive is not None:
+            return {"adaptive_threshold": self._adaptive.threshold}
+        return {"lmbda": self._lmbda} if self._schedule.moves else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty unless the share is adaptive."""
+        if self._adaptive is None:
+            return {}
+        return {"adaptive": self._adaptive.state_dict(), "replay": self._replay.state_dict()}
+
+    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """Go on from where another run was; the replay rows of other processes than before are dealt anew."""
+        if self._adaptive is not None:
+            self._adaptive.load_state_dict(states[rank if len(states) == world else 0]["adaptive"])
+            self._replay.load_state_dict(deal([state["replay"] for state in states], rank, world))

@@ -1,0 +1,110 @@
+"""The text of a window that the dataset did not write: from the student, the teacher or the replay buffer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from amid_trl.data.batches import Batch, completion_batch, deal_by_length, several_each, window_prompts
+from amid_trl.data.plain_text import PlainText
+from amid_trl.maths.means import Means
+from amid_trl.models.generation import are_clipped
+from amid_trl.run import Run
+from amid_trl.sources.choice import Source
+from amid_trl.sources.completion_table import CompletionLog
+from amid_trl.sources.fields import SourceFields
+from amid_trl.sources.sources import WindowSources
+from amid_trl.sources.writers import Writer
+
+
+# What the logs say of the windows, beside the figures of the tokens.
+WINDOW_MEANS = (
+    "on_policy_share",
+    "replay_share",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "pretrain_nll",
+)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one optimizer step, and what holds for all of them.
+
+    A batch holds tensors alone, `plain_text` among them where there is any; the mean cross-entropy of each of these
+    counts `plain_weight`. `source` has written the completions; None: there is no window, as in an evaluation.
+    """
+
+    source: Source | None = None
+    batches: list[Batch] = field(default_factory=list)
+    plain_weight: float = 0.0
+
+
+class Windows:
+    """Lets each window's source write its completions, and counts what was written."""
+
+    def __init__(
+        self,
+        run: Run[SourceFields],
+        writers: Mapping[Source, Writer],
+        sources: WindowSources,
+        plain_text: PlainText | None,
+        means: Means,
+        *,
+        deals: bool,
+    ):
+        """With `deals`, as for our own collator, a window's rows are dealt to its micro-batches by length."""
+        args = run.args
+        self._num_generations = args.num_generations
+        self._writers, self._sources, self._plain_text, self._means = writers, sources, plain_text, means
+        self._pad: Any = (run.tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self._deals = deals
+        log = CompletionLog(str(args.output_dir), run.tokenizer, args.num_completions_to_print)
+        self._log = log if args.log_completions else None
+
+    def window(self, batches: list[Batch], step: int, steps: int, to_device: Callable[[Batch], Batch]) -> Window:
+        """Window `step` of `steps`, from the dataset's batches; all processes have to ask."""
+        source = self._sources.choose(step, steps)
+        if source != "dataset" and batches:
+            batches = [to_device(batch) for batch in self.written_by(source, batches, step)]
+        if self._deals:
+            batches = deal_by_length(batches, *self._pad)
+        for name, share in self._sources.shares(source).items():
+            self._means.add(name, share, 1)
+        if self._plain_text is None or not batches:
+            return Window(source, batches)
+        device = batches[0]["input_ids"].device
+        texts = self._plain_text.next_window(len(batches))
+        batches = [{**batch, "plain_text": blocks.to(device)} for batch, blocks in zip(batches, texts, strict=True)]
+        return Window(source, batches, self._plain_text.weight / len(batches))
+
+    def written_by(self, source: Source, batches: list[Batch], step: int) -> list[Batch]:
+        """The window's prompts, or those that are replayed, with completions from `source`; on the CPU."""
+        if source == "replay":
+            prompts, completions = self._sources.replayed(sum(len(batch["input_ids"]) for batch in batches))
+        else:
+            prompts = window_prompts(batches, writer=source)
+            if source == "student":
+                prompts = several_each(prompts, self._num_generations)
+            completions = self._writers[source](prompts, step)
+            self._record(source, prompts, completions)
+        if source == "student":
+            self._sources.remember(prompts, completions)
+        window, start = [], 0
+        for batch in batches:
+            rows = slice(start, start := start + len(batch["input_ids"]))
+            window.append(completion_batch(prompts[rows], completions[rows], *self._pad))
+        return window
+
+    def _record(self, source: Source, prompts: list[Tensor], completions: list[Tensor]) -> None:
+        clipped = are_clipped(completions, self._writers[source].config)
+        self._means.add("completions/mean_length", sum(map(len, completions)), len(completions))
+        self._means.add("completions/clipped_ratio", sum(clipped), len(completions))
+        if self._log is not None:
+            self._log.remember(source, prompts, completions)
+
+    def write_table(self, step: int) -> None:
+        """Print and save the table of completions, if one is wanted."""
+        if self._log is not None:
+            self._log.write(step)

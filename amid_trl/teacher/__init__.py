@@ -1,0 +1,1 @@
+"""What the teacher expects, wherever it is: one kind of teacher in each file."""

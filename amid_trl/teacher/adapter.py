@@ -1,0 +1,66 @@
+"""The student's base, held in memory once, as the teacher: under an adapter of its own or under none."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from amid_trl._trl import forward_redirection, use_adapter
+from amid_trl.data.batches import Batch
+from amid_trl.maths.linear import States
+from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+
+
+# The teacher's adapter beside the student's, and what stands for none: then the base itself is the teacher.
+TEACHER_ADAPTER = "teacher"
+BASE = "base"
+
+
+class AdapterTeacher:
+    """The student's base, held in memory once, under the teacher's adapter or under none."""
+
+    def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):
+        if not is_peft_model(student):
+            raise ValueError(f"teacher_adapter_path={path!r} needs a student with an adapter; pass peft_config")
+        self._wrapped, self._accelerator = wrapped, accelerator
+        self._adapter = None if path == BASE else TEACHER_ADAPTER
+        if self._adapter is not None:
+            if TEACHER_ADAPTER in student.peft_config:
+                raise ValueError(
+                    f"the student has an adapter called {TEACHER_ADAPTER!r}, the name that the teacher's gets"
+                )
+            student.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
+
+    def __call__(self, batch: Batch) -> States:
+        """Without gradient and dropout; the student's adapter is the active one again afterwards."""
+        wrapped = self._wrapped()
+        student = self._accelerator.unwrap_model(wrapped)
+        base = causal_lm(student)
+        tokens = (batch["input_ids"], batch["attention_mask"])
+        with (
+            torch.no_grad(),
+            self._accelerator.autocast(),
+            evaluating(student),
+            use_adapter(student, self._adapter),
+        ):
+            hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens)
+            return trained_states(hidden, language_model_head(base), batch)
+
+
+@contextmanager
+def student_alone(model: nn.Module) -> Iterator[None]:
+    """Within it `model.save_pretrained` leaves out the teacher's adapter; by itself it saves all that there are."""
+    adapters = list(getattr(model, "peft_config", ()))
+    if TEACHER_ADAPTER not in adapters:
+        yield
+        return
+    adapters.remove(TEACHER_ADAPTER)
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=adapters)
+    try:
+        yield
+    finally:
+        del model.save_pretrained  # the instance's, in front of the method

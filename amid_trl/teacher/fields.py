@@ -1,0 +1,109 @@
+"""The fields of AMiDConfig that say which teacher there is, and where it lies."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from amid_trl.fields import JSON, Fields, check_at_least, check_choice, option, without_effect
+
+
+# What loads a teacher by its name.
+LOADING_FIELDS = (
+    "teacher_model_init_kwargs",
+    "teacher_model_revision",
+    "teacher_load_in_8bit",
+    "teacher_load_in_4bit",
+)
+# Each decides by itself where the teacher's weights lie.
+PLACES = ("teacher_load_in_8bit", "teacher_load_in_4bit", "teacher_offload", "teacher_deepspeed")
+# Those of a teacher that has a model of its own here.
+MODEL_FIELDS = ("teacher_model_name_or_path", *dict.fromkeys((*LOADING_FIELDS, *PLACES)))
+
+
+@dataclass
+class TeacherFields(Fields):
+    """Parameters that control the teacher."""
+
+    teacher_model_revision: str | None = option(None, "Revision of the teacher on the Hub.")
+    teacher_adapter_path: str | None = option(
+        None,
+        "The teacher is the student's base model under this adapter, or 'base', under none. For a student with an "
+        "adapter; the base is held in memory once.",
+    )
+    teacher_load_in_8bit: bool = option(
+        False, "Quantise the teacher with bitsandbytes while it is loaded: LLM.int8(). Its head stays as it is."
+    )
+    teacher_load_in_4bit: bool = option(False, "Likewise, to 4 bits (NF4).")
+    teacher_offload: bool = option(
+        False,
+        "Keep the teacher in the host's memory; its weights are copied to the device for each of its forward passes.",
+    )
+    teacher_deepspeed: JSON = option(
+        None,
+        "A DeepSpeed configuration of the teacher's own (or its file): ZeRO-3 for the teacher of a student that is "
+        "not sharded, with offload_param if there is no room for it, or the reverse. By default it is sharded if "
+        "the student is.",
+    )
+    teacher_model_server_url: str | None = option(
+        None,
+        "A vLLM server (OpenAI-compatible, with prompt_logprobs) that the teacher runs on, in place of a model in "
+        "memory. Its teacher_top_k likeliest tokens are compared, and all others as one.",
+    )
+    teacher_cache: str | None = option(
+        None,
+        "A folder written by `amid-trl cache-teacher` with the same settings, in place of a model in memory. For runs "
+        "on the dataset's text.",
+    )
+    teacher_top_k: int = option(
+        100, "How many of the teacher's likeliest tokens the server gives, or the cache holds, for each token."
+    )
+    teacher_cache_dtype: Literal["float16", "float32"] = option(
+        "float16", "In what `amid-trl cache-teacher` writes their log-probabilities."
+    )
+
+    @property
+    def teacher_is_sparse(self) -> bool:
+        """Whether only the teacher's likeliest tokens are known."""
+        return self.teacher_model_server_url is not None or self.teacher_cache is not None
+
+    @property
+    def absent_teacher(self) -> str | None:
+        """What stands for a teacher with a model of its own: a server, a cache or an adapter."""
+        return self.teacher_model_server_url or self.teacher_cache or self.teacher_adapter_path
+
+    def __post_init__(self):
+        """Refuse what cannot work, and what would have no effect."""
+        super().__post_init__()
+        check_at_least(self, 1, "teacher_top_k")
+        self._check_places()
+        self._check_absent()
+
+    def _check_places(self) -> None:
+        chosen = [name for name in PLACES if getattr(self, name) not in (None, False)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other")
+        placed_later = self.teacher_offload or self.teacher_deepspeed is not None
+        if self.seq_kd and placed_later:
+            raise ValueError(f"with seq_kd=True the teacher writes the text, which {chosen[0]} does not support")
+        init_kwargs: Any = self.teacher_model_init_kwargs or {}
+        device_map = init_kwargs.get("device_map")
+        if device_map is not None and placed_later:
+            raise ValueError(
+                f"{chosen[0]} and device_map={device_map!r} in teacher_model_init_kwargs exclude each other"
+            )
+
+    def _check_absent(self) -> None:
+        if self.teacher_adapter_path is not None:
+            others = ("teacher_model_server_url", "teacher_cache", *MODEL_FIELDS)
+            without_effect(self, others, "beside teacher_adapter_path")
+            if self.seq_kd:
+                raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
+        if not self.teacher_is_sparse:
+            without_effect(self, ("teacher_top_k", "teacher_cache_dtype"), "on a teacher in memory")
+            return
+        if self.teacher_model_server_url is not None:
+            others = ("teacher_cache", "teacher_cache_dtype", *MODEL_FIELDS)
+            without_effect(self, others, "beside teacher_model_server_url")
+        else:
+            check_choice(self, "teacher_cache_dtype", ("float16", "float32"))
+        if self.seq_kd:
+            raise ValueError("seq_kd=True needs a teacher in memory, which writes the text")

@@ -1,0 +1,60 @@
+"""A teacher that is a model of its own in memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from amid_trl._trl import forward_redirection
+from amid_trl.data.batches import Batch
+from amid_trl.maths.linear import States
+from amid_trl.models.fsdp import reshard
+from amid_trl.models.heads import backbone_states, causal_lm, language_model_head, trained_states
+
+
+class ModelTeacher:
+    """A teacher in memory, as the engine has wrapped it; `offloaded`, it is on the device for its passes alone."""
+
+    def __init__(self, wrapped: nn.Module, accelerator: Accelerator, *, offloaded: bool = False):
+        self._wrapped, self._accelerator = wrapped, accelerator
+        self._at_home = HostWeights(wrapped, accelerator.device) if offloaded else None
+
+    def __call__(self, batch: Batch) -> States:
+        """Without gradient."""
+        teacher = self._accelerator.unwrap_model(self._wrapped)
+        base = causal_lm(teacher)
+        tokens = (batch["input_ids"], batch["attention_mask"])
+        with (
+            torch.no_grad(),
+            self._accelerator.autocast(),
+            self._at_home.on_device() if self._at_home else nullcontext(),
+        ):
+            hidden = forward_redirection(self._wrapped, teacher, backbone_states, base, *tokens)
+            reshard(self._wrapped)
+            head = language_model_head(base)
+            # The parameter goes home with the others; the tensor that it had on the device stays for the loss.
+            return trained_states(hidden, head.frozen() if self._at_home else head, batch)
+
+
+class HostWeights:
+    """A model whose weights are kept in the host's memory and visit the device."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self._device = device
+        tensors = (*model.parameters(), *model.buffers())
+        self._home = [
+            (tensor, tensor.data.pin_memory() if device.type == "cuda" else tensor.data) for tensor in tensors
+        ]
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it the model computes on the device; what was read of its weights there stays until let go."""
+        try:
+            for tensor, host in self._home:
+                tensor.data = host.to(self._device, non_blocking=True, copy=True)
+            yield
+        finally:
+            for tensor, host in self._home:
+                tensor.data = host

@@ -1,0 +1,28 @@
+"""Where the teacher's weights lie: as the student's do, under an engine of their own, or in the host's memory."""
+
+from accelerate import Accelerator
+from torch import nn
+
+from amid_trl._trl import prepare_deepspeed
+from amid_trl.models.deepspeed import inference_engine
+from amid_trl.models.fsdp import shard
+from amid_trl.models.heads import causal_lm
+from amid_trl.teacher.fields import TeacherFields
+
+
+def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> nn.Module:
+    """The teacher as its engine wraps it; by default it is sharded if the student is, else whole on each device."""
+    base = causal_lm(teacher)
+    if getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False):
+        return teacher  # lies where it was loaded, and cannot be moved
+    if args.teacher_deepspeed is not None:
+        return inference_engine(teacher, args.teacher_deepspeed, args.per_device_train_batch_size)
+    if accelerator.state.deepspeed_plugin is not None:
+        if args.teacher_offload:
+            raise ValueError("teacher_offload is for runs without DeepSpeed; set teacher_deepspeed with offload_param")
+        return prepare_deepspeed(teacher, accelerator)
+    if accelerator.is_fsdp2:
+        if args.teacher_offload:
+            raise ValueError("teacher_offload is for runs without FSDP, which shards the teacher")
+        return shard(teacher, accelerator)
+    return teacher.to("cpu" if args.teacher_offload else accelerator.device)

@@ -1,0 +1,1 @@
+"""AMiDTrainer and AMiDConfig, and the parts that they are made of."""

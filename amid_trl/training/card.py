@@ -1,0 +1,89 @@
+"""What the model card says beside TRL's own text: the paper, the two models, and the settings of the objective."""
+
+import inspect
+import textwrap
+from pathlib import Path
+
+from torch import nn
+
+from amid_trl.maths.divergences import DIVERGENCES
+from amid_trl.maths.objective import Objective, Term
+from amid_trl.models.heads import causal_lm
+from amid_trl.sources.fields import ADAPTIVE_FIELDS
+from amid_trl.training.config import AMiDConfig
+
+
+PAPER = {
+    "title": "AMiD: Knowledge Distillation for LLMs with α-mixture Assistant Distribution",
+    "id": "2510.15982",
+    "citation": textwrap.dedent("""\
+        @inproceedings{shin2026amid,
+            title        = {{AMiD: Knowledge Distillation for LLMs with $\\alpha$-mixture Assistant Distribution}},
+            year         = 2026,
+            booktitle    = {The Fourteenth International Conference on Learning Representations, {ICLR} 2026},
+            eprint       = {2510.15982},
+            archiveprefix = {arXiv},
+        }"""),
+}
+
+
+# Listed where they are set.
+OPTIONAL_FIELDS = (
+    "assistant_alpha_schedule",
+    "assistant_lambda_schedule",
+    "student_text_objective",
+    "student_text_objective_kwargs",
+)
+
+
+NO_BASE_MODEL = "[None](https://huggingface.co/None)"  # where TRL's card names a student that came from a folder
+
+
+def complete_card(file: Path, student: nn.Module, teacher: nn.Module | None, objective_section: str) -> None:
+    """Add the section to TRL's card, and the names that it lacks: those of the student's folder and of the teacher."""
+    card = file.read_text(encoding="utf-8").replace(NO_BASE_MODEL, f"`{shown_name(student)}`")
+    from_teacher = ""
+    if teacher is not None:
+        adapted = ", with an adapter" if causal_lm(teacher) is not teacher else ""
+        from_teacher = f" Its teacher was `{shown_name(teacher)}`{adapted}."
+    card += f"\n\n## Distillation\n\nTrained with `amid_trl.AMiDTrainer`.{from_teacher}\n\n{objective_section}"
+    file.write_text(card, encoding="utf-8")
+
+
+def shown_name(model: nn.Module) -> str:
+    """A model's name on the Hub, the last part of its folder's path, or its class if it came from neither."""
+    causal = causal_lm(model)
+    return _without_folders(causal.name_or_path or "") or type(causal).__name__
+
+
+def _without_folders(name: str) -> str:
+    """A name on the Hub, or what is behind the last slash of a path that is there."""
+    return Path(name).resolve().name if name and Path(name).exists() else name
+
+
+def objective_table(config: AMiDConfig, objective: Objective) -> str:
+    """The settings of the objective, as it was at the end, in Markdown."""
+    settings = {"objective": config.objective, "divergence": " + ".join(map(_term, objective.terms))}
+    if objective.uses_assistant:
+        settings |= {"alpha": objective.alpha, "lam": objective.lam, "detach_assistant": objective.detach_assistant}
+    settings |= {"distill_temperature": objective.temperature, "sft_weight": config.sft_weight}
+    settings |= {"seq_kd": config.seq_kd, "sampling": config.sampling}
+    share = "lmbda" if config.lmbda_schedule is None else "lmbda_schedule"
+    shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
+    settings |= {name: getattr(config, name) for name in shares}
+    settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
+    if config.teacher_model_server_url or config.teacher_cache:
+        settings["teacher_top_k"] = config.teacher_top_k
+    if config.pretrain_dataset:
+        settings["pretrain_dataset"] = _without_folders(config.pretrain_dataset)
+        settings["pretrain_weight"] = config.pretrain_weight
+    settings |= {"sampling temperature": config.temperature}
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items())
+    return f"| setting | value |\n|---|---|\n{rows}\n"
+
+
+def _term(term: Term) -> str:
+    defaults = inspect.signature(DIVERGENCES[term.divergence]).parameters.values()
+    parameters = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY} | dict(term.divergence_kwargs or {})
+    arguments = [*term.order, *(f"{name}={value}" for name, value in parameters.items())]
+    return f"{'' if term.weight == 1 else f'{term.weight} * '}{term.divergence}({', '.join(arguments)})"

@@ -1,0 +1,166 @@
+"""The fields of AMiDConfig that say what is optimised, and the objectives that they describe."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from amid_trl.fields import (
+    JSON,
+    Fields,
+    build_schedule,
+    check_at_least,
+    check_positive,
+    check_shares,
+    check_weights,
+    is_number,
+    option,
+    without_effect,
+)
+from amid_trl.maths.objective import Objective
+from amid_trl.maths.published import OBJECTIVES
+from amid_trl.maths.schedules import TaidLambda
+
+
+AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
+ASSISTANT_SCHEDULES = ("assistant_alpha_schedule", "assistant_lambda_schedule")
+
+
+@dataclass
+class ObjectiveFields(Fields):
+    """Parameters that control the objective."""
+
+    objective: str = option(
+        "amid",
+        "A name in OBJECTIVES. amid reads the five fields below; every other objective takes its parameters from "
+        "objective_kwargs (and gkd its beta from the field of that name).",
+        choices=sorted(OBJECTIVES),
+    )
+    objective_kwargs: JSON = option(
+        None,
+        'Parameters of an objective other than amid, e.g. {"skew": 0.1} for skl; a JSON string on the command line.',
+    )
+    assistant_alpha: float = option(
+        -5.0,
+        "α of the assistant r ∝ (λ p^h + (1-λ) q^h)^(1/h), h = (1-α)/2; any real number or ±inf. -1 is the arithmetic "
+        "mixture (GKD, DistiLLM), 1 the geometric one (TAID). The default is the paper's best.",
+    )
+    assistant_lambda: float = option(
+        0.1, "λ in [0, 1], the teacher's share in the assistant. The default is the paper's."
+    )
+    divergence: str = option(
+        "ab", "A name in DIVERGENCES. The default, with its parameters 0.2 and 0.7, is the paper's best."
+    )
+    divergence_order: str = option(
+        "pr",
+        "The two arguments of the divergence: pr is D(p‖r); also rp, qr, rq, and pq, qp without an assistant.",
+    )
+    divergence_kwargs: JSON = option(
+        None, 'Parameters of the divergence; {"alpha": 0.2, "beta": 0.7} for ab if not given.'
+    )
+    distill_temperature: float = option(
+        1.0, "Both models' logits are divided by it in the loss (paper: 1). No T² factor is applied."
+    )
+    assistant_alpha_schedule: JSON = option(
+        None,
+        'α moves during the run, in place of the field above: {"kind": "linear", "start": 0.1, "end": 0.9}, likewise '
+        '"cosine", or {"kind": "constant", "value": 0.5}. For the objective amid.',
+    )
+    assistant_lambda_schedule: JSON = option(
+        None,
+        'λ moves likewise, in every objective that has an assistant, or by {"kind": "taid"}, TAID\'s adaptive t, with '
+        "any of start, end, rate and momentum.",
+    )
+    student_text_objective: str | None = option(
+        None,
+        "Another objective for the text that the student wrote, now or earlier, by its name in OBJECTIVES: srkl "
+        "beside the objective skl is DistiLLM-2's pair. Schedules do not move it.",
+    )
+    student_text_objective_kwargs: JSON = option(None, "Its parameters.")
+    sft_weight: float = option(
+        0.0,
+        "Weight of the cross-entropy of dataset and teacher text, added to the objective. Never applied to text that "
+        "the student wrote itself.",
+    )
+    logits_chunk_size: int | None = option(
+        None,
+        "Tokens projected to the vocabulary at a time. By default a bound on memory sets it from the vocabulary.",
+    )
+
+    def __post_init__(self):
+        """Refuse what cannot work, before TRL compares it with numbers, and what would have no effect."""
+        check_shares(self, "beta", "assistant_lambda")
+        if not is_number(self.assistant_alpha) or math.isnan(self.assistant_alpha):
+            raise ValueError(f"assistant_alpha must be a real number, inf or -inf; got {self.assistant_alpha!r}")
+        super().__post_init__()
+        check_positive(self, "distill_temperature")
+        check_weights(self, "sft_weight")
+        check_at_least(self, 1, "logits_chunk_size")
+        for name in ("assistant_alpha", "assistant_lambda"):
+            if getattr(self, f"{name}_schedule") is not None:
+                without_effect(self, (name,), f"beside {name}_schedule")
+        check_schedules(self, build_objective(self))
+        build_student_text_objective(self)
+
+
+def build_objective(config: ObjectiveFields) -> Objective:
+    """The objective that the configuration describes; a ValueError names a field that it would leave unused."""
+    if config.objective == "amid":
+        if config.objective_kwargs:
+            raise ValueError(
+                f"objective_kwargs={config.objective_kwargs} has no effect on objective='amid'; set "
+                f"{', '.join(AMID_FIELDS)}"
+            )
+        parameters = {
+            "alpha": config.assistant_alpha,
+            "lam": config.assistant_lambda,
+            "divergence": config.divergence,
+            "order": config.divergence_order,
+            "divergence_kwargs": config.divergence_kwargs,
+        }
+    else:
+        without_effect(
+            config,
+            (*AMID_FIELDS, "assistant_alpha_schedule"),
+            f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
+            f"{config.objective!r} in objective_kwargs",
+        )
+        parameters = dict(config.objective_kwargs or {})
+        if config.objective == "gkd":
+            if "beta" in parameters:
+                raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
+            parameters["beta"] = config.beta
+    return _named_objective(config, "objective", parameters)
+
+
+def build_student_text_objective(config: ObjectiveFields) -> Objective | None:
+    """The objective of text that the student wrote, where it has one of its own."""
+    if config.student_text_objective is None:
+        without_effect(config, ("student_text_objective_kwargs",), "without student_text_objective")
+        return None
+    if isinstance(build_schedule(config, "assistant_lambda"), TaidLambda):
+        raise ValueError("TAID's λ follows the loss of one objective; leave student_text_objective unset beside it")
+    return _named_objective(config, "student_text_objective", config.student_text_objective_kwargs or {})
+
+
+def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, Any]) -> Objective:
+    name = getattr(config, field)
+    if name not in OBJECTIVES:
+        raise ValueError(f"{field} must be one of {', '.join(OBJECTIVES)}; got {name!r}")
+    try:
+        objective = OBJECTIVES[name](**parameters)
+    except TypeError as error:
+        raise ValueError(f"{field}_kwargs={parameters} does not fit {name!r}: {error}") from error
+    return dataclasses.replace(objective, temperature=config.distill_temperature)
+
+
+def check_schedules(config: ObjectiveFields, objective: Objective) -> None:
+    """Refuse schedules of α and λ that are none, or that move nothing in this objective."""
+    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
+    if given and not objective.uses_assistant:
+        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
+    fixed = {"skew", "lam"} & set(config.objective_kwargs or {})
+    if given and fixed:
+        raise ValueError(f"objective_kwargs={config.objective_kwargs} fixes what assistant_lambda_schedule moves")
+    build_schedule(config, "assistant_alpha")
+    build_schedule(config, "assistant_lambda")

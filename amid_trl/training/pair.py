@@ -1,0 +1,124 @@
+"""Student, teacher and tokenizer of a run: loaded where they are names, and checked against each other."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from amid_trl.models.deepspeed import is_sharded
+from amid_trl.models.heads import causal_lm
+from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
+from amid_trl.models.pairs import check_same_tokenizer, check_text_only
+from amid_trl.teacher.loading import load_teacher
+from amid_trl.training.config import AMiDConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_pair(
+    model: str | nn.Module | None,
+    teacher_model: str | nn.Module | None,
+    args: AMiDConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: BitsAndBytesConfig | None,
+    *,
+    adapter_follows: bool,
+) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    """Student, teacher and tokenizer, loaded where they are names, and checked against each other.
+
+    A student's adapter is merged where another follows. The teacher is None where a server, a cache or an adapter of
+    the student's base stands for it.
+    """
+    absent = args.absent_teacher
+    if teacher_model is not None and absent:
+        raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")
+    teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+    if model is None or (teacher_model is None and not absent):
+        missing = "model" if model is None else "teacher_model (or args.teacher_model_name_or_path)"
+        raise ValueError(f"{missing} is missing: pass a name, a path or a model")
+
+    revision = (args.model_init_kwargs or {}).get("revision")
+    remote = args.trust_remote_code
+    student = load_student(model, args, quantization_config)
+    tokenizer = tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
+    check_student(student, tokenizer, adapter_follows=adapter_follows)
+    teacher = None
+    if not absent:
+        teacher = load_teacher(teacher_model, args)
+        revision = args.teacher_model_revision
+        check_teacher(student, teacher)
+        check_same_tokenizer(
+            tokenizer, load_tokenizer(teacher, teacher_model, revision=revision, trust_remote_code=remote)
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if is_peft_model(student) and adapter_follows:
+        folder = Path(str(args.output_dir), "merged_base")
+        student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)
+    return student, teacher, tokenizer
+
+
+def load_student(
+    model: str | nn.Module, args: AMiDConfig, quantization_config: BitsAndBytesConfig | None = None
+) -> nn.Module:
+    """The student from a name, the path of a model, or the path of an adapter, which stays trainable.
+
+    A model is passed through. `args` is the trainer's own copy: its `model_init_kwargs` are used up here.
+    """
+    if not isinstance(model, str):
+        if quantization_config is not None:
+            raise ValueError("quantization_config is for a student given by name; model is a model already")
+        return model
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        if init_kwargs.get("quantization_config") is not None:
+            raise ValueError("quantization_config is given twice: as an argument and in args.model_init_kwargs")
+        init_kwargs["quantization_config"] = quantization_config
+    args.model_init_kwargs = None
+    return load_causal_lm(model, init_kwargs, distributed=is_distributed(args), trainable_adapter=True)
+
+
+def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, saves: bool) -> nn.Module:
+    """The student with its adapter merged, ready for another one.
+
+    The merged model is saved in `folder` by the process that `saves`, and is what the new adapter names as its base:
+    an adapter trained on weights that are stored nowhere could only ever be loaded onto the wrong ones.
+    """
+    if is_sharded(student):
+        raise ValueError(
+            "peft_config puts a new adapter on an adapter, which has to be merged first, but ZeRO-3 holds its base "
+            "in pieces: give the model that `amid-trl merge` writes, or leave peft_config out to train on the adapter"
+        )
+    merged = student.merge_and_unload()
+    logger.warning("Merged the student's adapter before adding another; the new adapter's base is %s", folder)
+    if saves:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    merged.name_or_path = merged.config._name_or_path = str(folder)
+    return merged
+
+
+def check_student(student: nn.Module, tokenizer: Any, *, adapter_follows: bool) -> None:
+    """Refuse a student that cannot be trained; it may be frozen now if an adapter follows."""
+    if tokenizer is None:
+        raise ValueError("processing_class is missing, and no tokenizer lies beside the student's weights")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class must be a tokenizer; got a {type(tokenizer).__name__}: only text is trained"
+        )
+    check_text_only(student, "student")
+    if not adapter_follows and not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "the student has no trainable parameter; load an adapter with is_trainable=True, or pass peft_config"
+        )
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that the loss could not read, or that would change with the student."""
+    check_text_only(teacher, "teacher")
+    if causal_lm(teacher) is causal_lm(student):
+        raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")

@@ -1,0 +1,96 @@
+"""What AMiDTrainer is made of: each part built from the record of the run and from the parts before it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import GenerationConfig
+
+from amid_trl.data.plain_text import PlainText, open_plain_text
+from amid_trl.maths.means import Means
+from amid_trl.run import Run
+from amid_trl.sources.choice import Source
+from amid_trl.sources.sources import WindowSources
+from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
+from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
+from amid_trl.teacher.teacher import Teacher, open_teacher
+from amid_trl.training.answers import ANSWER_MEANS, Answers
+from amid_trl.training.checkpoints import Stateful
+from amid_trl.training.config import AMiDConfig
+from amid_trl.training.memory import MemoryReport
+from amid_trl.training.nonfinite import NonfiniteLoss
+from amid_trl.training.run_objective import RunObjective
+from amid_trl.training.sigterm import StopOnSigterm
+
+
+@dataclass
+class Parts:
+    """The parts of one process; `window` is the one that is trained at the moment."""
+
+    teacher: Teacher
+    writers: dict[Source, Writer]
+    answers: Answers | None
+    sources: WindowSources
+    plain_text: PlainText | None
+    objective: RunObjective
+    train_means: Means
+    eval_means: Means
+    windows: Windows
+    nonfinite: NonfiniteLoss
+    memory: MemoryReport
+    stop_on_sigterm: StopOnSigterm
+    window: Window = field(default_factory=Window)
+
+    @property
+    def stateful(self) -> tuple[Stateful, ...]:
+        """Those whose state a checkpoint holds."""
+        parts = (self.sources, self.objective, self.plain_text)
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What moves or grows during a run, for the logs; all processes have to ask."""
+        parts = (self.sources, self.objective, self.nonfinite, self.memory)
+        return {name: value for part in parts for name, value in part.figures.items()}
+
+
+def open_parts(
+    run: Run[AMiDConfig],
+    student: nn.Module,
+    wrapped_student: Callable[[], nn.Module],
+    student_generation: GenerationConfig,
+    teacher_model: nn.Module | None,
+    datasets: Mapping[str, Any],
+    pretrain_dataset: Dataset | IterableDataset | None,
+    *,
+    deals: bool,
+) -> Parts:
+    """All parts of a run.
+
+    `wrapped_student` is the student as its engine has wrapped it by then, `student_generation` the generation config
+    that it came with, `datasets` the prepared ones by name; with `deals` the rows of a window are dealt by length.
+    """
+    teacher = open_teacher(run, teacher_model, student, wrapped_student, datasets)
+    plain_text = open_plain_text(run, pretrain_dataset)
+    writers = open_writers(run, student, wrapped_student, teacher_model, student_generation)
+    answers = None
+    if run.args.eval_generate:
+        answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
+    sources, objective = WindowSources(run), RunObjective(run)
+    train_means = Means((*objective.means, *WINDOW_MEANS), run.accelerator.device)
+    return Parts(
+        teacher,
+        writers,
+        answers,
+        sources,
+        plain_text,
+        objective,
+        train_means,
+        eval_means=Means((*objective.means, *ANSWER_MEANS), run.accelerator.device),
+        windows=Windows(run, writers, sources, plain_text, train_means, deals=deals),
+        nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
+        memory=MemoryReport(run, teacher_model),
+        stop_on_sigterm=StopOnSigterm(run.accelerator),
+    )

@@ -1,0 +1,339 @@
+"""AMiDTrainer: TRL's trainer around an Objective.
+
+It is a GKDTrainer to every script that asks, but runs none of GKDTrainer's code (docs/trainer.md says why): PEFT,
+saving and logging are SFTTrainer's, and what distillation adds lives in the modules that are wired together here.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from trl import SFTTrainer
+
+from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first
+from amid_trl.data.batches import DistillationCollator
+from amid_trl.data.datasets import all_datasets, prepare_dataset
+from amid_trl.maths.figures import Figures
+from amid_trl.maths.means import Means
+from amid_trl.models.deepspeed import announce_head
+from amid_trl.models.fsdp import check_fsdp, fsdp_evaluation
+from amid_trl.models.generation import eos_token_ids, generation_config_of
+from amid_trl.models.pairs import common_positions, common_vocabulary, disable_dropout, freeze
+from amid_trl.run import Run
+from amid_trl.sources.windows import Window
+from amid_trl.teacher.adapter import student_alone
+from amid_trl.teacher.placement import place
+from amid_trl.training.answers import add_answers
+from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
+from amid_trl.training.card import PAPER, complete_card, objective_table
+from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
+from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, for_sft, own_copy
+from amid_trl.training.engines import evaluation_alone, forget_evaluation
+from amid_trl.training.pair import load_pair
+from amid_trl.training.parts import open_parts
+
+
+logger = logging.getLogger(__name__)
+
+
+class AMiDTrainer(GKDTrainer):
+    """Distil a teacher into a student through an α-mixture assistant (AMiD, arXiv 2510.15982).
+
+    Args:
+        model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`):
+            The student: a name, a path (of a model or of an adapter, which is trained further), or a model.
+        teacher_model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`, *optional*):
+            The teacher, likewise; an adapter is kept beside its base, not merged. By default
+            `args.teacher_model_name_or_path`. Frozen in place. None beside `args.teacher_model_server_url` or
+            `args.teacher_cache`.
+        args ([`AMiDConfig`], *optional*):
+            The settings. Never changed: the trainer works on a copy, `trainer.args`.
+        data_collator (`DataCollator`, *optional*):
+            By default rows are prepared by `amid_trl.data`. A collator of your own gets the raw rows and returns
+            `input_ids`, `attention_mask`, `labels` (-100 = not trained) and, for generated text, left-padded `prompts`
+            and `prompt_attention_mask`.
+        train_dataset, eval_dataset:
+            Any of TRL's text formats (docs/data.md).
+        processing_class (`~transformers.PreTrainedTokenizerBase`, *optional*):
+            The tokenizer, by default the student's.
+        pretrain_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Plain text for the cross-entropy beside the distillation, by default `args.pretrain_dataset`.
+        compute_metrics (`Callable`, *optional*):
+            Gets the student's most likely token ids as `predictions` (batch, tokens), -100 where nothing is trained,
+            never logits.
+        callbacks, optimizers, peft_config, formatting_func, quantization_config:
+            As in [`~trl.SFTTrainer`].
+    """
+
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "amid"]
+    _name = "AMiD"
+    _paper = PAPER
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        args: AMiDConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: Any | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        pretrain_dataset: Dataset | IterableDataset | None = None,
+    ):
+        if preprocess_logits_for_metrics is not None:
+            raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
+        args = own_copy(args, model)
+        check_arguments(args, eval_dataset, compute_metrics, has_collator=data_collator is not None)
+        set_seed(args.seed)
+        student, teacher, tokenizer = load_pair(
+            model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None
+        )
+        self._student_generation = generation_config_of(student)
+        self._positions = common_positions(student, teacher)
+        SFTTrainer.__init__(
+            self,
+            student,
+            args=for_sft(args, has_collator=data_collator is not None),
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
+        self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
+        if data_collator is None:
+            self.data_collator = DistillationCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self._prepare_student()
+        self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
+        self._parts = open_parts(
+            Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions),
+            self.model,
+            lambda: self.model_wrapped,
+            self._student_generation,
+            self.teacher_model,
+            all_datasets(self.train_dataset, self.eval_dataset),
+            pretrain_dataset,
+            deals=data_collator is None,
+        )
+        self._show_parts()
+
+    # ---- Before training ----
+
+    def _prepare_student(self) -> None:
+        self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
+        self._loss_shifts_labels = True
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+        if self.aux_loss_enabled:
+            logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
+        announce_head(self.model)
+        check_fsdp(self.accelerator, self.model)
+
+    def _show_parts(self) -> None:
+        """What scripts for GKDTrainer look at, and the callbacks."""
+        args, parts = self.args, self._parts
+        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        self.generation_config = parts.writers["student"].config
+        self.objective = parts.objective.current
+        self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
+        self.add_callback(parts.stop_on_sigterm)
+        self.add_callback(parts.memory)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        settings = data_settings(
+            args,
+            positions=self._positions,
+            evaluates=dataset_name != "train",
+            eos_token_ids=eos_token_ids(processing_class, self._student_generation),
+            formatting_func=formatting_func,
+        )
+        with global_then_local_main_first():
+            rows = prepare_dataset(dataset, processing_class, settings, name=dataset_name)
+            return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "prompt_ids"]
+
+    # ---- A window: the micro-batches of one optimizer step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Fetch a window, let its source write the completions, then count the trained tokens of all processes."""
+        step, steps = self.state.global_step, self.state.max_steps
+        batches = list(islice(epoch_iterator, num_batches if step < steps else 0))  # resumed when it was over
+        if self._parts.sources.needs_evaluation:
+            self._evaluate(None, None, skip_scheduler=True)
+        self.objective = self._parts.objective.advance(step / steps)
+        self._parts.window = self._parts.windows.window(batches, step, steps, self._prepare_inputs)
+        return self._parts.window.batches, self._get_num_items_in_batch(self._parts.window.batches, device)
+
+    # ---- The loss ----
+
+    def training_step(self, *args, **kwargs):
+        """SFTTrainer's step: the window has been written already. TAID's λ follows the window's loss."""
+        loss = SFTTrainer.training_step(self, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._parts.objective.follow(self.state.global_step / self.state.max_steps)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Σ over trained tokens / the trained tokens of the window on all processes.
+
+        Multiplied by the number of processes where the count is global, because their gradients are averaged.
+        """
+        student = self.accelerator.unwrap_model(model)
+        # DeepSpeed's wrapper says it trains even in evaluation.
+        window = self._parts.window if student.training else Window()
+        token_loss = self._parts.objective.token_loss(window.source)
+        # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
+        in_forward = partial(self._loss, inputs=inputs, teacher=self._parts.teacher(inputs), token_loss=token_loss)
+        total, row_sums, predictions, plain_nll = forward_redirection(model, student, in_forward, student)
+        rows = Figures(row_names(token_loss), row_sums)
+        if num_items_in_batch is None:
+            loss = total / rows["tokens"].sum().clamp(min=1).to(total)
+        else:
+            loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if plain_nll is not None:
+            loss = loss + window.plain_weight * plain_nll
+        if not student.training:
+            self._record_evaluation(rows)
+        elif self._parts.nonfinite.found(loss):
+            loss = self._parts.nonfinite.handle(loss, rows, inputs, window.source, self.state.global_step)
+        else:
+            self._record(self._parts.train_means, rows)
+            self._parts.objective.add(rows)
+            if plain_nll is not None:
+                self._parts.train_means.add("pretrain_nll", plain_nll.detach(), 1)
+        return (loss, {"predictions": predictions}) if return_outputs else loss
+
+    def _loss(self, student, inputs, teacher, token_loss) -> BatchLoss:
+        with self.accelerator.autocast():
+            return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, self.args.logits_chunk_size)
+
+    def _record(self, means: Means, rows: Figures) -> None:
+        totals = rows.totals()
+        for name in self._parts.objective.means:
+            means.add(name, totals[name], totals["tokens"])
+
+    def _record_evaluation(self, rows: Figures) -> None:
+        rows = Figures(rows.names, self.accelerator.gather_for_metrics(rows.columns))
+        self._record(self._parts.eval_means, rows)
+        if self.row_recorder is not None:
+            self.row_recorder(rows)
+
+    # ---- Evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss and, where metrics want them, the student's most likely tokens: never logits."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if self._parts.answers is not None:
+            figures = self.accelerator.gather_for_metrics(self._parts.answers(inputs, self.state.global_step))
+            add_answers(self._parts.eval_means, figures)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["predictions"], inputs["labels"][:, 1:].contiguous()
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        # `eval_on_start` repeats, in a resumed run, what the share has followed already or never will.
+        if not self.state.global_step == self._initial_global_step > 0:
+            self._parts.sources.follow(metrics)
+        return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """The loss and the figures of the evaluation set, every trained token with the same weight."""
+        self._parts.eval_means.pop()
+        with evaluation_alone(self), fsdp_evaluation(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._parts.eval_means.pop()  # no reduction: rows were gathered when they were recorded
+        means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    # ---- Checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        forget_evaluation(self)
+        try:
+            with self._parts.stop_on_sigterm:
+                return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._parts.window = Window()
+
+    def _save(self, *args, **kwargs) -> None:
+        with student_alone(self.model):
+            super()._save(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = self._get_output_dir(trial=trial)
+        with whole_checkpoint(run_dir, self.args, self.state, self.accelerator) as checkpoint:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not while it is written, marked as unfinished: `_save_checkpoint` pushes it."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_state(output_dir, self._parts.stateful, self.accelerator)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_state(checkpoint, self._parts.stateful, self.accelerator)
+
+    # ---- Logs, cards ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log; print the table of completions if asked to."""
+        if self.model.training:
+            means = self._parts.train_means.pop(partial(self.accelerator.reduce, reduction="sum"))
+            if means:  # not in the summary at the end
+                logs.update(means)
+                logs.update(self._parts.figures)
+            if self.is_world_process_zero():
+                self._parts.windows.write_table(self.state.global_step)
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card with both models' names, followed by the objective's settings."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            teacher = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+            settings = objective_table(self.args, self.objective)
+            complete_card(Path(self.args.output_dir, "README.md"), self.model, teacher, settings)

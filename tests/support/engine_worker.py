@@ -1,0 +1,239 @@
+"""The same rows trained under an engine or under none; as a script, one process of several (see test_engines.py)."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig, get_peft_model
+from tiny import CORPUS, messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from amid_trl import AMiDConfig, AMiDTrainer
+from amid_trl.data.batches import DistillationCollator
+
+
+LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+def zero(stage: int) -> dict:
+    """Like accelerate's configuration of that stage, but tiny models are sharded too, and stay so between uses."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+
+
+# What AMiDConfig has to be told.
+ENGINES = {
+    "ddp": {},
+    "zero1": {"deepspeed": zero(1)},
+    "zero2": {"deepspeed": zero(2)},
+    "zero3": {"deepspeed": zero(3)},
+    "fsdp2": {"fsdp": True},
+}
+
+
+def save_models(folder: Path) -> None:
+    """Everything that a case can name.
+
+    A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, and a teacher
+    for all; their vocabularies are padded. Plain text whose blocks are all the same, and some whose blocks differ.
+    """
+    tokenizer = tiny_tokenizer()
+    for name, tied in (("student", False), ("tied_student", True)):
+        student = tiny_llama(tokenizer, vocab_size=364, tie_word_embeddings=tied)
+        # Every other token ends a completion, so that lengths differ.
+        student.generation_config.eos_token_id = list(range(1, len(tokenizer), 2))
+        base = AutoModelForCausalLM.from_pretrained(save_tiny(folder / name, student, tokenizer))
+        head = {} if tied else {"modules_to_save": ["lm_head"]}
+        adapter = get_peft_model(base, LoraConfig(**LORA, **head))
+        adapter.save_pretrained(folder / name.replace("student", "adapter"))
+    student = tiny_llama(tokenizer, vocab_size=364)
+    with torch.no_grad():
+        student.model.embed_tokens.weight[tokenizer(" cold")["input_ids"][-1]] = math.nan
+    save_tiny(folder / "broken_student", student, tokenizer)
+    save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
+    for name, texts in (("same_text", 40 * [one_block(tokenizer)]), ("text", 4 * CORPUS)):
+        (folder / name).mkdir()
+        (folder / name / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def one_block(tokenizer) -> str:
+    """79 tokens, which make a block of 80 with the EOS behind them."""
+    text = "rain"
+    while (length := len(tokenizer(text)["input_ids"])) < 79:
+        text += " fell" if length < 70 else "!"
+    return text
+
+
+def run(
+    models: Path,
+    output_dir: Path,
+    *,
+    student: str = "student",
+    teacher: str | None = "teacher",
+    lora: dict | None = None,
+    rows: int = 12,
+    silent: list[int] | None = None,
+    evaluates_first: bool = False,
+    trains: bool = True,
+    resumes: str | None = None,
+    **settings,
+) -> dict:
+    """Train one epoch of `rows` if asked to, evaluate, save the student; returns what was logged and seen.
+
+    `lora` puts a new adapter on the student, nothing is trained in the `silent` rows, and `resumes` names the case
+    whose second step the run goes on from.
+    """
+    for name in ("teacher_adapter_path", "pretrain_dataset"):
+        if name in settings:
+            settings[name] = str(models / settings[name])
+    train_dataset = messages_dataset(rows)
+    if silent is not None:
+        train_dataset = train_dataset.add_column("trained", [row not in silent for row in range(rows)])
+    trainer = AMiDTrainer(
+        str(models / student),
+        None if teacher is None else str(models / teacher),
+        AMiDConfig(
+            **{
+                "output_dir": str(output_dir),
+                "use_cpu": True,
+                "bf16": False,
+                "lmbda": 0.0,
+                "top_k": 1,
+                "num_train_epochs": 1,
+                "train_sampling_strategy": "sequential",
+                # Weights that follow the gradient's size, which Adam would hide, and no clipping.
+                "optim": "sgd",
+                "learning_rate": 0.05,
+                "max_grad_norm": 100.0,
+                "logging_steps": 1,
+                "report_to": [],
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "max_new_tokens": 6,
+                **settings,
+            }
+        ),
+        data_collator=None if silent is None else collate,
+        train_dataset=train_dataset,
+        eval_dataset=multi_turn_dataset(5),
+        peft_config=None if lora is None else LoraConfig(**LORA, **lora),
+    )
+    lengths = measure_completions(trainer)
+    if evaluates_first:
+        trainer.evaluate()
+    if trains:
+        trainer.train(None if resumes is None else str(output_dir.parent / resumes / "checkpoint-2"))
+    models_held = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    resident = [stored_bytes(model) for model in models_held]
+    trainer.evaluate()
+    if trains:
+        trainer.save_model()
+    return {
+        "log": trainer.state.log_history,
+        "lengths": lengths,
+        "bytes": resident,
+        "parts": [parts(model) for model in models_held],
+        "logits": logits(trainer.model.eval()),
+    }
+
+
+def collate(rows: list[dict]) -> dict[str, Tensor]:
+    """A collator of one's own: all of a row is trained, or nothing."""
+    tokenizer = tiny_tokenizer()
+    prepared = []
+    for row in rows:
+        ids = tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"]
+        labels = ids if row.get("trained", True) else [-100] * len(ids)
+        prepared.append({"input_ids": ids, "labels": labels, "prompt_ids": ids[:1]})
+    return DistillationCollator(tokenizer.pad_token_id)(prepared)
+
+
+def measure_completions(trainer: AMiDTrainer) -> list[list[int]]:
+    """The lengths of the completions that the student will write, a list for each window."""
+    lengths, write = [], trainer._parts.writers["student"]
+
+    def write_and_measure(*args):
+        completions = write(*args)
+        lengths.append([len(completion) for completion in completions])
+        return completions
+
+    write_and_measure.config = write.config
+    trainer._parts.writers["student"] = write_and_measure
+    return lengths
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """What this process holds of the weights between uses: the memory behind them, however it is cut."""
+    weights = list(model.parameters())
+    weights = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]  # FSDP2's part
+    weights += [weight.ds_tensor for weight in weights if hasattr(weight, "ds_tensor")]  # ZeRO-3's
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in weights}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def parts(model: nn.Module) -> list[str]:
+    """The classes of the modules that FSDP2 gathers by themselves."""
+    return [type(module).__name__ for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def logits(model: nn.Module) -> list:
+    """What a student makes of a text."""
+    tokenizer = tiny_tokenizer()
+    with torch.no_grad():
+        ids = torch.tensor([tokenizer(CORPUS[0])["input_ids"]])
+        return model(input_ids=ids).logits[0, :, : len(tokenizer)].tolist()
+
+
+def shard_on_cpus() -> None:
+    """Have accelerate's state say on CPUs, too, that FSDP was asked for; by itself it falls back to data parallelism.
+
+    What then runs is accelerate's, transformers' and torch's own.
+    """
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as accelerate's launcher does
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def main(models: Path, output_dir: Path, engine: str, cases: dict[str, dict]) -> None:
+    rank = int(os.environ["RANK"])
+    if engine == "fsdp2":
+        shard_on_cpus()
+    for name, settings in cases.items():
+        split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        try:
+            result = run(models, output_dir / name, **ENGINES[engine], **split, **settings)
+        except ValueError as error:
+            result = {"refused": str(error)}
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
+        (output_dir / name / f"rank{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))

@@ -1,0 +1,48 @@
+"""What tests read off a trainer."""
+
+import copy
+
+import torch
+
+from amid_trl import AMiDTrainer
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def logged(trainer: AMiDTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def dense_loss(trainer: AMiDTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over trained tokens of the objective on the models' own logits."""
+    student, teacher = (
+        model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        for model in (trainer.model, trainer.teacher_model)
+    )
+    trained = batch["labels"][:, 1:] != -100
+    return trainer.objective(student[trained], teacher[trained]).mean()
+
+
+class Windows:
+    """Remembers every window that a trainer fetches, as (batches, token count), and who wrote it."""
+
+    def __init__(self, trainer: AMiDTrainer):
+        self.windows, self.sources, fetch = [], [], trainer.get_batch_samples
+
+        def fetch_and_remember(*args):
+            batches, count = fetch(*args)
+            self.windows.append((copy.deepcopy(batches), count))
+            self.sources.append(trainer._parts.window.source)
+            return batches, count
+
+        trainer.get_batch_samples = fetch_and_remember
+
+
+def completions_of(window) -> list[list[int]]:
+    batches, _ = window
+    return [row[row != -100].tolist() for batch in batches for row in batch["labels"]]

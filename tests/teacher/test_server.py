@@ -1,0 +1,288 @@
+"""A teacher behind HTTP gives the numbers of the same teacher in memory, and what a bad answer gives has a name."""
+
+import math
+import time
+
+import pytest
+import torch
+from server import CUT_SHORT, HANG_UP, serving
+from tiny import tiny_llama, tiny_tokenizer
+
+from amid_trl import OBJECTIVES
+from amid_trl.maths.sparse import SparseTokenLoss
+from amid_trl.maths.token_loss import DistillationTokenLoss
+from amid_trl.teacher.server import EXCLUDED, TeacherServer
+
+
+VOCAB = 360
+ROWS = [[5, 9, 300, 7], [1, 2], [8, 8, 8, 8, 8, 41], [359, 0, 17], [11]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(tiny_tokenizer(), seed=3).eval()
+
+
+@pytest.fixture
+def server(model):
+    with serving(model) as running:
+        yield running
+
+
+def connect(server, top_k: int = 8, vocabulary: int = VOCAB, **settings) -> TeacherServer:
+    return TeacherServer(server.url, top_k, vocabulary, **{"attempts": 3, "backoff": 0.001, **settings})
+
+
+@torch.no_grad()
+def in_memory(model, row: list[int]) -> torch.Tensor:
+    """Log-probabilities after every token but the last."""
+    return model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_it_lists_the_likeliest_tokens_and_the_next_one_in_the_order_of_the_rows(model, server, batch_size):
+    answers = connect(server, batch_size=batch_size).log_probs(ROWS)
+    assert [len(answer.ids) for answer in answers] == [3, 1, 5, 2, 0]
+    for row, answer in zip(ROWS, answers, strict=True):
+        assert answer.ids.shape == answer.log_p.shape == (len(row) - 1, 9)
+        for log_p, token, ids, values, log_tail in zip(in_memory(model, row), row[1:], *answer, strict=True):
+            listed = ids[values > -math.inf]
+            assert set(listed.tolist()) == {token, *log_p.topk(8).indices.tolist()}
+            torch.testing.assert_close(values[values > -math.inf].double(), log_p[listed], rtol=1e-5, atol=1e-5)
+            rest = log_p.exp().sum() - log_p[listed].exp().sum()
+            assert log_tail.exp().item() == pytest.approx(rest.item(), abs=2e-6)
+    assert max(len(question["prompt"]) for question in server.questions) == min(batch_size, len(ROWS))
+
+
+def test_all_of_the_vocabulary_is_the_dense_loss(model):
+    row = ROWS[2]
+    student = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor(row[1:])
+    with serving(model, max_logprobs=VOCAB) as server:
+        [answer] = connect(server, top_k=VOCAB).log_probs([row])
+    assert answer.log_tail.tolist() == [-math.inf] * 5
+    losses, _ = SparseTokenLoss(OBJECTIVES["amid"]())(student, labels, *answer)
+    want, _ = DistillationTokenLoss(OBJECTIVES["amid"]())(student, in_memory(model, row).float(), labels)
+    torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-6)
+
+
+def likeliest_first(*log_p: float):
+    """A tamper that gives these log-probabilities to the first tokens of every position, and the last to the rest."""
+
+    def tamper(choices, prompts):
+        for listed in (listed for choice in choices for listed in choice["prompt_logprobs"][1:]):
+            for rank, entry in enumerate(listed.values()):
+                entry["logprob"] = log_p[min(rank, len(log_p) - 1)]
+        return choices
+
+    return tamper
+
+
+def test_a_sure_teacher_has_a_tail_that_makes_no_divergence_infinite(server):
+    server.tamper = likeliest_first(-1e-9, -60.0)
+    [answer] = connect(server).log_probs(ROWS[:1])
+    assert answer.log_tail.tolist() == pytest.approx([-24 * math.log(2)] * 3)
+    losses, _ = SparseTokenLoss(OBJECTIVES["rkl"]())(torch.zeros(3, VOCAB), torch.zeros(3, dtype=torch.long), *answer)
+    assert losses.isfinite().all()
+
+
+def test_a_token_that_the_teacher_excludes_is_listed_without_mass(server):
+    server.tamper = likeliest_first(-0.1, -9999.0)
+    [answer] = connect(server).log_probs(ROWS[:1])
+    assert set((answer.log_p == EXCLUDED).sum(-1).tolist()) <= {7, 8}
+    assert answer.log_tail.exp().tolist() == pytest.approx([1 - math.exp(-0.1)] * 3)
+
+
+@pytest.mark.parametrize("fault", [HANG_UP, CUT_SHORT, 500, 502, 503, 504])
+def test_a_server_that_fails_twice_is_asked_again(model, server, fault):
+    teacher = connect(server)
+    server.faults = [fault, fault]
+    asked = len(server.questions)
+    [answer] = teacher.log_probs(ROWS[:1])
+    assert len(server.questions) - asked == 3
+    [want] = teacher.log_probs(ROWS[:1])
+    assert all(map(torch.equal, answer, want))
+
+
+def test_a_server_that_keeps_failing_is_a_connection_error(model, server):
+    teacher = connect(server)
+    server.faults = [503] * 3
+    with pytest.raises(
+        ConnectionError, match=rf"{server.url}/v1/completions .* 3 attempts .*503.* checkpoint is intact"
+    ):
+        teacher.log_probs(ROWS[:1])
+
+
+def test_a_server_that_dies_in_the_middle_is_a_connection_error(model):
+    with serving(model) as server:
+        teacher = connect(server, batch_size=1)
+
+        def last(choices, prompts):
+            server.faults = [HANG_UP] * 100
+            return choices
+
+        server.tamper = last
+        with pytest.raises(ConnectionError, match="checkpoint is intact"):
+            teacher.log_probs(ROWS[:1] * 20)
+    with pytest.raises(ConnectionError, match=r"3 attempts .*refused"):
+        teacher.log_probs(ROWS)
+    with pytest.raises(ConnectionError, match=rf"{server.url}/v1/models"):
+        connect(server)
+
+
+def test_a_server_with_too_small_a_limit_is_refused_at_once_and_in_its_own_words(model):
+    with (
+        serving(model, max_logprobs=5) as server,
+        pytest.raises(ValueError, match=r"refuses \(400\).* of 8, which is greater than max allowed: 5"),
+    ):
+        connect(server)
+
+
+def test_a_server_without_prompt_logprobs_is_refused_at_once(model):
+    with serving(model) as server, pytest.raises(ValueError, match="no prompt_logprobs"):
+        server.choices = lambda prompts, k: [{"index": i, "text": ""} for i in range(len(prompts))]
+        connect(server)
+
+
+def shorten(choices):
+    choices[1]["prompt_logprobs"].pop()
+
+
+def swap(choices):
+    choices[0], choices[1] = choices[1], choices[0]
+
+
+def other_token(choices):
+    listed = choices[1]["prompt_logprobs"][2]
+    listed["77"] = listed.pop("8")
+
+
+def nothing(choices):
+    choices[1]["prompt_logprobs"][3] = None
+
+
+def one_alone(choices):
+    choices[1]["prompt_logprobs"][2] = {"8": {"logprob": -1.0}}
+
+
+def value(x: float):
+    def change(choices):
+        next(iter(choices[1]["prompt_logprobs"][2].values()))["logprob"] = x
+
+    return change
+
+
+def too_likely(choices):
+    for entry in choices[1]["prompt_logprobs"][2].values():
+        entry["logprob"] = -0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (shorten, "row 3: .* 5 tokens where the row has 6"),
+        (swap, "row 2: .* 6 tokens where the row has 4"),
+        (other_token, "row 3: .* at position 2 where the row has token 8"),
+        (nothing, r"row 3: .* tokens \[\] at position 3"),
+        (one_alone, "row 3: .* 1 tokens at position 2 where 8 were asked for"),
+        (value(math.nan), "row 3: .* log-probabilities .*nan.* position 2"),
+        (value(0.1), r"row 3: .* log-probabilities .*0\.1"),
+        (too_likely, r"row 3: .* sum to [45]\."),
+        (lambda choices: choices.pop(), "rows 2 to 3: .* answered 1 rows"),
+    ],
+)
+def test_an_answer_that_is_not_the_rows_is_refused_with_its_index(model, server, change, complaint):
+    def tamper(choices, prompts):
+        if prompts[-1] == ROWS[2]:
+            change(choices)
+        return choices
+
+    server.tamper = tamper
+    with pytest.raises(ValueError, match=complaint):
+        connect(server, batch_size=2).log_probs([ROWS[1], ROWS[3], ROWS[0], ROWS[2]])
+
+
+def test_a_token_outside_the_vocabulary_is_refused(server):
+    with pytest.raises(ValueError, match=r"row 0: .* which the vocabulary of 20 lacks"):
+        connect(server, vocabulary=20)
+
+
+@pytest.mark.parametrize("name", ["top_k", "batch_size", "attempts"])
+def test_zero_is_refused(server, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+        connect(server, **{name: 0})
+
+
+def test_an_address_may_end_as_that_of_openai_clients(server):
+    assert TeacherServer(f"{server.url}/v1/", 2, VOCAB).model == "tiny"
+
+
+# ---- What it is asked about before the first step ----
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(model, caplog):
+    ours, another = tiny_tokenizer(), tiny_tokenizer(vocab_size=300)
+    with serving(model, tokenizer=ours) as server:
+        connect(server).check(ours, 64)
+    assert not caplog.text
+    with serving(model, tokenizer=another) as server, pytest.raises(ValueError, match="has another tokenizer"):
+        connect(server).check(ours, 64)
+
+
+def test_a_server_that_does_not_tokenize_is_taken_at_its_word(model, caplog):
+    with serving(model) as server:
+        connect(server).check(tiny_tokenizer(), 64)
+    assert "Whether the teacher has the student's tokenizer is not known" in caplog.text
+
+
+@pytest.mark.parametrize("max_length", [64, None])
+def test_a_teacher_that_reads_shorter_rows_is_refused(model, max_length):
+    with serving(model, max_model_len=64) as server:
+        connect(server).check(tiny_tokenizer(), 63)
+        with pytest.raises(ValueError, match=f"reads at most 63 tokens .* lower max_length={max_length}"):
+            connect(server).check(tiny_tokenizer(), max_length)
+
+
+def test_the_key_of_the_environment_is_sent(model, monkeypatch):
+    with serving(model) as server:
+        connect(server)
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        connect(server)
+    assert server.keys == [None, "Bearer secret"]
+
+
+def test_the_teacher_is_asked_at_temperature_one(model, server):
+    connect(server).log_probs(ROWS)
+    assert {question["temperature"] for question in server.questions} == {1.0}
+
+
+def test_requests_are_repeated_later_and_later(model, monkeypatch):
+    slept = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
+    with serving(model) as server:
+        server.faults = [503, 503, 503]
+        connect(server, attempts=4, backoff=0.25)
+    assert slept == [0.5, 1.0]  # the first repetition is at once
+
+
+def test_an_answer_that_takes_too_long_is_no_answer(model):
+    with serving(model) as server:
+        teacher = connect(server, attempts=1, timeout=0.2)
+        server.tamper = lambda choices, prompts: time.sleep(1.0) or choices
+        with pytest.raises(ConnectionError, match="in 1 attempts"):
+            teacher.log_probs(ROWS)
+
+
+def test_probabilities_that_sum_to_more_than_one_by_a_percent_are_refused(model, server):
+    teacher = connect(server)
+
+    def more(choices, prompts):
+        listed = choices[0]["prompt_logprobs"][1]
+        mass = sum(math.exp(entry["logprob"]) for entry in listed.values())
+        for entry in listed.values():
+            entry["logprob"] = min(0.0, entry["logprob"] + math.log(1.01 / mass))
+        return choices
+
+    server.tamper = more
+    with pytest.raises(ValueError, match=r"probabilities that sum to 1\.01"):
+        teacher.log_probs(ROWS)
