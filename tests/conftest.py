@@ -29,7 +29,7 @@ from amid_trl.maths.kernel import _compiled
 
 
 def pytest_collection_finish() -> None:
-    """Everything imported by now stays: `train` collects garbage, which is half of a tiny run if it walks all of that."""
+    """What is imported stays: `train` collects garbage, and walking all of that takes longer than a tiny run."""
     gc.collect()
     gc.freeze()
 

@@ -242,11 +242,24 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
+def without_shared_memory() -> None:
+    """Have DeepSpeed's processes talk over gloo, like those of the other engines.
+
+    What it has for CPUs is compiled when it is first used, and whoever is killed then leaves a lock on which all later
+    runs wait for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(models: Path, output_dir: Path, engine: str, cases: dict[str, dict]) -> None:
     rank, written = int(os.environ["RANK"]), []
     if engine == "fsdp2":
         shard_on_cpus()
         written = watch_writing(stored_bytes)
+    if "zero" in engine:
+        without_shared_memory()
     gc.freeze()  # as in conftest.py
     for name, settings in cases.items():
         split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}

@@ -39,17 +39,10 @@ TRAINED = {
     # micro-batches.
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
     "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
-    # Here λ follows the loss alone: at this rate it is ahead of the line from start to end.
-    "taid": {
-        "objective": "taid",
-        "assistant_lambda_schedule": {"kind": "taid", "start": 0.2, "rate": 1.0, "momentum": 0.0},
-        "rows": 16,
-    },
     "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
     "student's text": {"lmbda": 1.0},
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
-    "lora": {"lora": {}},
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -63,12 +56,18 @@ TRAINED = {
 TRAINED_IN_PARTS = {
     # Before any loss, so that the head is first used as a module of its own.
     "student's text, sharded": {"lmbda": 1.0, "ds3_gather_for_generation": False},
-    "lora, head": {"lora": {"modules_to_save": ["lm_head"]}},
     "adapter": {"student": "tied_adapter"},
     "shared base": {"student": "tied_student", "teacher": None, "lora": {}, "teacher_adapter_path": "tied_adapter"},
 }
-# Nothing in them depends on the engine.
+# These differ by what the processes tell each other, not by who holds the weights.
 TRAINED_UNDER_DDP = {
+    # Here λ follows the loss alone: at this rate it is ahead of the line from start to end.
+    "taid": {
+        "objective": "taid",
+        "assistant_lambda_schedule": {"kind": "taid", "start": 0.2, "rate": 1.0, "momentum": 0.0},
+        "rows": 16,
+    },
+    "lora": {"lora": {}},
     "served teacher": {"teacher": None, "teacher_model_server_url": "server", "teacher_top_k": 20},
     # One process writes to the first and the third row of a window of four, two to the first and the second.
     "two completions for a prompt": {
