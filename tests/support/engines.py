@@ -184,6 +184,7 @@ def run_in_micro_batches(models: Path, folder: Path, settings: dict) -> dict:
 
 
 def figures(result: dict) -> dict[str, list[float]]:
+    assert "refused" not in result, result["refused"]
     return {name: [entry[name] for entry in result["log"] if name in entry] for name in FIGURES}
 
 
