@@ -56,7 +56,7 @@ setup(
         "datasets>=4.7",
         "peft>=0.18",
         "jaxtyping",
-        "urllib3>=2",
+        "urllib3>=2.0.2",  # 2.0.0 is yanked: it cuts short what it streams
     ],
     extras_require={**EXTRAS, "demo": DEMO, "test": TEST, "dev": sorted({*TEST, *DEMO})},
     entry_points={"console_scripts": ["amid-trl=amid_trl.cli:main"]},
