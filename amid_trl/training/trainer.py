@@ -142,7 +142,7 @@ class AMiDTrainer(GKDTrainer):
             self.teacher_model,
             all_datasets(self.train_dataset, self.eval_dataset),
             pretrain_dataset,
-            deals=data_collator is None,
+            deals=isinstance(self.data_collator, DistillationCollator),
         )
         self._show_parts()
 
