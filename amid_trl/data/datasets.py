@@ -208,7 +208,7 @@ def _row_with_notes(
 
 
 def all_datasets(train: Any, evaluation: Any) -> dict[str, Any]:
-    """The training set and each evaluation set, those that there are, by the names that transformers' logs give them."""
+    """The training set and each evaluation set, those that there are, by the names that the logs give them."""
     several = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     evaluations = {f"eval_{name}".rstrip("_"): dataset for name, dataset in several.items()}
     return {name: dataset for name, dataset in {"train": train, **evaluations}.items() if dataset is not None}

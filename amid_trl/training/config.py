@@ -13,7 +13,7 @@ from amid_trl._trl import GKDConfig
 from amid_trl.data.fields import DataFields
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
-from amid_trl.fields import check_choice, described, json_fields, option, without_effect
+from amid_trl.fields import check_choice, described, json_dict, json_fields, option, without_effect
 from amid_trl.sources.fields import SourceFields
 from amid_trl.sources.writers import require_vllm
 from amid_trl.teacher.fields import TeacherFields
@@ -38,7 +38,8 @@ class AMiDConfig(ObjectiveFields, TeacherFields, DataFields, SourceFields, GKDCo
         "last checkpoint with finite weights; skip gives that micro-batch no gradient, with a warning, and logs how "
         "many there were.",
     )
-    include_num_input_tokens_seen: str = option(
+    # transformers would read `str | bool` as a boolean on the command line.
+    include_num_input_tokens_seen: str = option(  # pyright: ignore[reportIncompatibleVariableOverride]
         "non_padding", "Count the tokens seen: all, non_padding or no. Gives tokens per second in the logs."
     )
 
@@ -115,7 +116,7 @@ def check_arguments(
     config: AMiDConfig, evaluation_set: Any, compute_metrics: Callable | None, *, has_collator: bool
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
-    if (config.dataset_kwargs or {}).get("skip_prepare_dataset") and not has_collator:
+    if json_dict(config.dataset_kwargs).get("skip_prepare_dataset") and not has_collator:
         raise ValueError("dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows")
     if config.use_vllm:
         require_vllm()
@@ -156,7 +157,7 @@ def data_settings(
         assistant_turns=config.assistant_turns,
         completion_only_loss=config.completion_only_loss is not False,
         text_field=config.dataset_text_field,
-        chat_template_kwargs=config.chat_template_kwargs or {},
+        chat_template_kwargs=json_dict(config.chat_template_kwargs),
         eos_token_ids=tuple(eos_token_ids),
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
@@ -167,5 +168,5 @@ def for_sft(args: AMiDConfig, *, has_collator: bool) -> AMiDConfig:
     """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows."""
     if has_collator:
         args.remove_unused_columns = False
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.dataset_kwargs = {**json_dict(args.dataset_kwargs), "skip_prepare_dataset": True}
     return args
