@@ -15,7 +15,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     training_args.teacher_cache = None
     if training_args.absent_teacher is not None:
         raise ValueError(
-            f"a cache is written by a teacher with a model of its own; got {training_args.absent_teacher}, leave it out"
+            f"a cache is written by a teacher with a model of its own; got {training_args.absent_teacher}"
         )
     trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)
