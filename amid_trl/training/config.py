@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers.trainer_pt_utils import AcceleratorConfig
-
-from amid_trl._trl import GKDConfig
+from amid_trl._trl import AcceleratorConfig, GKDConfig
 from amid_trl.data.fields import DataFields
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
