@@ -33,7 +33,7 @@ test-all: $(INSTALLED)
 
 # Half an hour of kills and resumes. `make soak SOAK_SECONDS=300 SOAK_SEED=7` repeats what a run with that seed did.
 soak: $(INSTALLED)
-	$(BIN)/python tests/soak.py $(SOAK_SECONDS) $(SOAK_SEED)
+	$(BIN)/python tests/support/soak.py $(SOAK_SECONDS) $(SOAK_SEED)
 
 # The tables and figures of benchmarks/results, in an hour or two on an otherwise idle machine. Liger without what it
 # depends on: its JSD needs no Triton on a CPU.

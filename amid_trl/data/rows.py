@@ -15,7 +15,7 @@ UNTRAINED = -100
 Row = dict[str, list[int]]
 
 
-# What may happen to a row; data.py says how it is reported.
+# What may happen to a row; datasets.py says how it is reported.
 CUT = "cut"
 
 
