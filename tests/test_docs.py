@@ -1,4 +1,4 @@
-"""Every block of Python in docs/ runs: names that it takes for granted, and models on paths, have tiny stand-ins."""
+"""Every block of Python in docs/ runs, on tiny stand-ins for models and data; every link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -63,3 +63,35 @@ def test_a_block_of_python_in_the_docs_runs(block, in_place_of, tokenizer):
 def test_every_stand_in_is_for_a_block(in_place_of):
     assert set(in_place_of) <= set(BLOCKS)
     assert len(BLOCKS) >= 4
+
+
+# ---- Links and paths ----
+
+PAGES = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of the headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    prose = re.sub(r"`[^`]*`", "code", page.read_text())
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", prose):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+# Relative to the root, or to the folder of the package or of the tests; the changelog names what was.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "changelog.md"], ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    root = DOCS.parent
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*)`", page.read_text())
+    ours = [path for path in named if path.split("/")[0] in ("amid_trl", "tests", "docs", "examples", "benchmarks")]
+    folders = {path.name for path in (root / "amid_trl").iterdir() if path.is_dir()}
+    ours += [f"amid_trl/{path}" for path in named if path.split("/")[0] in folders and not path.endswith(".json")]
+    assert not [path for path in ours if not (root / path).exists()]

@@ -64,7 +64,8 @@ def test_every_field_of_sft_config_is_honoured_or_refused():
 def test_every_field_of_training_arguments_is_left_to_transformers_or_refused():
     for name in unclassified(names(TrainingArguments), OF_TRANSFORMERS.split(), REFUSED):
         pytest.fail(f"TrainingArguments has a field {name} that nobody has classified (here, or in inherited.py)")
-    assert names(TrainingArguments) | OWN >= {*OF_TRANSFORMERS.split(), *REFUSED}
+    # Older releases that setup.py admits have not all of the others, but what the config reads must be there.
+    assert set(REFUSED) <= names(TrainingArguments) | OWN
 
 
 def test_a_field_that_nobody_knows_is_found():
