@@ -1,4 +1,4 @@
-"""What FSDP2 has beside the other engines (tests/engines): its settings, and when it gathers (CPU, over gloo)."""
+"""What FSDP2 has beside the other engines (test_engines.py): its settings, and when it gathers (CPU, over gloo)."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The same rows trained under an engine or under none; as a script, one process of several (see tests/engines)."""
+"""The same rows trained under an engine or under none; as a script, one process of several (see test_engines.py)."""
 
 import json
 import math
