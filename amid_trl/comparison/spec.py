@@ -211,7 +211,7 @@ def check_configs(comparison: Comparison) -> None:
                 *parsed, launcher = make_parser().parse_args_and_config(
                     ["--config", str(file)], return_remaining_strings=True
                 )
-                launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.compared_run", [])
+                launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.comparison.run", [])
         except (TypeError, ValueError) as error:
             raise ValueError(f"runs.{name}: {error}") from error
         finally:

@@ -70,7 +70,7 @@ def conversation_row(
             notes = [REWRITTEN]
     if answered and prompt_ids != ids[: len(prompt_ids)]:
         notes.append(OTHER_CONTEXT)
-    keep = set(trained if settings.completion_only_loss or not prompt_turns else range(len(ids)))
+    keep = set(trained if settings.completions_alone or not prompt_turns else range(len(ids)))
     labels = [token if i in keep else UNTRAINED for i, token in enumerate(ids)]
     return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, notes
 

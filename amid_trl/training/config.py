@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from datasets import Dataset, IterableDataset
+
 from amid_trl._trl import AcceleratorConfig, GKDConfig
+from amid_trl.data.datasets import has_prompts_alone
 from amid_trl.data.fields import DataFields
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
@@ -45,10 +48,12 @@ class AMiDConfig(ObjectiveFields, TeacherFields, DataFields, SourceFields, GKDCo
         """The groups' own checks, each in its group, then those across them."""
         super().__post_init__()
         for name, (accepted, why) in REFUSED.items():
-            if getattr(self, name) != accepted:
+            if getattr(self, name) not in accepted:
                 raise ValueError(
-                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted!r}"
+                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted[0]!r}"
                 )
+        if unknown := sorted({*(self.dataset_kwargs or ())} - {"skip_prepare_dataset"}):
+            raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
@@ -127,6 +132,22 @@ def check_arguments(
         raise ValueError(f"sampling='adaptive' follows one evaluation set; got {', '.join(evaluation_set)}")
 
 
+def follow_prompts(
+    config: AMiDConfig, dataset: Dataset | IterableDataset | None, *, prepares: bool, formats: bool
+) -> None:
+    """Where the training set has no answers, all text has to be written: an `lmbda` at its default becomes 1.
+
+    `config` is the trainer's own copy. With `prepares` rows are prepared here; where it `formats`, a function makes
+    text of them.
+    """
+    by_default = config.lmbda == GKDConfig.lmbda and config.lmbda_schedule is None and config.sampling == "mixed"
+    if not by_default or config.seq_kd or not prepares or formats or dataset is None:
+        return
+    if has_prompts_alone(dataset):
+        logger.warning("The training set has prompts without answers: the student writes every window (lmbda=1.0).")
+        config.lmbda = 1.0
+
+
 def data_settings(
     config: AMiDConfig,
     *,
@@ -153,7 +174,7 @@ def data_settings(
         generates=generates,
         trains_on_dataset=evaluates or (config.student_shares[0] < 1 and not config.seq_kd),
         assistant_turns=config.assistant_turns,
-        completion_only_loss=config.completion_only_loss is not False,
+        completion_only_loss=config.completion_only_loss,
         text_field=config.dataset_text_field,
         chat_template_kwargs=json_dict(config.chat_template_kwargs),
         eos_token_ids=tuple(eos_token_ids),

@@ -43,7 +43,7 @@ from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
 from amid_trl.training.card import PAPER, complete_card, objective_table
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
-from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, for_sft, own_copy
+from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, follow_prompts, for_sft, own_copy
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
@@ -114,6 +114,7 @@ class AMiDTrainer(GKDTrainer):
         if preprocess_logits_for_metrics is not None:
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         args = own_copy(args, model)
+        follow_prompts(args, train_dataset, prepares=data_collator is None, formats=formatting_func is not None)
         check_arguments(args, eval_dataset, compute_metrics, has_collator=data_collator is not None)
         set_seed(args.seed)
         student, teacher, tokenizer = load_pair(

@@ -277,7 +277,8 @@ def test_data_is_given_once(tmp_path, tiny_dir):
         [
             sys.executable,
             "-m",
-            "amid_trl.train",
+            "amid_trl",
+            "train",
             "--model_name_or_path",
             str(tiny_dir),
             "--output_dir",
