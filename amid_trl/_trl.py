@@ -5,10 +5,8 @@ versions and with our own code, so that a new release fails there, first and by 
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import trl
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import fsdp2_prepare_model
@@ -40,7 +38,6 @@ except ImportError:  # TRL has removed experimental trainers before
     from amid_trl._gkd import GKDConfig
 
 __all__ = [
-    "ACCELERATE_CONFIGS",
     "HOOKS",
     "PREFIX_CHECKPOINT_DIR",
     "GKDConfig",
@@ -68,9 +65,6 @@ __all__ = [
 ]
 
 forward_redirection = _ForwardRedirection()
-
-# What TRL's own command knows by name: multi_gpu, fsdp1, …
-ACCELERATE_CONFIGS = Path(trl.__file__).with_name("accelerate_configs")
 
 
 def vllm_engine(**settings: Any) -> Any:
