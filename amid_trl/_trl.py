@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 from accelerate.commands.config import load_config_from_file
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import fsdp2_prepare_model
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -45,6 +46,7 @@ __all__ = [
     "Hook",
     "common_prefix_length",
     "create_model_from_path",
+    "default_config_file",
     "forward_redirection",
     "fsdp2_prepare_model",
     "get_training_chat_template",
@@ -208,4 +210,5 @@ HOOKS = (
         "how many processes a file asks for",
         ("config_file",),
     ),
+    Hook("accelerate.commands.config.config_args.default_config_file", "read", "whether accelerate has defaults"),
 )

@@ -18,6 +18,8 @@ from amid_trl.fields import json_fields
 from amid_trl.launch import accelerate_configs, recipes, script
 from amid_trl.launch.declared import Unread, calls_of, declared_class, source_file
 from amid_trl.launch.help import RunParser
+from amid_trl.models.names import check_model_name
+from amid_trl.parser import OneLineParser
 from amid_trl.training.inherited import REFUSED
 from amid_trl.training.run_fields import GROUPS, RunFields
 
@@ -98,7 +100,7 @@ def declared_parser(prog: str | None = None) -> RunParser:
 @cache
 def launcher_parser() -> argparse.ArgumentParser:
     """The options of `accelerate launch`, as its file declares them."""
-    parser = RunParser(add_help=False, allow_abbrev=False)
+    parser = OneLineParser(add_help=False, allow_abbrev=False)
     for names, given in calls_of("accelerate.commands.launch", "add_argument"):
         names = [name for name in names if isinstance(name, str) and name.startswith("-")]
         names += [name.replace("_", "-") for name in names if "_" in name]
@@ -135,6 +137,8 @@ def check(argv: list[str], command: str) -> Any:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     script.require_model(model_args)
     script.require_one_dataset(script_args, dataset_args)
+    check_model_name("model_name_or_path", model_args.model_name_or_path)
+    check_model_name("teacher_model_name_or_path", config.teacher_model_name_or_path)
     if command == "cache-teacher" and config.teacher_cache is None:
         raise ValueError(script.NO_CACHE)
     return config

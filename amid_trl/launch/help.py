@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from trl import TrlParser
 
 from amid_trl.fields import json_fields, own_fields
 from amid_trl.launch import recipes
 from amid_trl.launch.declared import Unread
+from amid_trl.parser import OneLineParser
 from amid_trl.training.run_fields import GROUPS
 
 
@@ -28,17 +29,13 @@ DESCRIPTION = (
 Section = tuple[str, list[str]]  # a heading, and the names of fields
 
 
-class RunParser(TrlParser):
-    """TRL's parser, whose mistakes are a ValueError of one line."""
+class RunParser(OneLineParser, TrlParser):
+    """TRL's parser, with help that begins with our own fields."""
 
     def __init__(self, dataclass_types: Any = None, **settings: Any):
         super().__init__(dataclass_types, formatter_class=_Formatter, **settings)
         if self.add_help:
             self.add_argument("--help-all", "--help_all", action=_HelpAll, help="show all inherited fields as well")
-
-    def error(self, message: str) -> NoReturn:
-        """What is wrong, without the usage, which would be a screen long."""
-        raise ValueError(message)
 
     def format_help(self, everything: bool = False) -> str:
         """Our groups, then what is inherited: the fields that most runs set, or `everything`."""
