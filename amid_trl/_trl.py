@@ -5,11 +5,10 @@ versions and with our own code, so that a new release fails there, first and by 
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import trl
 from accelerate.commands.config import load_config_from_file
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import fsdp2_prepare_model
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -41,7 +40,6 @@ except ImportError:  # TRL has removed experimental trainers before
     from amid_trl._gkd import GKDConfig
 
 __all__ = [
-    "ACCELERATE_CONFIGS",
     "HOOKS",
     "PREFIX_CHECKPOINT_DIR",
     "AcceleratorConfig",
@@ -50,6 +48,7 @@ __all__ = [
     "Hook",
     "common_prefix_length",
     "create_model_from_path",
+    "default_config_file",
     "forward_redirection",
     "fsdp2_prepare_model",
     "global_then_local_main_first",
@@ -69,9 +68,6 @@ __all__ = [
 ]
 
 forward_redirection = _ForwardRedirection()
-
-# What TRL's own command knows by name: multi_gpu, fsdp1, …
-ACCELERATE_CONFIGS = Path(trl.__file__).with_name("accelerate_configs")
 
 
 def vllm_engine(**settings: Any) -> Any:
@@ -279,4 +275,5 @@ HOOKS = (
         "how many processes a file asks for",
         ("config_file",),
     ),
+    Hook("accelerate.commands.config.config_args.default_config_file", "read", "whether accelerate has defaults"),
 )

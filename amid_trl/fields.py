@@ -47,8 +47,8 @@ def own_fields(group: type) -> list[dataclasses.Field]:
 
 
 def json_fields(groups: Iterable[type]) -> list[str]:
-    """Those that hold a dict, which TRL reads from JSON."""
-    return [field.name for group in groups for field in own_fields(group) if field.type == JSON]
+    """Those that hold a dict, which TRL reads from JSON. By their annotations: its parser changes a field's type."""
+    return [name for group in groups for name, kind in inspect.get_annotations(group).items() if kind == JSON]
 
 
 def type_name(field: dataclasses.Field) -> str:

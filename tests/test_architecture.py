@@ -19,8 +19,8 @@ PACKAGE = ROOT / "amid_trl"
 # Folders and files of the package, each of which sees those to its left alone; what stands in one place sees nothing
 # of its neighbours there.
 ORDER = [
-    {"_gkd"},
-    {"_trl", "outputs"},
+    {"_gkd", "quiet"},
+    {"_trl", "outputs", "parser"},
     {"maths"},
     {"fields"},
     {"run"},

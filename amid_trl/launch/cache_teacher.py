@@ -11,7 +11,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Build what `amid-trl train` would train, and write the cache that it would read."""
     folder = training_args.teacher_cache
     if folder is None:
-        raise ValueError("teacher_cache is missing: name the folder with --teacher_cache")
+        raise ValueError(train.NO_CACHE)
     training_args.teacher_cache = None
     if training_args.absent_teacher is not None:
         raise ValueError(

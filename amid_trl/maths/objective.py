@@ -15,9 +15,7 @@ from torch import Tensor
 
 from amid_trl.maths.assistant import ZERO_LOG, alpha_mixture, at_least_float32, check_mixture
 from amid_trl.maths.divergences import DIVERGENCES
-
-
-ORDERS = ("pr", "rp", "qr", "rq", "pq", "qp")
+from amid_trl.maths.names import ORDERS
 
 
 Weight = Callable[[Tensor, Tensor], Tensor]

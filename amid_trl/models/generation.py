@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from amid_trl._trl import unwrap_model_for_generation
 from amid_trl.data.batches import pad_rows
 from amid_trl.models.heads import causal_lm, evaluating
+from amid_trl.quiet import hide_old_names
 
 
 def generation_config_of(model: nn.Module) -> GenerationConfig:
@@ -159,6 +160,7 @@ def unwrapped_for_generation(
 
     transformers puts one on the embeddings whenever checkpointing is turned on, and does not take it off again.
     """
+    hide_old_names()
     unwrapped: Any = accelerator.unwrap_model(model)
     inner = causal_lm(unwrapped)
     if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
