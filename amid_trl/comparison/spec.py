@@ -113,7 +113,7 @@ def read_comparison(file: str | Path) -> Comparison:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must contain a YAML mapping")
     needed, optional = ("base", "runs", "seeds", "metrics", "budget"), ("baseline", "evaluate")

@@ -137,6 +137,7 @@ def check(argv: list[str], command: str) -> Any:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     script.require_model(model_args)
     script.require_one_dataset(script_args, dataset_args)
+    script.require_dataset_name(script_args.dataset_name)
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("teacher_model_name_or_path", config.teacher_model_name_or_path)
     if command == "cache-teacher" and config.teacher_cache is None:

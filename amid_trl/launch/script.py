@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from amid_trl.launch import recipes
+from amid_trl.models.names import HUB_NAME
 
 
 NO_CACHE = "teacher_cache is missing: name the folder with --teacher_cache"  # what cache-teacher would write
@@ -92,6 +93,12 @@ def require_one_dataset(script_args: Any, dataset_args: Any) -> None:
             "give the data either as dataset_name or as a datasets mixture; got "
             f"dataset_name={script_args.dataset_name!r}, datasets={dataset_args.datasets!r}"
         )
+
+
+def require_dataset_name(name: str | None) -> None:
+    """Refuse a path where nothing lies; whether the Hub has a name shows when it is asked."""
+    if name is not None and not os.path.exists(name) and not HUB_NAME.fullmatch(name):
+        raise ValueError(f"dataset_name {name!r} is neither a folder with data nor a name on the Hub")
 
 
 def load_splits(script_args: Any, dataset_args: Any) -> Any:

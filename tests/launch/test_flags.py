@@ -29,6 +29,7 @@ UNREAD = {
     "parallelism_config": ("type",),
     "optim": ("default",),
 }
+INTO = ["--output-dir", "FOLDER"]
 GIVEN = ["--model_name_or_path", "student", "--dataset_name", "data"]
 
 HELP = [
@@ -63,10 +64,31 @@ MISTAKES = [
     (["train", *GIVEN, "--accelerate_config"], "--accelerate_config: a name or a file has to follow"),
     (["train", "--config", "nosuch"], "--config nosuch: neither a file nor a recipe"),
     (["train", "--config"], "--config: a name or a file has to follow"),
-    (["train", "--config", "BAD"], "bad.yaml is not YAML"),
+    (["train", "--config", "BAD"], "BAD is not YAML"),
     (["train", "--config", "KEY"], "unknown arguments: --lmda 0.5"),
     (["train", "--config", "TYPE"], "argument --learning_rate"),
+    (["train", "--model_name_or_path", "./nosuch", *GIVEN[2:]], "./nosuch is neither a folder nor a name on the Hub"),
+    (["train", *GIVEN[:2], "--dataset_name", "/no/data"], "dataset_name '/no/data' is neither a folder with data nor"),
+    (["train", *GIVEN, "--teacher_model_name_or_path", "FOLDER"], "holds neither a model nor an adapter"),
     (["cache-teacher", *GIVEN], "teacher_cache is missing"),
+    (["evaluate"], "the following arguments are required: model, --output-dir"),
+    (["evaluate", "m", *INTO], "nothing to evaluate"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "nosuch"], "neither a file nor one of dolly"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "SET"], "SET, line 1: no reference"),
+    (["evaluate", "m", *INTO, "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "dolly", "--dtype", "int3"], "argument --dtype: invalid choice"),
+    (["evaluate", "/no/model", *INTO, "--evaluation-set", "dolly"], "/no/model is neither a folder nor a name"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "dolly", "--teacher", "FOLDER"], "holds neither a model"),
+    (["compare"], "the following arguments are required: file, --output-dir"),
+    (["compare", "nosuch.yaml", *INTO], "No such file"),
+    (["compare", "BAD", *INTO], "BAD is not YAML"),
+    (["compare", "METRIC", *INTO], "metrics: unknown 'eval_nl'"),
+    (["compare", "RUN", *INTO], "runs.one: sampling must be 'mixed' or 'adaptive'; got 'mixd'"),
+    (["init-student", "teacher", "out"], "the following arguments are required: --drop-layers"),
+    (["init-student", "teacher", "out", "--drop-layers", "x"], "'x'"),
+    (["init-student", "FOLDER", "out", "--drop-layers", "1"], "holds neither a model nor an adapter"),
+    (["merge", "adapter"], "the following arguments are required: output_dir"),
+    (["merge", "/no/adapter", "out"], "/no/adapter is neither a folder nor a name on the Hub"),
 ]
 
 
@@ -116,12 +138,14 @@ def test_the_names_are_those_of_the_maths():
     assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
 
 
-def answered(*arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+def answered(
+    *arguments: str, code: str = "sys.exit(main(sys.argv[1:]))"
+) -> tuple[subprocess.CompletedProcess, list[str]]:
     """What a command says, and what it has imported of what takes seconds."""
     code = (
         "import atexit, json, sys\n"
         f"atexit.register(lambda: print(json.dumps([m for m in {HEAVY} if m in sys.modules]), file=sys.stderr))\n"
-        "from amid_trl.cli import main\nsys.exit(main(sys.argv[1:]))"
+        f"from amid_trl.cli import main\n{code}"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -137,26 +161,46 @@ def test_help_is_quick(arguments):
     assert not imported
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(each[0])[:60] for each in MISTAKES])
-def test_a_mistake_is_quick_and_one_line(arguments, message, tmp_path):
-    files = {
-        "FOLDER": tmp_path,
-        "BAD": (tmp_path / "bad.yaml", "a: [1\n"),
-        "KEY": (tmp_path / "key.yaml", "model_name_or_path: s\ndataset_name: d\nlmda: 0.5\n"),
-        "TYPE": (tmp_path / "type.yaml", "model_name_or_path: s\ndataset_name: d\nlearning_rate: fast\n"),
-        "SET": (tmp_path / "set.jsonl", '{"prompt": "What?"}\n'),
-        "COMPARE": (tmp_path / "compare.yaml", COMPARE),
-        "RUN": (tmp_path / "run.yaml", COMPARE.replace("eval_nl", "eval_nll")),
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    """What stands for a file or a folder in MISTAKES."""
+    folder = tmp_path_factory.mktemp("places")
+    contents = {
+        "BAD": "a: [1\n",
+        "KEY": "model_name_or_path: s\ndataset_name: d\nlmda: 0.5\n",
+        "TYPE": "model_name_or_path: s\ndataset_name: d\nlearning_rate: fast\n",
+        "SET": '{"prompt": "What?"}\n',
+        "METRIC": COMPARE,
+        "RUN": COMPARE.replace("eval_nl", "eval_nll"),
     }
-    for name, file in files.items():
-        if isinstance(file, tuple):
-            file[0].write_text(file[1])
-            files[name] = file[0]
-    done, imported = answered(*(str(files.get(text, text)) for text in arguments))
-    assert done.returncode == 2 and not done.stdout
-    [line] = done.stderr.splitlines()
-    assert line.startswith(f"amid-trl {arguments[0]}: ") and message in line
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    return {"FOLDER": str(folder), **{name: str(folder / name) for name in contents}}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(each[0])[-60:] for each in MISTAKES])
+def test_a_mistake_is_one_line(arguments, message, places, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert cli.main([places.get(text, text) for text in arguments]) == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith(f"amid-trl {arguments[0]}: ") and message in line and not printed.out
+
+
+def test_mistakes_are_found_before_what_takes_seconds_is_imported(places):
+    every = [[places.get(text, text) for text in arguments] for arguments, _ in MISTAKES]
+    done, imported = answered(*map(json.dumps, every), code="[main(json.loads(each)) for each in sys.argv[1:]]")
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == len(MISTAKES)
     assert not imported
+
+
+def test_a_command_that_there_is_not_is_named():
+    for arguments in ([], ["trian"]):
+        done, imported = answered(*arguments)
+        [line] = done.stderr.splitlines()
+        assert (done.returncode, imported) == (2, [])
+        assert line.startswith("amid-trl: ") and line.endswith("(amid-trl --help lists the commands)")
 
 
 def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
