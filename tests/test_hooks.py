@@ -37,7 +37,7 @@ PUBLIC_OF_TRAINERS = {
     "objective",
 }
 # Private names of others than the three libraries.
-OF_OTHERS = {"_option_string_actions"}  # argparse's: the flags of a parser
+OF_OTHERS = {"_option_string_actions", "_actions", "_get_formatter"}  # argparse's
 OURS = (AMiDTrainer, ComparedTrainer)
 # Under which name we call what HOOKS calls otherwise.
 ALIASES = {"forward_redirection": "_ForwardRedirection.__call__", "vllm_engine": "VLLMGeneration"}
@@ -389,6 +389,8 @@ def unlisted_parameters(files: Files, hooks: tuple[Hook, ...]) -> list[str]:
                 continue
             receiver, _, name = ast.unparse(node.func).rpartition(".")
             if name not in by_name or (receiver and receiver not in RECEIVERS):
+                continue
+            if name == "__init__" and receiver != "SFTTrainer":
                 continue
             hook = by_name[name]
             given = node.args[1:] if receiver == "SFTTrainer" else node.args  # a trainer stands first
