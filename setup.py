@@ -53,7 +53,8 @@ setup(
         "transformers>=5.19,<6",
         "trl>=1.16,<1.17",  # trl.experimental, which holds GKDTrainer, moves between minor versions
         "accelerate>=1.10.1",
-        "datasets>=4.7",
+        # Before 5.0.1 a stream that is filtered (before 4.8 one that is mapped) comes to its end where it is resumed.
+        "datasets>=5.0.1",
         "peft>=0.18",
         "jaxtyping",
         "urllib3>=2.0.2",  # 2.0.0 is yanked: it cuts short what it streams

@@ -10,7 +10,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from amid_trl.maths.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
 
@@ -34,6 +34,11 @@ JSON = dict[str, Any] | str | None  # a dict, on the command line as a JSON stri
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with its text."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def json_dict(value: JSON) -> dict[str, Any]:
+    """What TRL has read of such a field; empty where it is not set."""
+    return cast(dict[str, Any], value or {})
 
 
 def own_fields(group: type) -> list[dataclasses.Field]:

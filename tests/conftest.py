@@ -1,4 +1,4 @@
-"""Settings and fixtures shared by all tests; the builders are in tests/tiny.py."""
+"""Settings and fixtures shared by all tests; the builders are in tests/support/tiny.py."""
 
 import json
 import os

@@ -213,7 +213,7 @@ def _check_as_its_process_will(argv: list[str]) -> None:
     from amid_trl.launch.script import make_parser, require_model
 
     *_, model_args, _, launcher = make_parser().parse_args_and_config(argv, return_remaining_strings=True)
-    launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.compared_run", [])
+    launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.comparison.run", [])
     require_model(model_args)
 
 

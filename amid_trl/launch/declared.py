@@ -152,7 +152,7 @@ def _simple(module: str, node: ast.expr) -> Any:
 
 def _made(module: str, node: ast.ClassDef, bases: list[type]) -> type:
     """The class with its fields and constants, without its methods."""
-    body = [each for each in node.body if isinstance(each, ast.Assign | ast.AnnAssign)] or [ast.Pass()]
+    body: list[ast.stmt] = [each for each in node.body if isinstance(each, ast.Assign | ast.AnnAssign)] or [ast.Pass()]
     made = ast.ClassDef(node.name, node.bases, [], body, node.decorator_list)
     tree = ast.fix_missing_locations(ast.Module([made], []))
     named = [each.id for each in node.bases if isinstance(each, ast.Name)]

@@ -42,12 +42,14 @@ class RunParser(OneLineParser, TrlParser):
         ours = [(f"{_about(group)} (amid_trl/{group.__module__.split('.')[1]})", _names(group)) for group in GROUPS]
         shown = {name for _, names in ours for name in names}
         inherited = list(_inherited(self.dataclass_types, shown))
+        left = 0
         if not everything:
             total = sum(len(names) for _, names in inherited)
             gkds = [names for heading, names in inherited if heading == "GKDConfig"]
             most_used = [name for name in MOST_USED if any(name in names for _, names in inherited)]
             chosen = list(dict.fromkeys([*most_used, *(name for names in gkds for name in names)]))
             inherited = [("inherited from TRL and transformers, what most runs set", chosen)]
+            left = total - len(chosen)
         formatter: Any = self._get_formatter()
         formatter.add_usage(f"{self.prog} [--config FILE_OR_RECIPE] [--FIELD VALUE ...]", [], [], "usage: ")
         formatter.add_text(DESCRIPTION.format(recipes=", ".join(recipes.names())))
@@ -55,8 +57,8 @@ class RunParser(OneLineParser, TrlParser):
             formatter.start_section(heading)
             formatter.add_arguments([action for name in names for action in self._of(name)])
             formatter.end_section()
-        if not everything:
-            formatter.add_text(f"and {total - len(chosen)} more inherited fields: {self.prog} --help-all")
+        if left:
+            formatter.add_text(f"and {left} more inherited fields: {self.prog} --help-all")
         return formatter.format_help()
 
     def _of(self, name: str) -> list[argparse.Action]:

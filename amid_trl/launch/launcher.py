@@ -30,7 +30,7 @@ def launch_arguments(launch_args: list[str], module: str, script_args: list[str]
     if args.config_file is None and (args.cpu or not os.path.isfile(default_config_file)):
         _fill_in(args)
     if args.config_file is not None and args.num_processes is None:
-        defaults = load_config_from_file(args.config_file)
+        defaults: Any = load_config_from_file(args.config_file)
         if defaults.num_processes == -1:
             machines = args.num_machines or defaults.num_machines
             args.num_processes = machines * max(1, torch.accelerator.device_count())

@@ -19,8 +19,9 @@ def make_parser(prog: str | None = None) -> Any:
 
     from amid_trl import AMiDConfig
 
+    groups: Any = (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig)
     return TrlParser(
-        (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig),
+        groups,
         prog=prog,
         epilog=f"--config reads them from a YAML file, or from a recipe: {', '.join(recipes.names())}",
     )

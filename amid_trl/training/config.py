@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.trainer_pt_utils import AcceleratorConfig
+from datasets import Dataset, IterableDataset
 
-from amid_trl._trl import GKDConfig
+from amid_trl._trl import AcceleratorConfig, GKDConfig
+from amid_trl.data.datasets import has_prompts_alone
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
-from amid_trl.fields import described, json_fields
+from amid_trl.fields import described, json_dict, json_fields
 from amid_trl.sources.writers import require_vllm
 from amid_trl.training.inherited import NOT_OURS
 from amid_trl.training.objective_fields import check_objective
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AMiDConfig(RunFields, GKDConfig):
+class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVariableOverride]  # see RunFields
     """Our fields in front of TRL's; the text that is shown is made of them below."""
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, *json_fields(GROUPS)]
@@ -33,6 +34,8 @@ class AMiDConfig(RunFields, GKDConfig):
         self._say_it_by_the_new_name()
         super().__post_init__()
         check_objective(self)
+        if unknown := sorted({*(self.dataset_kwargs or ())} - {"skip_prepare_dataset"}):
+            raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
         ):
@@ -97,7 +100,7 @@ def check_arguments(
     config: AMiDConfig, evaluation_set: Any, compute_metrics: Callable | None, *, has_collator: bool
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
-    if (config.dataset_kwargs or {}).get("skip_prepare_dataset") and not has_collator:
+    if json_dict(config.dataset_kwargs).get("skip_prepare_dataset") and not has_collator:
         raise ValueError("dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows")
     if config.use_vllm:
         require_vllm()
@@ -108,6 +111,22 @@ def check_arguments(
         raise ValueError(f"metric_for_best_model={best!r} needs eval_generate=True")
     if config.sampling == "adaptive" and isinstance(evaluation_set, dict):
         raise ValueError(f"sampling='adaptive' follows one evaluation set; got {', '.join(evaluation_set)}")
+
+
+def follow_prompts(
+    config: AMiDConfig, dataset: Dataset | IterableDataset | None, *, prepares: bool, formats: bool
+) -> None:
+    """Where the training set has no answers, all text has to be written: an `lmbda` at its default becomes 1.
+
+    `config` is the trainer's own copy. With `prepares` rows are prepared here; where it `formats`, a function makes
+    text of them.
+    """
+    by_default = config.lmbda == GKDConfig.lmbda and config.lmbda_schedule is None and config.sampling == "mixed"
+    if not by_default or config.seq_kd or not prepares or formats or dataset is None:
+        return
+    if has_prompts_alone(dataset):
+        logger.warning("The training set has prompts without answers: the student writes every window (lmbda=1.0).")
+        config.lmbda = 1.0
 
 
 def data_settings(
@@ -136,9 +155,9 @@ def data_settings(
         generates=generates,
         trains_on_dataset=evaluates or (config.student_shares[0] < 1 and not config.seq_kd),
         assistant_turns=config.assistant_turns,
-        completion_only_loss=config.completion_only_loss is not False,
+        completion_only_loss=config.completion_only_loss,
         text_field=config.dataset_text_field,
-        chat_template_kwargs=config.chat_template_kwargs or {},
+        chat_template_kwargs=json_dict(config.chat_template_kwargs),
         eos_token_ids=tuple(eos_token_ids),
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
@@ -149,5 +168,5 @@ def for_sft(args: AMiDConfig, *, has_collator: bool) -> AMiDConfig:
     """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows."""
     if has_collator:
         args.remove_unused_columns = False
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.dataset_kwargs = {**json_dict(args.dataset_kwargs), "skip_prepare_dataset": True}
     return args

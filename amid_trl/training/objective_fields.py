@@ -18,6 +18,7 @@ from amid_trl.fields import (
     check_shares,
     check_weights,
     is_number,
+    json_dict,
     option,
     without_effect,
 )
@@ -132,7 +133,7 @@ def build_objective(config: ObjectiveFields) -> "Objective":
                 f"objective_kwargs={config.objective_kwargs} has no effect on objective='amid'; set "
                 f"{', '.join(AMID_FIELDS)}"
             )
-        parameters = {
+        parameters: dict[str, Any] = {
             "alpha": config.assistant_alpha,
             "lam": config.assistant_lambda,
             "divergence": config.divergence,
@@ -146,7 +147,7 @@ def build_objective(config: ObjectiveFields) -> "Objective":
             f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
             f"{config.objective!r} in objective_kwargs",
         )
-        parameters = dict(config.objective_kwargs or {})
+        parameters = dict(json_dict(config.objective_kwargs))
         if config.objective == "gkd":
             if "beta" in parameters:
                 raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
@@ -161,7 +162,7 @@ def build_student_text_objective(config: ObjectiveFields) -> "Objective | None":
         return None
     if isinstance(build_schedule(config, "assistant_lambda"), TaidLambda):
         raise ValueError("TAID's λ follows the loss of one objective; leave student_text_objective unset beside it")
-    return _named_objective(config, "student_text_objective", config.student_text_objective_kwargs or {})
+    return _named_objective(config, "student_text_objective", json_dict(config.student_text_objective_kwargs))
 
 
 def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, Any]) -> "Objective":
@@ -180,7 +181,7 @@ def check_schedules(config: ObjectiveFields, objective: "Objective") -> None:
     given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
     if given and not objective.uses_assistant:
         raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
-    fixed = {"skew", "lam"} & set(config.objective_kwargs or {})
+    fixed = {"skew", "lam"} & set(json_dict(config.objective_kwargs))
     if given and fixed:
         raise ValueError(f"objective_kwargs={config.objective_kwargs} fixes what assistant_lambda_schedule moves")
     build_schedule(config, "assistant_alpha")

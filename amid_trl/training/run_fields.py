@@ -21,7 +21,8 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
         "last checkpoint with finite weights; skip gives that micro-batch no gradient, with a warning, and logs how "
         "many there were.",
     )
-    include_num_input_tokens_seen: str = option(
+    # transformers would read `str | bool` as a boolean on the command line.
+    include_num_input_tokens_seen: str = option(  # pyright: ignore[reportIncompatibleVariableOverride]
         "non_padding", "Count the tokens seen: all, non_padding or no. Gives tokens per second in the logs."
     )
 
@@ -29,9 +30,9 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
         """The groups' own checks, each in its group, then those across them."""
         super().__post_init__()
         for name, (accepted, why) in REFUSED.items():
-            if getattr(self, name) != accepted:
+            if getattr(self, name) not in accepted:
                 raise ValueError(
-                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted!r}"
+                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted[0]!r}"
                 )
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
         if self.student_shares[1] == 0:

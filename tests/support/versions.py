@@ -1,6 +1,6 @@
 """Constraints for the ends of what setup.py admits: python tests/support/versions.py oldest|newest [torch version].
 
-oldest: the lower bound of every requirement. newest: no bound at all. Torch is the tested one unless it is given, since
+oldest: the lower bound of every requirement. newest: no bound at all. Torch is the tested one unless it is given, as
 other releases may come with gigabytes of CUDA; the tools that run the tests stay at their pins.
 """
 

@@ -241,7 +241,8 @@ EFFECTS = {
     "adaptive_step": "sources/test_sources.py::test_the_threshold_follows_the_evaluations_of_the_run",
     "replay_share": "sources/test_sources.py::test_an_adaptive_run_has_distillms_shares",
     "replay_capacity": "sources/test_sources.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
-    "sft_weight": "training/test_batch_loss.py::test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own",
+    "sft_weight": "training/test_batch_loss.py::"
+    "test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own",
     "logits_chunk_size": "training/test_fields.py::test_the_chunk_size_bounds_the_projection",
     "teacher_model_revision": "training/test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
     "assistant_turns": "training/test_fields.py::test_only_the_last_turn_is_trained_if_asked_for",
