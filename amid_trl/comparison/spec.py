@@ -204,7 +204,7 @@ def check_configs(comparison: Comparison) -> None:
 def _check_quickly(argv: list[str]) -> None:
     from amid_trl.launch import flags
 
-    flags.check(argv, "train")
+    flags.check_flags(argv, "train")
 
 
 def _check_as_its_process_will(argv: list[str]) -> None:

@@ -65,7 +65,7 @@ def evaluate_model(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     settings = given_settings(args)  # first: what is refused here does not wait for torch
     if settings.evaluation_set is not None:
-        evaluation_sets.check(settings.evaluation_set, settings.limit)
+        evaluation_sets.check_set(settings.evaluation_set, settings.limit)
     check_model_name("model", args.model)
     check_model_name("teacher", args.teacher)
 

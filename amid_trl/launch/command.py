@@ -20,7 +20,7 @@ def launch(command: str, module: str, argv: list[str]) -> int:
     try:
         argv = recipes.resolve(argv)
         # Help and most mistakes need no torch, and what an objective's parameters may be nothing else.
-        if (config := flags.check(argv, command)) is not None:
+        if (config := flags.check_flags(argv, command)) is not None:
             check_objective(config)
         # Parsed here once, so that other mistakes are one line too; what the parser does not know is for accelerate.
         *_, from_config, from_flags = script.make_parser(prog=f"amid-trl {command}").parse_args_and_config(

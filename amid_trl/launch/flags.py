@@ -111,7 +111,7 @@ def launcher_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(argv: list[str], command: str) -> Any:
+def check_flags(argv: list[str], command: str) -> Any:
     """Print the help that `argv` asks for, or refuse what is wrong with it, as far as that needs no torch.
 
     `argv` is as `recipes.resolve` gives it. Returned are the fields of AMiDConfig, or None in doubt.

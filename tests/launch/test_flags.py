@@ -217,7 +217,7 @@ def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
         [*GIVEN, "--report_to", "none", "--no_disable_dropout", "--top_p", "0.9", "--min-p", "none"],
         [*GIVEN, "--num_generations", "4", "--gradient_accumulation_steps", "2", "--lmbda=1"],
     ):
-        if (config := flags.check(given, "train")) is not None:
+        if (config := flags.check_flags(given, "train")) is not None:
             check_objective(config)
 
 
@@ -249,7 +249,7 @@ def test_help_begins_with_our_own_fields(capsys):
 
 def test_where_the_files_are_not_as_we_know_them_the_real_parser_decides(monkeypatch, capsys):
     monkeypatch.setattr(flags, "declared_config", lambda: 1 / 0)
-    assert flags.check(["--learning_rate", "fast"], "train") is None
+    assert flags.check_flags(["--learning_rate", "fast"], "train") is None
 
 
 def test_what_is_not_read_refuses_nothing():
