@@ -22,8 +22,8 @@ from amid_trl.models.generation import (
 )
 from amid_trl.models.heads import causal_lm
 from amid_trl.run import Run
-from amid_trl.sources.choice import Source
 from amid_trl.sources.fields import SAMPLING_FIELDS, SourceFields
+from amid_trl.sources.source import Source
 
 
 class Writer(Protocol):
