@@ -1,4 +1,4 @@
-"""How the windows of a run are shared out to the sources, and the state of that: DistiLLM's rule, the replay buffer."""
+"""How windows are shared out to the sources, and the state of that: DistiLLM's rule, the replay buffer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
