@@ -52,7 +52,8 @@ class AMiDConfig(ObjectiveFields, TeacherFields, DataFields, SourceFields, GKDCo
                 raise ValueError(
                     f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted[0]!r}"
                 )
-        if unknown := sorted({*(self.dataset_kwargs or ())} - {"skip_prepare_dataset"}):
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        if unknown := sorted(given.keys() - {"skip_prepare_dataset"}):
             raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
         if self.parallelism_config is not None and (

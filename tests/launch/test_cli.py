@@ -23,7 +23,7 @@ from amid_trl.launch import accelerate_configs
 from amid_trl.launch import script as train
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
     "OMP_NUM_THREADS": "1",
