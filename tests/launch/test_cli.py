@@ -23,7 +23,7 @@ from amid_trl.launch import accelerate_configs
 from amid_trl.launch import script as train
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
     "OMP_NUM_THREADS": "1",
@@ -277,8 +277,7 @@ def test_data_is_given_once(tmp_path, tiny_dir):
         [
             sys.executable,
             "-m",
-            "amid_trl",
-            "train",
+            "amid_trl.train",
             "--model_name_or_path",
             str(tiny_dir),
             "--output_dir",
