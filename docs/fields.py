@@ -56,6 +56,8 @@ def fields_page() -> str:
     """docs/fields.md."""
     parts = [INTRODUCTION]
     for group in (*GROUPS, AMiDConfig):
+        if not own_fields(group):
+            continue
         title = (group.__doc__ or "").strip().splitlines()[0].removeprefix("Parameters that control ").rstrip(".")
         title = "the run" if group is AMiDConfig else title
         rows = [

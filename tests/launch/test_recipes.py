@@ -18,7 +18,7 @@ from amid_trl.maths.schedules import TaidLambda
 from amid_trl.training.objective_fields import build_objective, build_student_text_objective
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AB = {"alpha": 0.2, "beta": 0.7}
 # What each method minimises, term by term: divergence, order, α and the teacher's share λ of r.
 OBJECTIVES = {
