@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_convert_to_chatml
+from trl import get_training_chat_template, maybe_convert_to_chatml
 
 from amid_trl._trl import (
     common_prefix_length,
-    get_training_chat_template,
     has_generation_markers,
     render_jinja_template,
 )

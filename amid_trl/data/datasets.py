@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
+from trl import is_conversational
 
 from amid_trl.data.batches import ROW_COLUMNS
 from amid_trl.data.conversations import conversation_row, training_template

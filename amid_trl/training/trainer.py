@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first
@@ -80,6 +81,12 @@ class AMiDTrainer(GKDTrainer):
             As in [`~trl.SFTTrainer`].
     """
 
+    # More than SFTTrainer and transformers say of theirs.
+    args: AMiDConfig
+    model: nn.Module
+    model_wrapped: nn.Module
+    processing_class: PreTrainedTokenizerBase
+
     loss_is_scaled_for_ga = True
 
     _tag_names = ["trl", "amid"]
@@ -117,7 +124,7 @@ class AMiDTrainer(GKDTrainer):
         self._positions = common_positions(student, teacher)
         SFTTrainer.__init__(
             self,
-            student,
+            cast(Any, student),
             args=for_sft(args, has_collator=data_collator is not None),
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -132,7 +139,8 @@ class AMiDTrainer(GKDTrainer):
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
         self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
         if data_collator is None:
-            self.data_collator = DistillationCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+            padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
+            self.data_collator = DistillationCollator(*padding)
         self._prepare_student()
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
@@ -143,7 +151,7 @@ class AMiDTrainer(GKDTrainer):
             self.teacher_model,
             all_datasets(self.train_dataset, self.eval_dataset),
             pretrain_dataset,
-            deals=data_collator is None,
+            deals=isinstance(self.data_collator, DistillationCollator),
         )
         self._show_parts()
 
@@ -169,7 +177,7 @@ class AMiDTrainer(GKDTrainer):
         self.add_callback(parts.stop_on_sigterm)
         self.add_callback(parts.memory)
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def _prepare_dataset(self, dataset, processing_class: Any, args: Any, packing, formatting_func, dataset_name):
         settings = data_settings(
             args,
             positions=self._positions,
@@ -210,7 +218,7 @@ class AMiDTrainer(GKDTrainer):
 
         Multiplied by the number of processes where the count is global, because their gradients are averaged.
         """
-        student = self.accelerator.unwrap_model(model)
+        student: Any = self.accelerator.unwrap_model(model)
         # DeepSpeed's wrapper says it trains even in evaluation.
         window = self._parts.window if student.training else Window()
         token_loss = self._parts.objective.token_loss(window.source)
@@ -247,7 +255,7 @@ class AMiDTrainer(GKDTrainer):
             means.add(name, totals[name], totals["tokens"])
 
     def _record_evaluation(self, rows: Figures) -> None:
-        rows = Figures(rows.names, self.accelerator.gather_for_metrics(rows.columns))
+        rows = Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
         self._record(self._parts.eval_means, rows)
         if self.row_recorder is not None:
             self.row_recorder(rows)
@@ -258,9 +266,9 @@ class AMiDTrainer(GKDTrainer):
         """The loss and, where metrics want them, the student's most likely tokens: never logits."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = cast(Any, self.compute_loss(model, inputs, return_outputs=True))
         if self._parts.answers is not None:
-            figures = self.accelerator.gather_for_metrics(self._parts.answers(inputs, self.state.global_step))
+            figures: Any = self.accelerator.gather_for_metrics(self._parts.answers(inputs, self.state.global_step))
             add_answers(self._parts.eval_means, figures)
         if prediction_loss_only:
             return loss, None, None
@@ -280,14 +288,15 @@ class AMiDTrainer(GKDTrainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._parts.eval_means.pop()  # no reduction: rows were gathered when they were recorded
         means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        metrics: Any = output.metrics
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     # ---- Checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         forget_evaluation(self)
         try:
             with self._parts.stop_on_sigterm:
@@ -323,7 +332,7 @@ class AMiDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
-            means = self._parts.train_means.pop(partial(self.accelerator.reduce, reduction="sum"))
+            means = self._parts.train_means.pop(cast(Any, partial(self.accelerator.reduce, reduction="sum")))
             if means:  # not in the summary at the end
                 logs.update(means)
                 logs.update(self._parts.figures)
@@ -335,6 +344,6 @@ class AMiDTrainer(GKDTrainer):
         """TRL's card with both models' names, followed by the objective's settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            teacher = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+            teacher: Any = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
             settings = objective_table(self.args, self.objective)
-            complete_card(Path(self.args.output_dir, "README.md"), self.model, teacher, settings)
+            complete_card(Path(str(self.args.output_dir), "README.md"), self.model, teacher, settings)
