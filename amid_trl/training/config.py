@@ -34,7 +34,8 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
         self._say_it_by_the_new_name()
         super().__post_init__()
         check_objective(self)
-        if unknown := sorted({*(self.dataset_kwargs or ())} - {"skip_prepare_dataset"}):
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        if unknown := sorted(given.keys() - {"skip_prepare_dataset"}):
             raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
