@@ -13,8 +13,8 @@ from trl import DistillationConfig, SFTConfig
 
 from amid_trl import AMiDConfig
 from amid_trl.fields import own_fields, type_name
-from amid_trl.training.config import GROUPS
 from amid_trl.training.inherited import DISTILLATION_DIFFERS, HONOURED, NOT_OURS, REFUSED
+from amid_trl.training.run_fields import GROUPS
 
 
 DOCS = Path(__file__).parent
@@ -55,9 +55,8 @@ def code(value: Any) -> str:
 def fields_page() -> str:
     """docs/fields.md."""
     parts = [INTRODUCTION]
-    for group in (*GROUPS, AMiDConfig):
+    for group in GROUPS:
         title = (group.__doc__ or "").strip().splitlines()[0].removeprefix("Parameters that control ").rstrip(".")
-        title = "the run" if group is AMiDConfig else title
         rows = [
             [f"`{field.name}`", type_name(field), code(field.default), field.metadata["help"]]
             for field in own_fields(group)
