@@ -55,11 +55,8 @@ def code(value: Any) -> str:
 def fields_page() -> str:
     """docs/fields.md."""
     parts = [INTRODUCTION]
-    for group in (*GROUPS, AMiDConfig):
-        if not own_fields(group):
-            continue
+    for group in GROUPS:
         title = (group.__doc__ or "").strip().splitlines()[0].removeprefix("Parameters that control ").rstrip(".")
-        title = "the run" if group is AMiDConfig else title
         rows = [
             [f"`{field.name}`", type_name(field), code(field.default), field.metadata["help"]]
             for field in own_fields(group)

@@ -17,7 +17,7 @@ import yaml
 from amid_trl.fields import json_fields
 from amid_trl.launch import accelerate_configs, recipes, script
 from amid_trl.launch.declared import Unread, calls_of, declared_class, source_file
-from amid_trl.launch.help import RunParser
+from amid_trl.launch.help import RunParser, run_parser
 from amid_trl.models.names import check_model_name
 from amid_trl.parser import OneLineParser
 from amid_trl.training.inherited import REFUSED
@@ -94,7 +94,7 @@ def declared_parser(prog: str | None = None) -> RunParser:
     """The parser with the options of `script.make_parser`, and help that begins with our own."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    return RunParser((ScriptArguments, declared_config(), ModelConfig, DatasetMixtureConfig), prog=prog)
+    return run_parser((ScriptArguments, declared_config(), ModelConfig, DatasetMixtureConfig), prog)
 
 
 @cache

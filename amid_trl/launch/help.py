@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from trl import TrlParser
@@ -29,13 +30,16 @@ DESCRIPTION = (
 Section = tuple[str, list[str]]  # a heading, and the names of fields
 
 
+def run_parser(dataclass_types: Iterable[Any], prog: str | None) -> "RunParser":
+    """A parser of the fields of these classes, with `--help-all` beside `--help`."""
+    parser = RunParser(dataclass_types, prog=prog, formatter_class=partial(_Formatter, max_help_position=28))
+    all_of_it = {"action": _HelpAll, "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--help-all", "--help_all", help="show all inherited fields as well", **all_of_it)
+    return parser
+
+
 class RunParser(OneLineParser, TrlParser):
     """TRL's parser, with help that begins with our own fields."""
-
-    def __init__(self, dataclass_types: Any = None, **settings: Any):
-        super().__init__(dataclass_types, formatter_class=_Formatter, **settings)
-        if self.add_help:
-            self.add_argument("--help-all", "--help_all", action=_HelpAll, help="show all inherited fields as well")
 
     def format_help(self, everything: bool = False) -> str:
         """Our groups, then what is inherited: the fields that most runs set, or `everything`."""
@@ -50,25 +54,19 @@ class RunParser(OneLineParser, TrlParser):
             chosen = list(dict.fromkeys([*most_used, *(name for names in gkds for name in names)]))
             inherited = [("inherited from TRL and transformers, what most runs set", chosen)]
             left = total - len(chosen)
-        formatter: Any = self._get_formatter()
+        formatter: Any = self.formatter_class(prog=self.prog)
         formatter.add_usage(f"{self.prog} [--config FILE_OR_RECIPE] [--FIELD VALUE ...]", [], [], "usage: ")
         formatter.add_text(DESCRIPTION.format(recipes=", ".join(recipes.names())))
         for heading, names in [*ours, *inherited]:
             formatter.start_section(heading)
-            formatter.add_arguments([action for name in names for action in self._of(name)])
+            formatter.add_arguments([self._option_string_actions[f"--{name}"] for name in names])
             formatter.end_section()
         if left:
             formatter.add_text(f"and {left} more inherited fields: {self.prog} --help-all")
         return formatter.format_help()
 
-    def _of(self, name: str) -> list[argparse.Action]:
-        return [action for action in self._actions if action.dest == name and f"--{name}" in action.option_strings]
-
 
 class _HelpAll(argparse.Action):
-    def __init__(self, option_strings: list[str], dest: str, **settings: Any):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **settings)
-
     def __call__(self, parser: Any, *_: Any) -> None:
         print(parser.format_help(everything=True), end="")
         parser.exit()
@@ -76,9 +74,6 @@ class _HelpAll(argparse.Action):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling of each option, and no default where there is none to speak of."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         option = action.option_strings[0]
