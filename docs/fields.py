@@ -13,8 +13,8 @@ from trl import DistillationConfig, SFTConfig
 
 from amid_trl import AMiDConfig
 from amid_trl.fields import own_fields, type_name
-from amid_trl.training.config import GROUPS
 from amid_trl.training.inherited import DISTILLATION_DIFFERS, HONOURED, NOT_OURS, REFUSED
+from amid_trl.training.run_fields import GROUPS
 
 
 DOCS = Path(__file__).parent

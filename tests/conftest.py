@@ -1,5 +1,6 @@
 """Settings and fixtures shared by all tests; the builders are in tests/support/tiny.py."""
 
+import gc
 import json
 import os
 import shutil
@@ -25,6 +26,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.evaluation.evaluate import evaluate
 from amid_trl.maths.kernel import _compiled
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: `train` collects garbage, and walking all of that takes longer than a tiny run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

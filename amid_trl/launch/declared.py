@@ -68,7 +68,8 @@ def declared_class(module: str, name: str) -> type:
         raise LookupError(f"{module} declares no class {name}")
     bases = [declared_class(home, base.id) for base in node.bases if isinstance(base, ast.Name)]
     made = _made(home, node, bases)
-    made._assigned = frozenset(_assigned(node)).union(*(base._assigned for base in bases))  # type: ignore[attr-defined]
+    of_bases = [getattr(base, "_assigned") for base in bases]  # noqa: B009 (no type declares it)
+    setattr(made, "_assigned", frozenset(_assigned(node)).union(*of_bases))  # noqa: B010
     return made
 
 

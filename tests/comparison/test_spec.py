@@ -198,7 +198,9 @@ def test_the_schedules_of_every_run_need_max_steps(tmp_path, content, max_steps)
 
 def test_the_launchers_settings_are_settings(tmp_path, content):
     content["base"] |= {"num_processes": 2}
-    check_configs(read_comparison(written(tmp_path, content)))
+    comparison = read_comparison(written(tmp_path, content))
+    check_configs(comparison)
+    assert comparison.settings("kd", 0)["config"]["num_processes"] == 2
 
 
 def test_the_command_says_so_and_leaves_nothing(tmp_path, content, capsys):

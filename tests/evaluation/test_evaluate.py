@@ -178,6 +178,14 @@ def test_the_whole_distribution_is_sampled_from(models):
     assert (config.do_sample, config.max_new_tokens) == (True, 256)
 
 
+@pytest.mark.parametrize(("top_p", "draws"), [(1.0, True), (1e-6, False)])
+def test_a_small_top_p_leaves_nothing_to_draw(tmp_path, models, rows_file, top_p, draws):
+    settings = replace(SHORT, evaluation_set=rows_file, temperature=2.0, top_p=top_p)
+    completions = evaluate(models["student"], tmp_path / "out", settings)["completions"]
+    first, second = ([each["text"] for each in completions if each["seed"] == seed] for seed in (10, 20))
+    assert (first != second) == draws
+
+
 def test_batches_of_the_same_prompts_draw_other_answers(tmp_path, models):
     data = jsonl(tmp_path / "rows.jsonl", [ROWS[0]] * 4)
     settings = replace(SHORT, evaluation_set=data, seeds=(10,), batch_size=2)

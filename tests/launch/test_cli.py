@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import messages_dataset
+from safetensors.torch import load_file
+from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
@@ -55,16 +57,32 @@ def data_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def student_of(tmp_path_factory, tiny_dir, data_dir):
+    """The adapter that a launcher trains and saves."""
+    tokenizer, models = tiny_tokenizer(), tmp_path_factory.mktemp("models")
+    teacher = save_tiny(models / "teacher", tiny_llama(tokenizer, seed=3), tokenizer)
+
+    @cache
+    def launch(launcher: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path_factory.mktemp("run")
+        run(
+            *LAUNCHERS[launcher],
+            *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(teacher)),
+            *("--dataset_name", str(data_dir), "--output_dir", str(folder), *SETTINGS),
+            *("--use_peft", "--lora_r=4", "--lora_target_modules", "q_proj", "v_proj"),
+        )
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+        return load_file(folder / "adapter_model.safetensors")
+
+    return launch
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_way_to_launch_trains_the_same_student(launcher, tmp_path, tiny_dir, data_dir):
-    arguments = [
-        *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)),
-        *("--dataset_name", str(data_dir), "--output_dir", str(tmp_path / "run"), *SETTINGS),
-        *("--use_peft", "--lora_r=4", "--lora_target_modules", "q_proj", "v_proj"),
-    ]
-    run(*LAUNCHERS[launcher], *arguments)
-    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
-    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["r"] == 4
+def test_every_way_to_launch_trains_the_same_student(student_of, launcher):
+    student = student_of(launcher)
+    assert all(weight.any() for weight in student.values())  # an adapter begins with zeros
+    torch.testing.assert_close(student, student_of("amid-trl train"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("launch", [["--num_processes=1"], ["--accelerate_config=ddp", "--num_processes=2"]])

@@ -1,5 +1,6 @@
-"""The same rows trained under an engine or under none; as a script, one process of several (see test_engines.py)."""
+"""The same rows trained under an engine or under none; as a script, one process of several (see engines.py)."""
 
+import gc
 import json
 import math
 import os
@@ -8,8 +9,19 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from gatherings import watch_writing
+from observe import Windows, completions_of
 from peft import LoraConfig, get_peft_model
-from tiny import CORPUS, messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
+from tiny import (
+    CORPUS,
+    QUESTIONS,
+    messages_dataset,
+    multi_turn_dataset,
+    save_tiny,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokenizer,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -17,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.data.batches import DistillationCollator
+from amid_trl.training.fill_cache import cache_teacher
 
 
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -51,8 +64,9 @@ ENGINES = {
 def save_models(folder: Path) -> None:
     """Everything that a case can name.
 
-    A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, and a teacher
-    for all; their vocabularies are padded. Plain text whose blocks are all the same, and some whose blocks differ.
+    A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, one of another
+    architecture, and a teacher for all; their vocabularies are padded. Plain text whose blocks are all the same, and
+    some whose blocks differ.
     """
     tokenizer = tiny_tokenizer()
     for name, tied in (("student", False), ("tied_student", True)):
@@ -67,6 +81,7 @@ def save_models(folder: Path) -> None:
     with torch.no_grad():
         student.model.embed_tokens.weight[tokenizer(" cold")["input_ids"][-1]] = math.nan
     save_tiny(folder / "broken_student", student, tokenizer)
+    save_tiny(folder / "gpt2", tiny_gpt2(tokenizer), tokenizer)
     save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
     for name, texts in (("same_text", 40 * [one_block(tokenizer)]), ("text", 4 * CORPUS)):
         (folder / name).mkdir()
@@ -85,28 +100,66 @@ def run(
     models: Path,
     output_dir: Path,
     *,
-    student: str = "student",
-    teacher: str | None = "teacher",
-    lora: dict | None = None,
-    rows: int = 12,
-    silent: list[int] | None = None,
     evaluates_first: bool = False,
     trains: bool = True,
     resumes: str | None = None,
     **settings,
 ) -> dict:
-    """Train one epoch of `rows` if asked to, evaluate, save the student; returns what was logged and seen.
+    """Train one epoch if asked to, evaluate, save the student; returns what was logged and seen.
 
-    `lora` puts a new adapter on the student, nothing is trained in the `silent` rows, and `resumes` names the case
-    whose second step the run goes on from.
+    `resumes` names the case whose second step the run goes on from; `settings` are those of `build`. A
+    `teacher_cache` is written first, by all processes.
+    """
+    if "teacher_cache" in settings:
+        cache, top_k = str(output_dir / settings["teacher_cache"]), settings["teacher_top_k"]
+        in_memory = {name: value for name, value in settings.items() if not name.startswith("teacher_")}
+        cache_teacher(build(models, output_dir, **in_memory), cache, top_k, "float32")
+        settings |= {"teacher": None, "teacher_cache": cache}
+    trainer = build(models, output_dir, **settings)
+    seen = Windows(trainer)
+    if evaluates_first:
+        trainer.evaluate()
+    if trains:
+        trainer.train(None if resumes is None else str(output_dir.parent / resumes / "checkpoint-2"))
+    models_held = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    resident = [stored_bytes(model) for model in models_held]
+    trainer.evaluate()
+    if trains:
+        trainer.save_model()
+    return {
+        "log": trainer.state.log_history,
+        "sources": seen.sources,
+        "completions": [completions_of(window) for window in seen.windows],
+        "bytes": resident,
+        "parts": [parts(model) for model in models_held],
+        "logits": logits(trainer.model.eval()),
+    }
+
+
+def build(
+    models: Path,
+    output_dir: Path,
+    *,
+    student: str = "student",
+    teacher: str | None = "teacher",
+    lora: dict | None = None,
+    rows: int | list[int] = 12,
+    silent: list[int] | None = None,
+    **settings,
+) -> AMiDTrainer:
+    """A trainer for so many `rows`, or these of them; none of the `silent` ones is trained.
+
+    `lora` puts a new adapter on the student.
     """
     for name in ("teacher_adapter_path", "pretrain_dataset"):
         if name in settings:
             settings[name] = str(models / settings[name])
-    train_dataset = messages_dataset(rows)
+    if "teacher_model_server_url" in settings:  # the name of a file, because every run of the tests has another port
+        settings["teacher_model_server_url"] = (models / settings["teacher_model_server_url"]).read_text()
+    train_dataset = messages_dataset(rows) if isinstance(rows, int) else messages_dataset(len(QUESTIONS)).select(rows)
     if silent is not None:
         train_dataset = train_dataset.add_column("trained", [row not in silent for row in range(rows)])
-    trainer = AMiDTrainer(
+    return AMiDTrainer(
         str(models / student),
         None if teacher is None else str(models / teacher),
         AMiDConfig(
@@ -135,23 +188,6 @@ def run(
         eval_dataset=multi_turn_dataset(5),
         peft_config=None if lora is None else LoraConfig(**LORA, **lora),
     )
-    lengths = measure_completions(trainer)
-    if evaluates_first:
-        trainer.evaluate()
-    if trains:
-        trainer.train(None if resumes is None else str(output_dir.parent / resumes / "checkpoint-2"))
-    models_held = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
-    resident = [stored_bytes(model) for model in models_held]
-    trainer.evaluate()
-    if trains:
-        trainer.save_model()
-    return {
-        "log": trainer.state.log_history,
-        "lengths": lengths,
-        "bytes": resident,
-        "parts": [parts(model) for model in models_held],
-        "logits": logits(trainer.model.eval()),
-    }
 
 
 def collate(rows: list[dict]) -> dict[str, Tensor]:
@@ -163,20 +199,6 @@ def collate(rows: list[dict]) -> dict[str, Tensor]:
         labels = ids if row.get("trained", True) else [-100] * len(ids)
         prepared.append({"input_ids": ids, "labels": labels, "prompt_ids": ids[:1]})
     return DistillationCollator(tokenizer.pad_token_id)(prepared)
-
-
-def measure_completions(trainer: AMiDTrainer) -> list[list[int]]:
-    """The lengths of the completions that the student will write, a list for each window."""
-    lengths, write = [], trainer._parts.writers["student"]
-
-    def write_and_measure(*args):
-        completions = write(*args)
-        lengths.append([len(completion) for completion in completions])
-        return completions
-
-    write_and_measure.config = write.config
-    trainer._parts.writers["student"] = write_and_measure
-    return lengths
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -220,18 +242,34 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
+def without_shared_memory() -> None:
+    """Have DeepSpeed's processes talk over gloo, like those of the other engines.
+
+    What it has for CPUs is compiled when it is first used, and whoever is killed then leaves a lock on which all later
+    runs wait for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main(models: Path, output_dir: Path, engine: str, cases: dict[str, dict]) -> None:
-    rank = int(os.environ["RANK"])
+    rank, written = int(os.environ["RANK"]), []
     if engine == "fsdp2":
         shard_on_cpus()
+        written = watch_writing(stored_bytes)
+    if "zero" in engine:
+        without_shared_memory()
+    gc.freeze()  # as in conftest.py
     for name, settings in cases.items():
         split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        written.clear()
         try:
-            result = run(models, output_dir / name, **ENGINES[engine], **split, **settings)
+            result = run(models, output_dir / name, **{**ENGINES[engine], **split, **settings})
         except ValueError as error:
             result = {"refused": str(error)}
             (output_dir / name).mkdir(parents=True, exist_ok=True)
-        (output_dir / name / f"rank{rank}.json").write_text(json.dumps(result))
+        (output_dir / name / f"rank{rank}.json").write_text(json.dumps({**result, "written": written}))
     torch.distributed.destroy_process_group()
 
 

@@ -1,7 +1,10 @@
 """AMiDConfig: defaults, command line, and that no field is without effect."""
 
+import ast
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,7 +223,7 @@ EFFECTS = {
     "teacher_load_in_8bit": "teacher/test_placement.py::test_a_quantised_teacher_trains_a_student",
     "teacher_load_in_4bit": "teacher/test_placement.py::test_a_quantised_teacher_trains_a_student",
     "teacher_offload": "teacher/test_placement.py::test_an_offloaded_teacher_gives_the_numbers_of_one_that_stays",
-    "teacher_deepspeed": "engines/test_engines.py::test_a_teacher_has_an_engine_of_its_own",
+    "teacher_deepspeed": "engines/test_zero.py::test_a_teacher_has_an_engine_of_its_own",
     "objective": "training/test_config.py::test_fields_reach_the_objective",
     "objective_kwargs": "training/test_config.py::test_fields_reach_the_objective",
     "assistant_alpha": "training/test_config.py::test_fields_reach_the_objective",
@@ -241,8 +244,10 @@ EFFECTS = {
     "adaptive_step": "sources/test_shares.py::test_the_threshold_follows_the_evaluations_of_the_run",
     "replay_share": "sources/test_shares.py::test_an_adaptive_run_has_distillms_shares",
     "replay_capacity": "sources/test_shares.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
-    "sft_weight": "training/test_batch_loss.py::"
-    "test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own",
+    "sft_weight": (
+        "training/test_batch_loss.py::"
+        "test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own"
+    ),
     "logits_chunk_size": "training/test_fields.py::test_the_chunk_size_bounds_the_projection",
     "teacher_model_revision": "training/test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
     "assistant_turns": "training/test_fields.py::test_only_the_last_turn_is_trained_if_asked_for",
@@ -283,11 +288,40 @@ EFFECTS = {
 }
 
 
+def source_of(test: str, file: Path) -> str:
+    """A test with the tables, fixtures and helpers of its file that it comes to by name."""
+    text = file.read_text()
+    definitions = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            definitions[node.name] = [node, *node.decorator_list]
+        elif isinstance(node, ast.Assign):
+            definitions |= {target.id: [node] for target in node.targets if isinstance(target, ast.Name)}
+    reached, waiting = {}, [test]
+    while waiting:
+        name = waiting.pop()
+        if name in definitions and name not in reached:
+            reached[name] = "\n".join(ast.get_source_segment(text, node) for node in definitions[name])
+            for node in definitions[name]:
+                waiting += [each.id for each in ast.walk(node) if isinstance(each, ast.Name)]
+                waiting += [each.arg for each in ast.walk(node) if isinstance(each, ast.arg)]
+    return "\n".join(reached.values())
+
+
 def test_every_field_has_a_test_of_its_effect(request):
     assert sorted(EFFECTS) == sorted(OWN_FIELDS)
-    for place in set(EFFECTS.values()):
+    for field, place in EFFECTS.items():
         file, name = place.split("::")
-        assert f"def {name}(" in (request.path.parents[1] / file).read_text()
+        source = source_of(name, request.path.parents[1] / file)
+        assert re.search(rf"\b{field}\b", source), f"{place} does not mention {field}"
+
+
+def test_a_test_that_does_not_mention_the_field_is_found(request):
+    file = request.path.parents[1] / "sources" / "test_sources.py"
+    of_replay = source_of("test_replayed_rows_are_those_that_the_student_wrote_token_for_token", file)
+    assert '"sampling": "adaptive"' in of_replay  # in a table that a fixture names
+    assert "sampling_block_size" not in of_replay  # elsewhere in the file
+    assert source_of("test_that_is_not_there", file) == ""
 
 
 def test_every_field_is_documented_in_the_docstring_and_in_the_help():
