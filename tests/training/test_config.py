@@ -317,7 +317,7 @@ def test_every_field_has_a_test_of_its_effect(request):
 
 
 def test_a_test_that_does_not_mention_the_field_is_found(request):
-    file = request.path.parents[1] / "sources" / "test_sources.py"
+    file = request.path.parents[1] / "sources" / "test_shares.py"
     of_replay = source_of("test_replayed_rows_are_those_that_the_student_wrote_token_for_token", file)
     assert '"sampling": "adaptive"' in of_replay  # in a table that a fixture names
     assert "sampling_block_size" not in of_replay  # elsewhere in the file
