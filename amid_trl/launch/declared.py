@@ -81,6 +81,21 @@ def calls_of(module: str, method: str) -> Iterator[tuple[list[Any], dict[str, An
             yield [_simple(module, each) for each in node.args], keywords
 
 
+def parameters(module: str, function: str) -> list[str]:
+    """The names of a function's parameters."""
+    _, node = _definition(module, function)
+    if not isinstance(node, ast.FunctionDef):
+        raise LookupError(f"{module} declares no function {function}")
+    return [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+
+
+def names_in(module: str, dictionary: str) -> dict[str, str]:
+    """Key -> the name that is its value, of a dictionary of names."""
+    _, node = _definition(module, dictionary)
+    pairs = zip(node.keys, node.values, strict=True)
+    return {key.value: value.id for key, value in pairs}
+
+
 def _definition(module: str, name: str) -> tuple[str, Any]:
     """Where a name of a module is defined, and the statement that does; the value itself, without a module.
 
@@ -92,6 +107,8 @@ def _definition(module: str, name: str) -> tuple[str, Any]:
         if isinstance(node, ast.Assign) and any(
             isinstance(each, ast.Name) and each.id == name for each in node.targets
         ):
+            return module, node.value
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
             return module, node.value
         if isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:

@@ -16,7 +16,7 @@ import yaml
 
 from amid_trl.fields import json_fields
 from amid_trl.launch import accelerate_configs, recipes, script
-from amid_trl.launch.declared import Unread, calls_of, declared_class, source_file
+from amid_trl.launch.declared import Unread, calls_of, declared_class, names_in, parameters, source_file
 from amid_trl.launch.help import RunParser, run_parser
 from amid_trl.models.names import check_model_name
 from amid_trl.parser import OneLineParser
@@ -122,6 +122,7 @@ def check_flags(argv: list[str], command: str) -> Any:
     """
     try:
         parser, launcher = declared_parser(f"amid-trl {command}"), launcher_parser()
+        parameter_names()
     except Exception:  # whatever a file may hold that is not as we know it
         return None
     try:
@@ -140,6 +141,29 @@ def check_flags(argv: list[str], command: str) -> Any:
     script.require_dataset_name(script_args.dataset_name)
     check_model_name("model_name_or_path", model_args.model_name_or_path)
     check_model_name("teacher_model_name_or_path", config.teacher_model_name_or_path)
+    _check_parameter_names(config)
     if command == "cache-teacher" and config.teacher_cache is None:
         raise ValueError(script.NO_CACHE)
     return config
+
+
+@cache
+def parameter_names() -> dict[str, dict[str, list[str]]]:
+    """Field -> name of an objective or a divergence -> its parameters, read from the maths, which need torch."""
+    published, divergences = "amid_trl.maths.published", "amid_trl.maths.divergences"
+    of_objectives = {name: parameters(published, made) for name, made in names_in(published, "OBJECTIVES").items()}
+    of_divergences = {
+        name: [each for each in parameters(divergences, function) if not each.startswith("log_")]
+        for name, function in names_in(divergences, "DIVERGENCES").items()
+    }
+    return {"objective": of_objectives, "student_text_objective": of_objectives, "divergence": of_divergences}
+
+
+def _check_parameter_names(config: Any) -> None:
+    """Refuse parameters that there are not; their values are for torch."""
+    for field, there in parameter_names().items():
+        given, name = getattr(config, f"{field}_kwargs"), getattr(config, field)
+        unknown = [each for each in given if each not in there[name]] if isinstance(given, dict) else []
+        if unknown:
+            known = ", ".join(there[name]) or "none"
+            raise ValueError(f"{field}_kwargs of {name} may have {known}; got {unknown[0]!r}")

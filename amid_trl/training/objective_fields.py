@@ -112,6 +112,24 @@ class ObjectiveFields(Fields):
             _check_name("student_text_objective", self.student_text_objective, OBJECTIVE_NAMES)
         _check_name("divergence", self.divergence, DIVERGENCE_NAMES)
         _check_name("divergence_order", self.divergence_order, ORDERS)
+        objective_parameters(self)
+        self._check_student_text_objective()
+        self._check_schedules()
+
+    def _check_student_text_objective(self) -> None:
+        if self.student_text_objective is None:
+            without_effect(self, ("student_text_objective_kwargs",), "without student_text_objective")
+        elif isinstance(build_schedule(self, "assistant_lambda"), TaidLambda):
+            raise ValueError(
+                "TAID's λ follows the loss of one objective; leave student_text_objective unset beside it"
+            )
+
+    def _check_schedules(self) -> None:
+        given = [name for name in ASSISTANT_SCHEDULES if getattr(self, name) is not None]
+        if given and {"skew", "lam"} & set(json_dict(self.objective_kwargs)):
+            raise ValueError(f"objective_kwargs={self.objective_kwargs} fixes what assistant_lambda_schedule moves")
+        build_schedule(self, "assistant_alpha")
+        build_schedule(self, "assistant_lambda")
 
 
 def _check_name(field: str, name: Any, known: Iterable[str]) -> None:
@@ -120,48 +138,51 @@ def _check_name(field: str, name: Any, known: Iterable[str]) -> None:
 
 
 def check_objective(config: ObjectiveFields) -> None:
-    """Refuse parameters and schedules that do not fit the objectives."""
-    check_schedules(config, build_objective(config))
+    """Refuse parameters that do not fit the objectives, and schedules that move nothing in them."""
+    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
+    if not build_objective(config).uses_assistant and given:
+        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
     build_student_text_objective(config)
 
 
-def build_objective(config: ObjectiveFields) -> "Objective":
-    """The objective that the configuration describes; a ValueError names a field that it would leave unused."""
+def objective_parameters(config: ObjectiveFields) -> dict[str, Any]:
+    """What the function of the objective is called with; a ValueError names a field that it would leave unused."""
     if config.objective == "amid":
         if config.objective_kwargs:
             raise ValueError(
                 f"objective_kwargs={config.objective_kwargs} has no effect on objective='amid'; set "
                 f"{', '.join(AMID_FIELDS)}"
             )
-        parameters: dict[str, Any] = {
+        return {
             "alpha": config.assistant_alpha,
             "lam": config.assistant_lambda,
             "divergence": config.divergence,
             "order": config.divergence_order,
             "divergence_kwargs": config.divergence_kwargs,
         }
-    else:
-        without_effect(
-            config,
-            (*AMID_FIELDS, "assistant_alpha_schedule"),
-            f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
-            f"{config.objective!r} in objective_kwargs",
-        )
-        parameters = dict(json_dict(config.objective_kwargs))
-        if config.objective == "gkd":
-            if "beta" in parameters:
-                raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
-            parameters["beta"] = config.beta
-    return _named_objective(config, "objective", parameters)
+    without_effect(
+        config,
+        (*AMID_FIELDS, "assistant_alpha_schedule"),
+        f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
+        f"{config.objective!r} in objective_kwargs",
+    )
+    parameters = dict(json_dict(config.objective_kwargs))
+    if config.objective == "gkd":
+        if "beta" in parameters:
+            raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
+        parameters["beta"] = config.beta
+    return parameters
+
+
+def build_objective(config: ObjectiveFields) -> "Objective":
+    """The objective that the configuration describes."""
+    return _named_objective(config, "objective", objective_parameters(config))
 
 
 def build_student_text_objective(config: ObjectiveFields) -> "Objective | None":
     """The objective of text that the student wrote, where it has one of its own."""
     if config.student_text_objective is None:
-        without_effect(config, ("student_text_objective_kwargs",), "without student_text_objective")
         return None
-    if isinstance(build_schedule(config, "assistant_lambda"), TaidLambda):
-        raise ValueError("TAID's λ follows the loss of one objective; leave student_text_objective unset beside it")
     return _named_objective(config, "student_text_objective", json_dict(config.student_text_objective_kwargs))
 
 
@@ -174,15 +195,3 @@ def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, 
     except TypeError as error:
         raise ValueError(f"{field}_kwargs={parameters} does not fit {name!r}: {error}") from error
     return dataclasses.replace(objective, temperature=config.distill_temperature)
-
-
-def check_schedules(config: ObjectiveFields, objective: "Objective") -> None:
-    """Refuse schedules of α and λ that are none, or that move nothing in this objective."""
-    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
-    if given and not objective.uses_assistant:
-        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
-    fixed = {"skew", "lam"} & set(json_dict(config.objective_kwargs))
-    if given and fixed:
-        raise ValueError(f"objective_kwargs={config.objective_kwargs} fixes what assistant_lambda_schedule moves")
-    build_schedule(config, "assistant_alpha")
-    build_schedule(config, "assistant_lambda")

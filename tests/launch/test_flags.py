@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,20 @@ MISTAKES = [
     (["train", "--model_name_or_path", "./nosuch", *GIVEN[2:]], "./nosuch is neither a folder nor a name on the Hub"),
     (["train", *GIVEN[:2], "--dataset_name", "/no/data"], "dataset_name '/no/data' is neither a folder with data nor"),
     (["train", *GIVEN, "--teacher_model_name_or_path", "FOLDER"], "holds neither a model nor an adapter"),
+    (["train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skw": 1}'], "of skl may have skew; got 'skw'"),
+    (
+        ["train", *GIVEN, "--divergence_kwargs", '{"gamma": 1}'],
+        "divergence_kwargs of ab may have alpha, beta; got 'gamma'",
+    ),
+    (
+        ["train", *GIVEN, "--objective", "kd", "--assistant_alpha", "1"],
+        "assistant_alpha has no effect on objective='kd'",
+    ),
+    (["train", *GIVEN, "--student_text_objective_kwargs", '{"a": 1}'], "no effect without student_text_objective"),
+    (
+        ["train", *GIVEN, "--assistant_lambda_schedule", '{"kind": "taidd"}'],
+        "assistant_lambda_schedule must be a dict",
+    ),
     (["cache-teacher", *GIVEN], "teacher_cache is missing"),
     (["evaluate"], "the following arguments are required: model, --output-dir"),
     (["evaluate", "m", *INTO], "nothing to evaluate"),
@@ -136,6 +151,14 @@ def test_the_launchers_options_are_those_of_the_installed_version():
 def test_the_names_are_those_of_the_maths():
     assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
     assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
+
+
+def test_the_parameters_are_those_of_the_maths():
+    read = flags.parameter_names()
+    for name, objective in OBJECTIVES.items():
+        assert read["objective"][name] == read["student_text_objective"][name] == [*signature(objective).parameters]
+    for name, divergence in DIVERGENCES.items():
+        assert read["divergence"][name] == [*signature(divergence).parameters][2:]
 
 
 def answered(
@@ -222,8 +245,8 @@ def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
 
 
 def test_parameters_of_an_objective_are_checked_with_torch_alone(tmp_path):
-    done, imported = answered("train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skw": 1}')
-    assert done.returncode == 2 and "objective_kwargs={'skw': 1} does not fit 'skl'" in done.stderr
+    done, imported = answered("train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skew": 2}')
+    assert done.returncode == 2 and "skew must be in [0, 1]; got 2" in done.stderr
     assert imported == ["torch"]
 
 
