@@ -67,6 +67,15 @@ def test_taids_lambda_follows_the_loss_of_both_processes(two, one):
         assert engines.figures(rank)["assistant_lambda"] == pytest.approx(moved, rel=1e-6)
 
 
+def test_each_process_writes_as_often_as_asked_to_prompts_of_its_own(two):
+    first, second = (rank["completions"] for rank in two.ranks["two completions for a prompt"])
+    assert len(first) == 3
+    for mine, theirs in zip(first, second, strict=True):
+        # The likeliest tokens, so that the two of a prompt are the same.
+        assert len(mine) == len(theirs) == 2 and mine[0] == mine[1] and theirs[0] == theirs[1]
+    assert first != second
+
+
 def test_every_process_reads_plain_text_of_its_own(two, models):
     student, tokenizer = load_causal_lm(str(models / "student"), {}, distributed=False), tiny_tokenizer()
     stream = load_dataset(str(models / "text"), split="train", streaming=True)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from observe import LORA, dense_loss, logged, weights
+from observe import LORA, Windows, dense_loss, logged, weights
 from peft import LoraConfig, get_peft_model
 from tiny import (
     chat_prompt_completion_dataset,
@@ -53,10 +53,16 @@ def test_every_format_trains_and_evaluates(train, dataset, lmbda, streaming):
         eval_dataset=evaluation.to_iterable_dataset() if streaming else evaluation,
         lmbda=lmbda,
         max_steps=2,
+        learning_rate=0.0,
     )
+    seen = Windows(trainer)
     trainer.train()
-    assert all(loss > 0 for loss in logged(trainer, "loss"))
-    assert trainer.evaluate()["eval_loss"] > 0
+    assert len(seen.windows) == 2
+    for (batches, _), loss in zip(seen.windows, logged(trainer, "loss"), strict=True):
+        [batch] = batches
+        assert loss == pytest.approx(dense_loss(trainer, batch).item(), rel=1e-5)
+    [batch] = trainer.get_eval_dataloader()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(dense_loss(trainer, batch).item(), rel=1e-5)
 
 
 def test_a_collator_of_ones_own_gets_the_raw_rows(train, tokenizer):

@@ -1,0 +1,89 @@
+"""Rows become batches, padded so that it can be undone, and are dealt by length."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amid_trl.data.batches import DistillationCollator, completion_batch, deal_by_length, pad_rows
+from amid_trl.data.rows import UNTRAINED
+
+
+def test_rows_are_padded_on_the_right_and_prompts_on_the_left():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_ids": [5]},
+        {"input_ids": [8, 9], "labels": [-100, -100], "prompt_ids": [8, 9]},
+    ]
+    batch = {name: tensor.tolist() for name, tensor in DistillationCollator(0)(rows).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7], [8, 9, 0]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, 6, 7], [-100, -100, -100]],
+        "prompts": [[0, 5], [8, 9]],
+        "prompt_attention_mask": [[0, 1], [1, 1]],
+    }
+
+
+def test_without_prompts_the_batch_has_prompts_of_no_columns():
+    batch = DistillationCollator(0)([{"input_ids": [5, 6], "labels": [5, 6], "prompt_ids": []}] * 3)
+    assert batch["prompts"].shape == batch["prompt_attention_mask"].shape == (3, 0)
+    assert batch["prompts"].dtype == torch.long
+
+
+def test_the_width_is_rounded_up_and_prompts_are_not():
+    batch = DistillationCollator(0, pad_to_multiple_of=8)(
+        [{"input_ids": [5] * 9, "labels": [5] * 9, "prompt_ids": [5, 5, 5]}]
+    )
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (1, 16)
+    assert batch["prompts"].shape == (1, 3)
+    assert batch["attention_mask"].sum() == 9
+    assert (batch["labels"][0, 9:] == UNTRAINED).all()
+
+
+def test_a_completion_batch_is_the_batch_of_the_same_rows():
+    prompts = [torch.tensor([5, 6]), torch.tensor([7])]
+    completions = [torch.tensor([8, 2]), torch.tensor([9, 10, 11])]
+    rows = [
+        {"input_ids": [5, 6, 8, 2], "labels": [-100, -100, 8, 2], "prompt_ids": [5, 6]},
+        {"input_ids": [7, 9, 10, 11], "labels": [-100, 9, 10, 11], "prompt_ids": [7]},
+    ]
+    want = DistillationCollator(2, pad_to_multiple_of=8)(rows)
+    got = completion_batch(prompts, completions, pad_token_id=2, pad_to_multiple_of=8)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 9), max_size=7), min_size=1, max_size=5),
+    side=st.sampled_from(["left", "right"]),
+    multiple_of=st.sampled_from([None, 1, 4]),
+)
+def test_padding_can_be_undone(rows, side, multiple_of):
+    padded, mask = pad_rows(
+        [torch.tensor(row, dtype=torch.long) for row in rows], 3, side=side, multiple_of=multiple_of
+    )
+    assert [ids[keep.bool()].tolist() for ids, keep in zip(padded, mask, strict=True)] == rows
+    assert padded.shape[1] % (multiple_of or 1) == 0
+    assert (padded[mask == 0] == 3).all()
+
+
+def test_rows_are_dealt_by_length_and_stay_what_they_are():
+    def row(length: int) -> dict:
+        ids = list(range(100 * length, 100 * length + length))
+        return {"input_ids": ids, "labels": [-100] * 2 + ids[2:], "prompt_ids": ids[:2] * (length % 3)}
+
+    def rows_of(batches):
+        seen = []
+        for batch in batches:
+            for ids, mask, labels, prompt, prompt_mask in zip(*(batch[name] for name in names), strict=True):
+                kept, kept_prompt = mask.bool(), prompt_mask.bool()
+                assert (ids[~kept] == 7).all() and (labels[~kept] == -100).all()
+                seen.append((ids[kept].tolist(), labels[kept].tolist(), prompt[kept_prompt].tolist()))
+        return seen
+
+    names = ("input_ids", "attention_mask", "labels", "prompts", "prompt_attention_mask")
+    collate = DistillationCollator(pad_token_id=7, pad_to_multiple_of=4)
+    window = [collate(map(row, lengths)) for lengths in ([9, 3, 20], [5, 18, 4], [10])]
+    dealt = deal_by_length(window, 7, 4)
+    assert sorted(rows_of(dealt)) == sorted(rows_of(window))
+    assert [batch["attention_mask"].sum(-1).tolist() for batch in dealt] == [[3, 4, 5], [9, 10, 18], [20]]
+    assert [batch["input_ids"].shape[1] for batch in dealt] == [8, 20, 20]

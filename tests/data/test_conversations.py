@@ -1,0 +1,249 @@
+"""A conversation as tokens: which turns are trained, from their first token to their end, with every template."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import trl
+from preparing import (
+    ANSWER,
+    CONVERSATION,
+    MIXED,
+    ON_DATASET,
+    ON_POLICY,
+    assistant,
+    prepared,
+    trained_spans,
+    user,
+    warnings_of,
+)
+from trl.experimental.utils import DataCollatorForChatML
+
+from amid_trl.data.rows import UNTRAINED, DataSettings
+
+
+# ---- Which turns ----
+
+
+def test_all_turns_train_every_answer_and_its_eos_only(tokenizer):
+    (row,) = prepared([{"messages": [{"role": "system", "content": "Be brief."}, *CONVERSATION]}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    assert tokenizer.decode(row["prompt_ids"]).endswith("Is fire cold?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_last_turn_trains_the_answer_that_ends_the_conversation(tokenizer):
+    settings = replace(ON_DATASET, assistant_turns="last")
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer, settings)
+    assert trained_spans(row, tokenizer) == ["No.<|im_end|>"]
+
+
+def test_a_conversation_that_ends_with_a_question_is_a_prompt_with_earlier_answers(tokenizer):
+    rows = [{"messages": CONVERSATION[:3]}]
+    (row,) = prepared(rows, tokenizer, MIXED)
+    prompt = tokenizer.decode(row["prompt_ids"])
+    assert prompt.endswith("Is fire cold?<|im_end|>\n<|im_start|>assistant\n")
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
+    (row,) = prepared(rows, tokenizer, replace(ON_POLICY, assistant_turns="last"))
+    assert trained_spans(row, tokenizer) == []
+    assert row["input_ids"] == row["prompt_ids"]
+
+
+def test_only_the_turns_of_the_completion_are_trained(tokenizer):
+    rows = [{"prompt": CONVERSATION[:3], "completion": CONVERSATION[3:]}]
+    (row,) = prepared(rows, tokenizer)
+    assert trained_spans(row, tokenizer) == ["No.<|im_end|>"]
+    (row,) = prepared(rows, tokenizer, DataSettings(completion_only_loss=False))
+    assert row["labels"] == row["input_ids"]
+
+
+def test_a_greeting_that_answers_nothing_is_not_trained(tokenizer):
+    (row,) = prepared([{"messages": [assistant("Hello."), *CONVERSATION[:2]]}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
+
+
+# ---- The end of a turn ----
+
+
+def test_the_newline_after_an_end_of_turn_that_is_not_eos_is_not_trained(tokenizer):
+    # Base models of the Qwen family: EOS is <|endoftext|>, and the template ends turns with <|im_end|>.
+    tokenizer.eos_token = "<|endoftext|>"
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+def test_any_eos_of_the_generation_config_ends_a_turn(tokenizer):
+    tokenizer.chat_template = tiny.CHATML.replace("'<|im_end|>' + '\n'", "'<|endoftext|>' + 'and more'")
+    settings = DataSettings(eos_token_ids=(tokenizer.convert_tokens_to_ids("<|endoftext|>"),))
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer, settings)
+    assert trained_spans(row, tokenizer) == ["Yes.<|endoftext|>", "No.<|endoftext|>"]
+
+
+# The marks end before <|im_end|>.
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_marks_that_leave_out_eos_are_extended_by_it(tokenizer):
+    tokenizer.chat_template = MARKED
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+# ---- Templates that rewrite ----
+
+# Earlier answers lose their last character once another turn follows.
+REWRITING = tiny.CHATML.replace(
+    "message['content']",
+    "(message['content'] if loop.last or message['role'] != 'assistant' else message['content'][:-1])",
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_trains_the_last_one_and_says_so(tokenizer, caplog):
+    tokenizer.chat_template = REWRITING
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["No.<|im_end|>"]
+    (warning,) = warnings_of(caplog)
+    assert "1 of 1 rows with an assistant turn that is not trained" in warning
+    assert "{% generation %}" in warning
+
+
+def test_a_last_answer_is_rendered_as_the_last_turn_even_if_a_question_follows(tokenizer):
+    tokenizer.chat_template = REWRITING
+    (row,) = prepared([{"messages": CONVERSATION[:3]}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
+
+
+HINT = "Answer in one word, and never with a sentence. "
+# The hint precedes the last question only: Mistral's templates place the tools and the system prompt so.
+LAST_QUESTION = (
+    "{% set questions = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% macro hint(i) %}{% if i == (questions | length - 1) * 2 %}" + HINT + "{% endif %}{% endmacro %}"
+)
+
+
+def test_a_template_that_rewrites_the_question_never_trains_the_question(tokenizer, caplog):
+    hinted = tiny.CHATML.replace("+ message['content']", "+ hint(loop.index0) + message['content']")
+    tokenizer.chat_template = LAST_QUESTION + hinted
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    assert tokenizer.decode(row["input_ids"]).count(HINT) == 1
+    assert trained_spans(row, tokenizer) == ["No.<|im_end|>"]
+    assert "1 of 1 rows with an assistant turn that is not trained" in warnings_of(caplog)[0]
+
+
+def test_marks_show_the_answer_to_a_rewritten_question(tokenizer):
+    tokenizer.chat_template = LAST_QUESTION + MARKED.replace("+ '\n' }}", "+ '\n' + hint(loop.index0) }}", 1)
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    assert tokenizer.decode(row["input_ids"]).count(HINT) == 1
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+
+
+def test_a_generation_prompt_that_the_row_does_not_contain_is_reported(tokenizer, caplog):
+    tokenizer.chat_template = tiny.CHATML.replace("assistant\n' }}", "assistant\n<think>' }}")
+    rows = prepared(tiny.messages_dataset(), tokenizer)
+    assert trained_spans(rows[0], tokenizer) == [ANSWER]
+    assert tokenizer.decode(rows[0]["prompt_ids"]).endswith("<think>")
+    assert "8 of 8 rows where the prompt rendered for generation is not how the trained row begins" in caplog.text
+
+
+def test_a_merge_across_the_end_of_the_prompt_is_trained_and_reported(tokenizer, caplog):
+    assert len(tokenizer(" capital")["input_ids"]) == 1
+    (row,) = prepared([{"prompt": "the cap", "completion": "ital"}], tokenizer)
+    assert trained_spans(row, tokenizer) == [" capital<|im_end|>"]
+    assert tokenizer.decode(row["prompt_ids"]) == "the cap"
+    assert "not how the trained row begins" in caplog.text
+
+
+# ---- TRL's chat templates ----
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+NEED_AN_IMAGE_PROCESSOR = {
+    f"{name}{kind}" for name in ("idefics3", "llava_next", "smolvlm") for kind in ("", "_training")
+}
+END_OF_TURN = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
+    "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "glm4moe": "<|user|>",
+    "gptoss": "<|return|>",
+    "lfm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",
+    "qwen": "<|im_end|>",
+}
+# What the model itself writes before the answer, after the generation prompt.
+OPENING = {
+    "glm4moe": "\n<think></think>\n",
+    "gptoss": "<|channel|>final<|message|>",
+    "muse_glimmer": " to=user<|message|>",
+    "nemotron": "</think>",
+    "qwen3": "<think>\n\n</think>\n\n",
+    "qwen3_5_nothink": "",
+    "qwen3_5_think": "\n</think>\n\n",
+    "qwen3_6": "\n</think>\n\n",
+    "qwen3_8": "\n</think>\n\n",
+    "qwen3_instruct": "",
+    "qwen3_vl": "",
+}
+# What it writes between the answer and the end of the turn.
+CLOSING = {"cohere2": "<|END_RESPONSE|>"}
+
+
+def by_longest_prefix(table: dict[str, str], name: str) -> str | None:
+    prefixes = [prefix for prefix in table if name.startswith(prefix)]
+    return table[max(prefixes, key=len)] if prefixes else None
+
+
+def tokenizer_with(template: str):
+    tokenizer = tiny.tiny_tokenizer(chat_template=(TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"))
+    tokenizer.add_special_tokens(
+        {
+            "bos_token": "<|endoftext|>",
+            "eos_token": by_longest_prefix(END_OF_TURN, template),
+            "additional_special_tokens": ["<think>", "</think>", "<\uff5cAssistant\uff5c>"],
+        }
+    )
+    tokenizer.model_max_length = 4096
+    return tokenizer
+
+
+TEXT_TEMPLATES = sorted({path.stem for path in TEMPLATES.glob("*.jinja")} - NEED_AN_IMAGE_PROCESSOR)
+
+
+@pytest.mark.parametrize("template", TEXT_TEMPLATES)
+def test_with_every_template_an_answer_is_trained_from_its_first_token_to_its_end(template):
+    tokenizer = tokenizer_with(template)
+    opening, closing = by_longest_prefix(OPENING, template) or "", by_longest_prefix(CLOSING, template) or ""
+    end = closing + tokenizer.eos_token
+    (row,) = prepared([{"messages": [user("Is water wet?"), assistant("Yes.")]}], tokenizer)
+    assert trained_spans(row, tokenizer) == [f"{opening}Yes.{end}"]
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    end_of_history = "<|end|>" if template.startswith("gptoss") else end
+    assert trained_spans(row, tokenizer) == [f"{opening}Yes.{end_of_history}", f"{opening}No.{end}"]
+
+
+def test_the_prompt_is_the_one_of_inference_even_where_trl_trains_another_template():
+    tokenizer = tokenizer_with("qwen3")
+    (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
+    at_inference = tokenizer.apply_chat_template(CONVERSATION[:3], add_generation_prompt=True, return_dict=False)
+    assert row["prompt_ids"] == at_inference
+    assert "<think>" not in tokenizer.decode(row["prompt_ids"])
+    assert "<think>" in tokenizer.decode(row["input_ids"])
+
+
+def test_the_collator_of_gkd_does_lose_the_first_token_of_an_answer():
+    # Shows that the test above can fail: same template, same answer.
+    tokenizer = tokenizer_with("deepseek_r1_distill")
+    rows = [{"messages": [user("Is water wet?"), assistant("Yes.")]}]
+    labels = DataCollatorForChatML(tokenizer, max_length=512)(rows)["labels"][0]
+    assert not tokenizer.decode(labels[labels != UNTRAINED]).startswith("Yes.")
+    (row,) = prepared(rows, tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<\uff5cend▁of▁sentence\uff5c>"]

