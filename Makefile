@@ -5,11 +5,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOAK_SECONDS ?= 1800
+VERSION_TESTS := tests/test_hooks.py tests/data tests/models tests/training/test_trainer.py \
+	tests/training/test_config.py tests/training/test_fields.py tests/training/test_batch_loss.py
+# PEFT before 0.21 says these where nothing is wrong, and our tests fail on every warning.
+OLD_WARNINGS := -W 'ignore:Already found a:UserWarning' -W 'ignore:Model has:UserWarning' \
+	-W 'ignore:Could not find a config file in:UserWarning'
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all soak bench lint clean
+.PHONY: install demo test test-all test-versions soak bench lint clean
 
 install: $(INSTALLED)
 
@@ -31,9 +36,20 @@ test-all: $(INSTALLED)
 	$(BIN)/pip install -c constraints.txt -e '.[eval-harness]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The oldest versions that setup.py admits and the newest that there are, each in an environment of its own. Torch is the
+# tested one unless `make test-versions TORCH=2.14.1` says otherwise: another release may be gigabytes of CUDA.
+test-versions: $(INSTALLED)
+	for end in oldest newest; do \
+		$(BIN)/python tests/support/versions.py $$end $(TORCH) > .constraints-$$end.txt && \
+		$(PYTHON) -m venv .venv-$$end && \
+		.venv-$$end/bin/pip install -c .constraints-$$end.txt -e '.[dev]' && \
+		.venv-$$end/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' $(OLD_WARNINGS) $(VERSION_TESTS) \
+		|| exit 1; \
+	done
+
 # Half an hour of kills and resumes. `make soak SOAK_SECONDS=300 SOAK_SEED=7` repeats what a run with that seed did.
 soak: $(INSTALLED)
-	$(BIN)/python tests/soak.py $(SOAK_SECONDS) $(SOAK_SEED)
+	$(BIN)/python tests/support/soak.py $(SOAK_SECONDS) $(SOAK_SEED)
 
 # The tables and figures of benchmarks/results, in an hour or two on an otherwise idle machine. Liger without what it
 # depends on: its JSD needs no Triton on a CPU.
@@ -49,4 +65,4 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .constraints-*.txt runs build dist *.egg-info

@@ -53,10 +53,12 @@ setup(
         "transformers>=5.19,<6",
         "trl>=1.16,<1.17",  # trl.experimental, which holds GKDTrainer, moves between minor versions
         "accelerate>=1.10.1",
-        "datasets>=4.7",
+        # Older ones lose the rest of a stream that is resumed: where it is mapped before 4.8, filtered before 5.0.1,
+        # cut with skip() and take() in 5.0.1.
+        "datasets>=5.1.0",
         "peft>=0.18",
         "jaxtyping",
-        "urllib3>=2",
+        "urllib3>=2.0.2",  # 2.0.0 is yanked: it cuts short what it streams
     ],
     extras_require={**EXTRAS, "demo": DEMO, "test": TEST, "dev": sorted({*TEST, *DEMO})},
     entry_points={"console_scripts": ["amid-trl=amid_trl.cli:main"]},

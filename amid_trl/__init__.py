@@ -6,6 +6,8 @@ The names below are imported when they are first used, so that `import amid_trl`
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from amid_trl.quiet import hide_lines
+
 
 if TYPE_CHECKING:
     from amid_trl.maths.assistant import alpha_mixture
@@ -35,6 +37,8 @@ _HOMES = {
     "alpha_mixture": "maths.assistant",
     "linear_distillation_loss": "maths.linear",
 }
+
+hide_lines()
 
 
 def __getattr__(name: str) -> Any:

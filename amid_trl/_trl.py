@@ -5,17 +5,17 @@ versions and with our own code, so that a new release fails there, first and by 
 """
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import trl
 from accelerate.commands.config import load_config_from_file
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import fsdp2_prepare_model
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import common_prefix_length
 from trl.import_utils import is_vllm_available, suppress_experimental_warning
 from trl.models.utils import (
@@ -40,17 +40,17 @@ except ImportError:  # TRL has removed experimental trainers before
     from amid_trl._gkd import GKDConfig
 
 __all__ = [
-    "ACCELERATE_CONFIGS",
     "HOOKS",
     "PREFIX_CHECKPOINT_DIR",
+    "AcceleratorConfig",
     "GKDConfig",
     "GKDTrainer",
     "Hook",
     "common_prefix_length",
     "create_model_from_path",
+    "default_config_file",
     "forward_redirection",
     "fsdp2_prepare_model",
-    "get_training_chat_template",
     "global_then_local_main_first",
     "has_generation_markers",
     "hf_deepspeed",
@@ -69,9 +69,6 @@ __all__ = [
 
 forward_redirection = _ForwardRedirection()
 
-# What TRL's own command knows by name: multi_gpu, fsdp1, …
-ACCELERATE_CONFIGS = Path(trl.__file__).with_name("accelerate_configs")
-
 
 def vllm_engine(**settings: Any) -> Any:
     """TRL's VLLMGeneration: the engine, its weights and its requests. Imported here, because it imports vLLM."""
@@ -83,10 +80,10 @@ def vllm_engine(**settings: Any) -> Any:
 class Hook(NamedTuple):
     """A name of another package that we override, call, read or set."""
 
-    name: str  # module, and the names in it
+    name: str  # module, and the names in it; an attribute of an object stands under the class that sets it
     how: Literal["overridden", "called", "read", "set"]
     why: str
-    parameters: tuple[str, ...] = ()  # those that we pass, or take by name
+    parameters: tuple[str, ...] = ()  # those that we pass or take
 
     def resolve(self) -> Any:
         """What is installed under this name; AttributeError or ImportError where there is nothing."""
@@ -149,16 +146,69 @@ HOOKS = (
     Hook(f"{_SFT}.create_model_card", "overridden", "the card names the objective"),
     Hook(f"{_TRAINER}._get_eval_sampler", "overridden", "compared rows come in their order", ("eval_dataset",)),
     # ---- called, read or set on a trainer ----
+    Hook(
+        f"{_SFT}.__init__",
+        "called",
+        "past GKDTrainer's, which would load the teacher",
+        (
+            *("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
+            *("compute_metrics", "callbacks", "optimizers", "peft_config", "formatting_func"),
+        ),
+    ),
     Hook(f"{_TRAINER}._prepare_inputs", "called", "written text goes to the device", ("inputs",)),
     Hook(f"{_TRAINER}._get_num_items_in_batch", "called", "trained tokens of a window", ("batch_samples", "device")),
     Hook(f"{_TRAINER}._get_output_dir", "called", "where checkpoints lie", ("trial",)),
     Hook(f"{_TRAINER}.get_tp_size", "called", "processes that share a batch"),
+    Hook(f"{_TRAINER}.hub_model_id", "read", "where the model was pushed to"),
+    Hook(f"{_TRAINER}.deepspeed", "read", "whether the student has an engine already"),
+    Hook(f"{_TRAINER}.is_deepspeed_enabled", "set", "ZeRO-1 and 2 evaluate before training without an engine"),
+    Hook(f"{_TRAINER}.model_accepts_loss_kwargs", "set", "the window's token count comes to the loss"),
+    Hook(f"{_TRAINER}._loss_shifts_labels", "set", "a row's first label does not count: nothing predicts it"),
+    Hook(f"{_TRAINER}._initial_global_step", "read", "which evaluation a resumed run repeats"),
+    Hook(f"{_TRAINER}._signature_columns", "set", "columns of our rows are kept"),
+    Hook(
+        f"{_TRAINER}.loss_is_scaled_for_ga",
+        "set",
+        "the loss is divided by the window's tokens, not again by its batches",
+    ),
+    Hook(f"{_SFT}.aux_loss_enabled", "read", "a loss of mixtures of experts that is not ours"),
+    Hook(f"{_SFT}._tag_names", "set", "the card's tags"),
+    Hook(f"{_SFT}._name", "set", "the card names the method"),
+    Hook(f"{_SFT}._paper", "set", "the card cites the paper"),
     Hook(f"{_TRAINER}.create_optimizer", "called", "accelerate wraps an FSDP2 model with its optimizer alone"),
     # ---- functions and classes ----
     Hook(
-        "trl.models.utils._ForwardRedirection",
+        "trl.experimental.gkd.GKDTrainer",
+        "read",
+        "AMiDTrainer is one to scripts that ask; gone, SFTTrainer is its base",
+    ),
+    Hook("trl.experimental.gkd.GKDConfig", "read", "GKD's fields; gone, ours in _gkd.py are the same"),
+    Hook("trl.SFTConfig._VALID_DICT_FIELDS", "read", "fields that are JSON on the command line"),
+    Hook("trl.models.utils._ForwardRedirection", "called", "the object that the next one is called on"),
+    Hook(
+        "trl.models.utils._ForwardRedirection.__call__",
         "called",
         "runs our loss inside the wrapper's forward, or DDP and ZeRO never see the parameters",
+        ("wrapper_module", "original_module", "method", "args"),
+    ),
+    Hook(
+        "trl.generation.vllm_generation.VLLMGeneration",
+        "called",
+        "the student's engine, its weights and its requests",
+        (
+            *("model", "accelerator", "processing_class", "mode", "structured_outputs_regex", "server_base_url"),
+            *("server_host", "server_port", "server_timeout", "group_port", "tensor_parallel_size"),
+            *("gpu_memory_utilization", "max_model_length", "max_num_seqs", "enable_sleep_mode", "model_impl"),
+            *("trust_remote_code", "repetition_penalty", "temperature", "top_p", "top_k", "min_p"),
+            *("max_completion_length", "logprobs", "generation_kwargs"),
+        ),
+    ),
+    Hook("trl.generation.vllm_generation.VLLMGeneration.sync_weights", "called", "the engine writes with new weights"),
+    Hook(
+        "trl.generation.vllm_generation.VLLMGeneration.generate",
+        "called",
+        "one request for a window",
+        ("prompts", "images", "num_generations"),
     ),
     Hook(
         "trl.models.utils.prepare_deepspeed",
@@ -172,7 +222,9 @@ HOOKS = (
         "gathers weights, suspends checkpointing",
         ("model", "accelerator", "gather_deepspeed3_params", "gradient_checkpointing_kwargs"),
     ),
-    Hook("trl.trainer.utils.create_model_from_path", "called", "picks architecture and dtype as TRL does"),
+    Hook(
+        "trl.trainer.utils.create_model_from_path", "called", "picks architecture and dtype as TRL does", ("model_id",)
+    ),
     Hook("trl.trainer.utils.global_then_local_main_first", "called", "one process tokenises, the others read it"),
     Hook(
         "trl.trainer.utils.print_prompt_completions_sample",
@@ -183,9 +235,13 @@ HOOKS = (
     Hook("trl.trainer.utils.use_adapter", "called", "the teacher's adapter for one pass", ("model", "adapter_name")),
     Hook("trl.import_utils.is_vllm_available", "called", "refuse early"),
     Hook("trl.import_utils.suppress_experimental_warning", "called", "a notice that our users cannot act on"),
-    Hook("trl.chat_template_utils.get_training_chat_template", "called", "templates with generation marks"),
-    Hook("trl.chat_template_utils.has_generation_markers", "called", "whether a template has them"),
-    Hook("trl.data_utils.common_prefix_length", "called", "where the answer begins"),
+    Hook(
+        "trl.chat_template_utils.has_generation_markers",
+        "called",
+        "whether a template has generation marks",
+        ("chat_template",),
+    ),
+    Hook("trl.data_utils.common_prefix_length", "called", "where the answer begins", ("ids", "other_ids")),
     Hook(
         "transformers.utils.chat_template_utils.render_jinja_template",
         "called",
@@ -198,11 +254,16 @@ HOOKS = (
         "old checkpoints go when the new one is whole",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
+    Hook("transformers.trainer_pt_utils.AcceleratorConfig", "read", "a field of the arguments that a run copies"),
+    Hook("transformers.PreTrainedConfig._name_or_path", "set", "where a model came from"),
     Hook("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "read", "how checkpoints are called"),
     Hook("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", "called", "whether loading shards"),
     Hook("transformers.integrations.deepspeed.unset_hf_deepspeed_config", "called", "load a teacher whole"),
     Hook("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "set", "load a teacher whole"),
     Hook("transformers.PreTrainedModel.disable_input_require_grads", "called", "a hook that checkpointing leaves"),
+    Hook(
+        "accelerate.Accelerator._is_accelerate_prepared", "set", "a student that was evaluated is wrapped for training"
+    ),
     Hook(
         "accelerate.utils.fsdp2_prepare_model", "called", "shards the teacher layer by layer", ("accelerator", "model")
     ),
@@ -214,4 +275,5 @@ HOOKS = (
         "how many processes a file asks for",
         ("config_file",),
     ),
+    Hook("accelerate.commands.config.config_args.default_config_file", "read", "whether accelerate has defaults"),
 )

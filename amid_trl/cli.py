@@ -1,10 +1,11 @@
 """The command `amid-trl`: finds the command that is meant, and says what went wrong in one line."""
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from amid_trl.parser import OneLineParser
 
 
 # What each command does, and the function of its folder that does it.
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return launch(name, LAUNCHED[name][1], argv[1:])
     if name not in COMMANDS:
-        _parser().parse_args(argv)  # --help, or a mistake
-        raise AssertionError("argparse has left the process")
+        return _help_or_mistake(argv)
     try:
         module, _, function = COMMANDS[name][1].partition(":")
         return getattr(import_module(module), function)(argv[1:])
@@ -48,12 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _help_or_mistake(argv: list[str]) -> int:
+    parser = OneLineParser(
         prog="amid-trl", description="Distil language models through an α-mixture assistant distribution (AMiD)."
     )
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     for name, (does, _) in {**LAUNCHED, **COMMANDS}.items():
         if does is not None:
             commands.add_parser(name, help=does, add_help=False)
-    return parser
+    try:
+        parser.parse_args(argv)
+    except ValueError as error:
+        print(f"amid-trl: {error} (amid-trl --help lists the commands)", file=sys.stderr)
+    return 2

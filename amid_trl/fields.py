@@ -10,7 +10,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from amid_trl.maths.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
 
@@ -36,14 +36,19 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+def json_dict(value: JSON) -> dict[str, Any]:
+    """What TRL has read of such a field; empty where it is not set."""
+    return cast(dict[str, Any], value or {})
+
+
 def own_fields(group: type) -> list[dataclasses.Field]:
     """The fields that a group declares itself."""
     return [field for field in dataclasses.fields(group) if field.name in inspect.get_annotations(group)]
 
 
 def json_fields(groups: Iterable[type]) -> list[str]:
-    """Those that hold a dict, which TRL reads from JSON."""
-    return [field.name for group in groups for field in own_fields(group) if field.type == JSON]
+    """Those that hold a dict, which TRL reads from JSON. By their annotations: its parser changes a field's type."""
+    return [name for group in groups for name, kind in inspect.get_annotations(group).items() if kind == JSON]
 
 
 def type_name(field: dataclasses.Field) -> str:

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "amid_trl"
 # Folders and files of the package, each of which sees those to its left alone; what stands in one place sees nothing
 # of its neighbours there.
 ORDER = [
-    {"_gkd"},
-    {"_trl", "outputs"},
+    {"_gkd", "quiet"},
+    {"_trl", "outputs", "parser"},
     {"maths"},
     {"fields"},
     {"run"},
@@ -137,7 +137,7 @@ def planted(tmp_path):
     ("module", "line", "found"),
     [
         ("maths.kernel", "from amid_trl.data.rows import UNTRAINED", "imports data.rows"),
-        ("teacher.server", "from amid_trl.sources.choice import Source", "imports sources.choice"),
+        ("teacher.server", "from amid_trl.sources.source import Source", "imports sources.source"),
         ("training.trainer", "import amid_trl.launch.names", "imports launch.names"),
         ("evaluation.sets", "from amid_trl.training import config", "imports training.config"),
         ("outputs", "from amid_trl import _trl", "imports _trl"),

@@ -1,12 +1,13 @@
 """`amid-trl compare`."""
 
-import argparse
 from collections.abc import Sequence
+
+from amid_trl.parser import OneLineParser
 
 
 def compare_runs(argv: Sequence[str]) -> int:
     """Train what is missing, and report; the exit status, 1 where a run is missing."""
-    parser = argparse.ArgumentParser("amid-trl compare")
+    parser = OneLineParser("amid-trl compare")
     parser.add_argument("file", help="YAML: base, runs, seeds, metrics, budget (docs/compare.md)")
     parser.add_argument("--output-dir", required=True, help="where the runs, the table and the figure are kept")
     parser.add_argument("--report-only", action="store_true", help="from the runs that are there, without training")

@@ -22,6 +22,7 @@ from amid_trl.comparison.metrics import (
     TRAINING_METRICS,
 )
 from amid_trl.evaluation.settings import EvaluationSettings
+from amid_trl.maths.names import OBJECTIVE_NAMES
 
 
 SETTINGS = "settings.json"
@@ -112,7 +113,7 @@ def read_comparison(file: str | Path) -> Comparison:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must contain a YAML mapping")
     needed, optional = ("base", "runs", "seeds", "metrics", "budget"), ("baseline", "evaluate")
@@ -188,37 +189,57 @@ def _check_budget(comparison: Comparison) -> None:
 
 
 def check_configs(comparison: Comparison) -> None:
-    """Parse the settings of every run as its process will; a ValueError names the run that cannot be."""
-    from amid_trl.launch import accelerate_configs
-    from amid_trl.launch.launcher import launch_arguments
-    from amid_trl.launch.script import make_parser
-    from amid_trl.maths.published import OBJECTIVES
+    """Parse the settings of every run as its process will; a ValueError names the run that cannot be.
 
+    First those of all runs as far as that needs no torch, which finds most mistakes at once.
+    """
     if comparison.evaluate:
         _check_evaluation(comparison)
-    before = dict(os.environ)  # a configuration may set some, for its own process
-    for name in comparison.runs:
-        config = comparison.settings(name, comparison.seeds[0])["config"]
-        objective = config.get("objective", "amid")
-        if not isinstance(objective, str) or objective not in OBJECTIVES:
-            raise ValueError(f"runs.{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVES)}")
-        try:
-            os.environ.clear()
-            os.environ.update(without_launcher(before))
-            with tempfile.TemporaryDirectory() as folder, _argparse_raises():
-                file = Path(folder, "run.yaml")
-                file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
-                *parsed, launcher = make_parser().parse_args_and_config(
-                    ["--config", str(file)], return_remaining_strings=True
-                )
-                launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.compared_run", [])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"runs.{name}: {error}") from error
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-        if parsed[2].model_name_or_path is None:
-            raise ValueError(f"runs.{name}: model_name_or_path is missing")
+    for check in (_check_quickly, _check_as_its_process_will):
+        for name in comparison.runs:
+            with _command_line(comparison, name) as argv:
+                check(argv)
+
+
+def _check_quickly(argv: list[str]) -> None:
+    from amid_trl.launch import flags
+
+    flags.check_flags(argv, "train")
+
+
+def _check_as_its_process_will(argv: list[str]) -> None:
+    from amid_trl.launch import accelerate_configs
+    from amid_trl.launch.launcher import launch_arguments
+    from amid_trl.launch.script import make_parser, require_model
+
+    *_, model_args, _, launcher = make_parser().parse_args_and_config(argv, return_remaining_strings=True)
+    launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.comparison.run", [])
+    require_model(model_args)
+
+
+@contextlib.contextmanager
+def _command_line(comparison: Comparison, name: str) -> Iterator[list[str]]:
+    """The arguments of a run, in the environment of its process; a mistake in them is a ValueError with its name.
+
+    A configuration may set variables, for its own process.
+    """
+    config = comparison.settings(name, comparison.seeds[0])["config"]
+    objective = config.get("objective", "amid")
+    if not isinstance(objective, str) or objective not in OBJECTIVE_NAMES:
+        raise ValueError(f"runs.{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVE_NAMES)}")
+    before = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(without_launcher(before))
+        with tempfile.TemporaryDirectory() as folder, _argparse_raises():
+            file = Path(folder, "run.yaml")
+            file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
+            yield ["--config", str(file)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"runs.{name}: {error}") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_convert_to_chatml
+from trl import get_training_chat_template, maybe_convert_to_chatml
 
 from amid_trl._trl import (
     common_prefix_length,
-    get_training_chat_template,
     has_generation_markers,
     render_jinja_template,
 )
@@ -71,7 +70,7 @@ def conversation_row(
             notes = [REWRITTEN]
     if answered and prompt_ids != ids[: len(prompt_ids)]:
         notes.append(OTHER_CONTEXT)
-    keep = set(trained if settings.completion_only_loss or not prompt_turns else range(len(ids)))
+    keep = set(trained if settings.completions_alone or not prompt_turns else range(len(ids)))
     labels = [token if i in keep else UNTRAINED for i, token in enumerate(ids)]
     return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, notes
 

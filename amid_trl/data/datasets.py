@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
+from trl import is_conversational
 
 from amid_trl.data.batches import ROW_COLUMNS
 from amid_trl.data.conversations import conversation_row, training_template
@@ -163,12 +163,25 @@ def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
 
 def _check_prompts(columns: list[str], format: Format, settings: DataSettings, name: str) -> None:
     marked = {"labels", "completion_mask", "assistant_masks", "prompt_ids"} & set(columns)
-    if settings.generates and (format == "text" or (format == "tokens" and not marked)):
+    if not (format == "text" or (format == "tokens" and not marked)):
+        return
+    if settings.completion_only_loss:
+        raise ValueError(
+            f"completion_only_loss=True, but the {name} dataset has no completions (columns "
+            f"{', '.join(map(repr, columns))}): all of its text is trained. Leave it at None"
+        )
+    if settings.generates:
         raise ValueError(
             "with lmbda > 0, seq_kd=True or eval_generate=True completions are generated from prompts, but the "
             f"{name} dataset has none (columns {', '.join(map(repr, columns))}). Give it 'prompt', 'messages' or "
             "'prompt_ids', or set lmbda=0.0, seq_kd=False and eval_generate=False to use its text alone"
         )
+
+
+def has_prompts_alone(dataset: Dataset | IterableDataset) -> bool:
+    """Whether the rows are prompts that nothing answers."""
+    columns = dataset.column_names or next(iter(dataset), {})
+    return "prompt" in columns and not {"completion", "messages", "conversations", "input_ids"} & set(columns)
 
 
 def _keep_and_report(row: dict[str, Any], settings: DataSettings, name: str, seen: set[str]) -> bool:
@@ -208,7 +221,7 @@ def _row_with_notes(
 
 
 def all_datasets(train: Any, evaluation: Any) -> dict[str, Any]:
-    """The training set and each evaluation set, those that there are, by the names that transformers' logs give them."""
+    """The training set and each evaluation set, those that there are, by the names that the logs give them."""
     several = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     evaluations = {f"eval_{name}".rstrip("_"): dataset for name, dataset in several.items()}
     return {name: dataset for name, dataset in {"train": train, **evaluations}.items() if dataset is not None}

@@ -15,7 +15,7 @@ UNTRAINED = -100
 Row = dict[str, list[int]]
 
 
-# What may happen to a row; data.py says how it is reported.
+# What may happen to a row; datasets.py says how it is reported.
 CUT = "cut"
 
 
@@ -50,7 +50,7 @@ class DataSettings:
         generates: whether student or teacher write completions, so that every row needs a prompt.
         trains_on_dataset: whether the dataset's own completions are trained (or evaluated), at least some of the time.
         assistant_turns: "all", or "last" for only the answer that ends the conversation.
-        completion_only_loss: False trains the prompt of `prompt`/`completion` rows too.
+        completion_only_loss: False trains the prompt of `prompt`/`completion` rows too; True refuses text without one.
         text_field: name of the text column.
         chat_template_kwargs: passed to the chat template; a row's own column of that name wins.
         eos_token_ids: tokens that end a turn besides the tokenizer's EOS (those of the model's generation config).
@@ -63,12 +63,17 @@ class DataSettings:
     generates: bool = False
     trains_on_dataset: bool = True
     assistant_turns: Literal["all", "last"] = "all"
-    completion_only_loss: bool = True
+    completion_only_loss: bool | None = None
     text_field: str = "text"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     formatting_func: Callable[[dict[str, Any]], str] | None = None
     num_proc: int | None = None
+
+    @property
+    def completions_alone(self) -> bool:
+        """Whether a prompt is left out of the loss where there is one."""
+        return self.completion_only_loss is not False
 
 
 def fit(row: Row, settings: DataSettings) -> tuple[Row, list[str]]:
@@ -107,11 +112,11 @@ def _given_labels(example: dict[str, Any], ids: list[int], settings: DataSetting
         if len(labels) != len(ids) or any(a not in (UNTRAINED, b) for a, b in zip(labels, ids, strict=True)):
             raise ValueError(f"labels must be the input_ids, unshifted, or -100; got {labels} for {ids}")
         return labels
-    masks = ["assistant_masks", "completion_mask"] if settings.completion_only_loss else ["assistant_masks"]
+    masks = ["assistant_masks", "completion_mask"] if settings.completions_alone else ["assistant_masks"]
     masks = [example[mask] for mask in masks if example.get(mask) is not None]
     if masks:
         return [token if all(values) else UNTRAINED for token, *values in zip(ids, *masks, strict=True)]
-    if example.get("prompt_ids") is not None and settings.completion_only_loss:
+    if example.get("prompt_ids") is not None and settings.completions_alone:
         return _train_from(common_prefix_length(list(example["prompt_ids"]), ids), ids)
     return list(ids)
 
@@ -157,7 +162,7 @@ def text_row(
         ids.append(ends[0])
     start = common_prefix_length(prompt_ids, ids)
     notes = [OTHER_CONTEXT] if start < len(prompt_ids) else []
-    labels = _train_from(start, ids) if settings.completion_only_loss else ids
+    labels = _train_from(start, ids) if settings.completions_alone else ids
     return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, notes
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from amid_trl.evaluation import sets as evaluation_sets
 from amid_trl.evaluation.settings import EvaluationSettings
+from amid_trl.models.names import check_model_name
+from amid_trl.parser import OneLineParser
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -58,10 +60,14 @@ def given_settings(args: argparse.Namespace) -> EvaluationSettings:
 
 def evaluate_model(argv: Sequence[str]) -> int:
     """Evaluate, and print the table; the exit status."""
-    parser = argparse.ArgumentParser("amid-trl evaluate")
+    parser = OneLineParser("amid-trl evaluate")
     add_options(parser)
     args = parser.parse_args(argv)
-    settings = given_settings(args)  # first: what they refuse does not wait for torch
+    settings = given_settings(args)  # first: what is refused here does not wait for torch
+    if settings.evaluation_set is not None:
+        evaluation_sets.check_set(settings.evaluation_set, settings.limit)
+    check_model_name("model", args.model)
+    check_model_name("teacher", args.teacher)
 
     from amid_trl.evaluation.evaluate import evaluate
     from amid_trl.evaluation.results import results_table

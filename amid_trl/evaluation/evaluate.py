@@ -192,7 +192,7 @@ def _completions(
     if models.teacher is None:
         return records
     padded = completion_batch(prompts, completions, models.pad)
-    nll = row_figures(models.teacher, None, padded, models.vocabulary)[:, 0]
+    nll = row_figures(models.teacher, None, padded, models.vocabulary)["nll"]
     return [record | {"teacher_nll": value} for record, value in zip(records, nll.tolist(), strict=True)]
 
 

@@ -14,7 +14,7 @@ from amid_trl.maths.divergences import kl
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.linear import States, linear_token_loss
 from amid_trl.maths.published import kd
-from amid_trl.maths.token_loss import expectations, cross_entropy, label_nll
+from amid_trl.maths.token_loss import cross_entropy, expectations, label_nll
 from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
 
 

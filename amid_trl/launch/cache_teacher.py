@@ -11,8 +11,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Build what `amid-trl train` would train, and write the cache that it would read."""
     folder = training_args.teacher_cache
     if folder is None:
-        raise ValueError("teacher_cache is missing: name the folder with --teacher_cache")
+        raise ValueError(train.NO_CACHE)
     training_args.teacher_cache = None
+    if training_args.absent_teacher is not None:
+        raise ValueError(
+            f"a cache is written by a teacher with a model of its own; got {training_args.absent_teacher}"
+        )
     trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)
     trainer.accelerator.print(f"{folder}: {len(TeacherCache(folder))} rows")

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from importlib import import_module
 
-from amid_trl.launch import accelerate_configs, recipes, script
+from amid_trl.launch import accelerate_configs, flags, recipes, script
+from amid_trl.training.objective_fields import check_objective
 
 
 def launch(command: str, module: str, argv: list[str]) -> int:
@@ -18,7 +19,10 @@ def launch(command: str, module: str, argv: list[str]) -> int:
         return 0
     try:
         argv = recipes.resolve(argv)
-        # Parsed here once, so that --help and mistakes show at once; what the parser does not know is for accelerate.
+        # Help and most mistakes need no torch, and what an objective's parameters may be nothing else.
+        if (config := flags.check_flags(argv, command)) is not None:
+            check_objective(config)
+        # Parsed here once, so that other mistakes are one line too; what the parser does not know is for accelerate.
         *_, from_config, from_flags = script.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )

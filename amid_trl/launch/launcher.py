@@ -1,5 +1,6 @@
 """Processes started by accelerate's launcher."""
 
+import os
 import signal
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import psutil
 import torch
 
-from amid_trl._trl import launch_command, launch_command_parser, load_config_from_file
+from amid_trl._trl import default_config_file, launch_command, launch_command_parser, load_config_from_file
+
+
+# From these accelerate takes how many threads a process has, or how many processes MPI has put on a machine.
+THREADS = ("OMP_NUM_THREADS", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 def launch_arguments(launch_args: list[str], module: str, script_args: list[str]) -> Any:
@@ -22,12 +27,30 @@ def launch_arguments(launch_args: list[str], module: str, script_args: list[str]
     if unknown := unknown_to_launcher(launch_args):
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     args = launch_command_parser().parse_args([*launch_args, "-m", module, *script_args])
+    if args.config_file is None and (args.cpu or not os.path.isfile(default_config_file)):
+        _fill_in(args)
     if args.config_file is not None and args.num_processes is None:
-        defaults = load_config_from_file(args.config_file)
+        defaults: Any = load_config_from_file(args.config_file)
         if defaults.num_processes == -1:
             machines = args.num_machines or defaults.num_machines
             args.num_processes = machines * max(1, torch.accelerator.device_count())
     return args
+
+
+def _fill_in(args: Any) -> None:
+    """Set what accelerate would set by itself, with a line about each."""
+    devices = max(1, torch.accelerator.device_count())
+    # One process for each of several devices; the other ways to use them exclude this flag.
+    others = (args.cpu, args.tpu, args.use_deepspeed, args.use_fsdp, args.use_megatron_lm)
+    defaults = {"num_processes": devices, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if devices > 1 and args.num_processes > 1 and not any(others):
+        args.multi_gpu = True
+    if args.cpu and args.num_cpu_threads_per_process is None and not any(name in os.environ for name in THREADS):
+        on_each = max(1, args.num_processes // args.num_machines)
+        args.num_cpu_threads_per_process = max(1, (psutil.cpu_count(logical=False) or 1) // on_each)
 
 
 def unknown_to_launcher(arguments: Iterable[str]) -> list[str]:

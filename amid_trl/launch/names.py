@@ -11,7 +11,9 @@ def with_paths(argv: Sequence[str], flag: str, path_of: Callable[[str], str], pa
     for text in rest:
         head, *values = text.split("=", 1)
         if head == flag:
-            resolved += [path_flag, *map(path_of, values or islice(rest, 1))]
+            if not (values := values or list(islice(rest, 1))):
+                raise ValueError(f"{flag}: a name or a file has to follow")
+            resolved += [path_flag, *map(path_of, values)]
         else:
             resolved.append(text)
     return resolved

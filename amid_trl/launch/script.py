@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from amid_trl.launch import recipes
+from amid_trl.models.names import HUB_NAME
+
+
+NO_CACHE = "teacher_cache is missing: name the folder with --teacher_cache"  # what cache-teacher would write
 
 
 def make_parser(prog: str | None = None) -> Any:
@@ -15,8 +19,9 @@ def make_parser(prog: str | None = None) -> Any:
 
     from amid_trl import AMiDConfig
 
+    groups: Any = (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig)
     return TrlParser(
-        (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig),
+        groups,
         prog=prog,
         epilog=f"--config reads them from a YAML file, or from a recipe: {', '.join(recipes.names())}",
     )
@@ -35,8 +40,7 @@ def build_trainer(
 
     from amid_trl import AMiDTrainer
 
-    if model_args.model_name_or_path is None:
-        raise ValueError("model_name_or_path is missing: name the student with --model_name_or_path")
+    require_model(model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -76,16 +80,33 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     trainer.end()
 
 
-def load_splits(script_args: Any, dataset_args: Any) -> Any:
-    """The dataset of `dataset_name`, or the mixture `datasets`; a ValueError for both or none."""
-    from datasets import load_dataset
-    from trl import get_dataset
+def require_model(model_args: Any) -> None:
+    """Refuse a run without a student."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name the student with --model_name_or_path")
 
+
+def require_one_dataset(script_args: Any, dataset_args: Any) -> None:
+    """Refuse a run without data, or with data from two places."""
     if bool(dataset_args.datasets) == bool(script_args.dataset_name):
         raise ValueError(
             "give the data either as dataset_name or as a datasets mixture; got "
             f"dataset_name={script_args.dataset_name!r}, datasets={dataset_args.datasets!r}"
         )
+
+
+def require_dataset_name(name: str | None) -> None:
+    """Refuse a path where nothing lies; whether the Hub has a name shows when it is asked."""
+    if name is not None and not os.path.exists(name) and not HUB_NAME.fullmatch(name):
+        raise ValueError(f"dataset_name {name!r} is neither a folder with data nor a name on the Hub")
+
+
+def load_splits(script_args: Any, dataset_args: Any) -> Any:
+    """The dataset of `dataset_name`, or the mixture `datasets`; a ValueError for both or none."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    require_one_dataset(script_args, dataset_args)
     if dataset_args.datasets:
         with _seeded_numpy():  # which `test_split_size` draws with: the same rows in every process and every run
             return get_dataset(dataset_args)

@@ -172,7 +172,8 @@ def _alpha_beta_entries(log_a: Tensor, log_b: Tensor, alpha: float, beta: float)
     falls = [-torch.expm1(-step * distance) for step in steps]
     upper, lower = (fall / step if step > 0 else distance for fall, step in zip(falls, steps, strict=True))
     first, second = torch.where(rises, upper, lower), torch.where(rises, lower, upper)
-    remains = 1 - torch.where(rises, *falls)  # exactly 0 at the end of the fall: the distance beside it may be 1e30
+    # Exactly 0 at the end of the fall: the distance beside it may be 1e30.
+    remains = 1 - torch.where(rises, falls[0], falls[1])
     top = torch.where(rises, high * log_a + (total - high) * log_b, low * log_a + (total - low) * log_b)
     return top.exp() * (first - remains * second) / (high - low)
 

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 # it must not read what may change later.
 TokenLoss = Callable[..., tuple[Tensor, Tensor]]
 
+# The same with the gradient: (projection, *others) -> (losses, figures, gradient).
+Fused = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
 
 # A compilation takes several seconds once per objective; below this vocabulary the passes are too short to matter.
 COMPILE_FROM_VOCAB = 8192
@@ -82,9 +85,9 @@ class RowKernel:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], ...], device: str) -> Callable:
+def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], ...], device: str) -> Fused:
     """`kernel.plain` fused into one function for any number of such rows, or itself where it does not compile."""
-    chosen: Callable | None = None
+    chosen: Fused | None = None
 
     def fused(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         nonlocal chosen
@@ -94,7 +97,8 @@ def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], 
             try:
                 # Traced before it is compiled: one graph that has the gradient in it.
                 graph = make_fx(kernel.plain, tracing_mode="symbolic")(*_few_rows(tensors))
-                candidate = torch.compile(graph, dynamic=True)
+                # torch declares the backends, which are not passed, as functions of anything.
+                candidate: Fused = torch.compile(graph, dynamic=True)  # pyright: ignore[reportUnknownMemberType]
                 outputs = candidate(*tensors)
             except torch.OutOfMemoryError:
                 raise

@@ -6,7 +6,7 @@ tokens is projected once, differentiated at once, and forgotten. Backward only s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,8 @@ def linear_token_loss(
     )
     with torch.autocast(student.hidden.device.type, enabled=False):  # the heads have the dtype it would choose
         if differentiates:
-            return _GradientInForward.apply(chunks, *tensors)
+            function: Any = _GradientInForward
+            return function.apply(chunks, *tensors)
         parts = [(chunk.losses, chunk.figures) for chunk in chunks]
     losses, figures = map(torch.cat, zip(*parts, strict=True))
     return losses.sum(), figures
@@ -240,12 +241,14 @@ class _GradientInForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, chunks, hidden, weight, bias):
+    def forward(
+        ctx: Any, chunks: _Chunks, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         _, wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = _float32_zeros_like(weight) if wants_weight else None
-        of_bias = _float32_zeros_like(bias) if wants_bias else None
-        parts = []
+        of_bias = _float32_zeros_like(bias) if wants_bias and bias is not None else None
+        parts: list[tuple[Tensor, Tensor]] = []
         for chunk in chunks:
             if of_hidden is not None:
                 of_hidden[chunk.tokens] = chunk.gradient @ chunks.student.head.weight
@@ -259,12 +262,12 @@ class _GradientInForward(torch.autograd.Function):
         ctx.gradients = (
             of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
+            None if of_bias is None or bias is None else of_bias.to(bias.dtype),
         )
         return losses.sum(), figures
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None or torch.is_grad_enabled():  # enabled by create_graph=True
             raise RuntimeError(

@@ -1,6 +1,7 @@
 """Means over tokens, windows or rows: summed where they arise, divided once, over all processes, when asked for."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Means:
 
     def pop(self, reduce: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
         """The means, without those that nothing was added to, and start anew."""
-        sums = reduce(self._sums).tolist()
+        reduced: Any = reduce(self._sums)  # torch says of `tolist` that it is a list, and no more
+        sums: list[list[float]] = reduced.tolist()
         self._sums.zero_()
         return {name: sums[i][0] / sums[i][1] for name, i in self._index.items() if sums[i][1]}

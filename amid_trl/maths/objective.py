@@ -15,9 +15,7 @@ from torch import Tensor
 
 from amid_trl.maths.assistant import ZERO_LOG, alpha_mixture, at_least_float32, check_mixture
 from amid_trl.maths.divergences import DIVERGENCES
-
-
-ORDERS = ("pr", "rp", "qr", "rq", "pq", "qp")
+from amid_trl.maths.names import ORDERS
 
 
 Weight = Callable[[Tensor, Tensor], Tensor]
@@ -34,7 +32,7 @@ class Term:
 
     divergence: str
     order: str
-    divergence_kwargs: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    divergence_kwargs: Mapping[str, float | str] = field(default_factory=dict[str, float | str], hash=False)
     weight: float | Weight = 1.0
 
     def __post_init__(self):
@@ -67,7 +65,7 @@ class Objective:
     order: str = "pr"
     alpha: float = -5.0
     lam: float = 0.1
-    divergence_kwargs: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+    divergence_kwargs: Mapping[str, float | str] = field(default_factory=dict[str, float | str], hash=False)
     temperature: float = 1.0
     detach_assistant: bool = False
     weight: float | Weight = 1.0

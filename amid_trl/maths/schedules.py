@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 
 # How much of the way from start to end is behind us, by progress.
@@ -40,24 +41,30 @@ class Schedule:
         return self.start != self.end
 
 
+def _settings(spec: object) -> Mapping[str, Any]:
+    """The dict that describes a schedule; empty, and so without a kind, for anything else."""
+    return cast(Mapping[str, Any], spec) if isinstance(spec, Mapping) else {}
+
+
 def parse_schedule(name: str, spec: object, low: float, high: float, others: tuple[str, ...] = ()) -> Schedule:
     """The schedule that a field called `name` describes; `others` are kinds that the caller knows beside these.
 
     {"kind": "linear", "start": 0.1, "end": 0.9}, likewise "cosine", or {"kind": "constant", "value": 0.5}. ValueError
     for anything else, for values outside [low, high], and for infinite ones that should move.
     """
-    if not isinstance(spec, Mapping) or spec.get("kind") not in tuple(CURVES):
+    settings = _settings(spec)
+    if settings.get("kind") not in tuple(CURVES):
         kinds = ", ".join((*CURVES, *others))
         raise ValueError(f"{name} must be a dict whose 'kind' is one of {kinds}; got {spec!r}")
-    kind = spec["kind"]
+    kind: str = settings["kind"]
     keys = ("value",) if kind == "constant" else ("start", "end")
-    if set(spec) != {"kind", *keys}:
+    if set(settings) != {"kind", *keys}:
         raise ValueError(f"{name} of kind {kind!r} has the keys kind, {', '.join(keys)}, all of them; got {spec!r}")
     for key in keys:
-        check_number(f"{key} of {name}", spec[key], low, high)
-    if kind != "constant" and not all(math.isfinite(spec[key]) for key in keys):
+        check_number(f"{key} of {name}", settings[key], low, high)
+    if kind != "constant" and not all(math.isfinite(settings[key]) for key in keys):
         raise ValueError(f"{name} of kind {kind!r} needs finite numbers; got {spec!r}")
-    return Schedule(kind, float(spec[keys[0]]), float(spec[keys[-1]]))
+    return Schedule(kind, float(settings[keys[0]]), float(settings[keys[-1]]))
 
 
 @dataclass
@@ -124,9 +131,9 @@ class TaidLambda:
 
 def parse_lambda_schedule(name: str, spec: object) -> Schedule | TaidLambda:
     """`parse_schedule` for a share, or TAID's t: {"kind": "taid"} with any of its start, end, rate and momentum."""
-    if not isinstance(spec, Mapping) or spec.get("kind") != "taid":
+    if _settings(spec).get("kind") != "taid":
         return parse_schedule(name, spec, 0, 1, others=("taid",))
-    settings = {key: value for key, value in spec.items() if key != "kind"}
+    settings = {key: value for key, value in _settings(spec).items() if key != "kind"}
     try:
         return TaidLambda(**settings)
     except TypeError as error:

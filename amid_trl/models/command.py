@@ -1,15 +1,16 @@
 """`amid-trl init-student` and `amid-trl merge`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from amid_trl.models.layers import parse_layers
+from amid_trl.models.names import check_model_name
+from amid_trl.parser import OneLineParser
 
 
 def init_student(argv: Sequence[str]) -> int:
     """Save a student made of some of a teacher's layers; the exit status."""
-    from amid_trl.models.layers import parse_layers
-
-    parser = argparse.ArgumentParser("amid-trl init-student")
+    parser = OneLineParser("amid-trl init-student")
     parser.add_argument("teacher", help="name or path of the model to start from")
     parser.add_argument("output_dir", help="where the student and its tokenizer are saved")
     parser.add_argument("--drop-layers", required=True, help="decoder layers to leave out, such as 16-21,25")
@@ -18,6 +19,7 @@ def init_student(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     layers = parse_layers(args.drop_layers)
     _check_new(args.output_dir)
+    check_model_name("teacher", args.teacher)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,11 +37,12 @@ def init_student(argv: Sequence[str]) -> int:
 
 def merge(argv: Sequence[str]) -> int:
     """Save a plain model made of an adapter and its base; the exit status."""
-    parser = argparse.ArgumentParser("amid-trl merge")
+    parser = OneLineParser("amid-trl merge")
     parser.add_argument("adapter", help="path of the adapter")
     parser.add_argument("output_dir", help="where the merged model and its tokenizer are saved")
     args = parser.parse_args(argv)
     _check_new(args.output_dir)
+    check_model_name("adapter", args.adapter)
 
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer

@@ -48,7 +48,7 @@ def _gathered(*tensors: Tensor | None) -> AbstractContextManager:
 
     TRL's `maybe_gather_lm_head_ctx` asks how the student is sharded, and a teacher may have an engine of its own.
     """
-    sharded = [tensor for tensor in tensors if tensor is not None and hasattr(tensor, "ds_status")]
+    sharded: list[Any] = [tensor for tensor in tensors if tensor is not None and hasattr(tensor, "ds_status")]
     if not sharded:
         return nullcontext()
     import deepspeed

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from amid_trl._trl import unwrap_model_for_generation
 from amid_trl.data.batches import pad_rows
 from amid_trl.models.heads import causal_lm, evaluating
+from amid_trl.quiet import hide_old_names
 
 
 def generation_config_of(model: nn.Module) -> GenerationConfig:
@@ -89,11 +90,12 @@ def generate_completions(
     ends = torch.tensor(config.eos_token_id or [], dtype=torch.long)
     device = next(model.parameters()).device
     completions: list[Tensor] = []
+    generates: Any = model  # a mixin's method, which PreTrainedModel does not have
     with _only(model, config):
         for start in range(0, len(prompts), batch_size or max(1, len(prompts))):
             rows = prompts[start : start + (batch_size or len(prompts))]
             ids, mask = pad_rows(rows, config.pad_token_id, side="left")
-            generated = model.generate(
+            generated: Tensor = generates.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
             completions.extend(until_eos(row, ends) for row in generated[:, ids.shape[1] :].cpu())
@@ -158,7 +160,11 @@ def unwrapped_for_generation(
 
     transformers puts one on the embeddings whenever checkpointing is turned on, and does not take it off again.
     """
-    inner = causal_lm(accelerator.unwrap_model(model))
+    hide_old_names()
+    unwrapped: Any = accelerator.unwrap_model(model)
+    inner = causal_lm(unwrapped)
     if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
         inner.disable_input_require_grads()
-    return unwrap_model_for_generation(model, accelerator, **settings)
+    wrapped: Any = model
+    unwrapping: Any = unwrap_model_for_generation(wrapped, accelerator, **settings)
+    return unwrapping

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -16,7 +17,8 @@ from amid_trl.maths.linear import Head, States
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model below a PEFT wrapper: adapters live inside its layers, so nothing is lost."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    given: Any = model
+    return given.get_base_model() if hasattr(given, "peft_config") and hasattr(given, "get_base_model") else given
 
 
 def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -30,7 +32,8 @@ def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: T
 
 def language_model_head(model: PreTrainedModel) -> Head:
     """The head as transformers applies it; configurations have several names for its scale."""
-    config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    layer: Any = model.get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # PEFT's trainable copy of the whole head
         active = (
             [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.modules_to_save]

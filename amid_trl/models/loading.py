@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate import DistributedType
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_peft_available

@@ -1,6 +1,7 @@
 """What two models and a tokenizer have in common, and which models cannot be read."""
 
 import logging
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import nn
@@ -54,7 +55,8 @@ def check_same_tokenizer(
         if teacher_ids.get(token, i) != i or teacher_tokens.get(i, token) != token
     ]
     missing = [token for token in student_ids if token not in teacher_ids]
-    added = tokenizer.get_added_vocab()
+    with_added: Any = tokenizer  # the base class of all tokenizers does not have it
+    added: dict[str, int] = with_added.get_added_vocab()
     if moved or any(token not in added for token in missing):
         example = (moved or missing)[0]
         names = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
@@ -72,7 +74,8 @@ def check_text_only(model: nn.Module, role: str) -> None:
     if is_peft_model(model):
         from peft import PromptLearningConfig
 
-        if any(isinstance(config, PromptLearningConfig) for config in model.peft_config.values()):
+        adapted: Any = model
+        if any(isinstance(config, PromptLearningConfig) for config in adapted.peft_config.values()):
             raise ValueError(
                 f"the {role} uses a prompt-learning adapter, whose virtual tokens the loss would not see; use a "
                 "weight-based one such as LoRA"

@@ -1,6 +1,7 @@
 """The table of generated completions: printed at each log, and kept beside the checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
@@ -22,8 +23,8 @@ class CompletionLog:
     def remember(self, source: str, prompts: list[Tensor], completions: list[Tensor]) -> None:
         """Replace the remembered window; special tokens of completions stay visible."""
         self._window = {
-            "prompt": self._tokenizer.batch_decode(prompts, skip_special_tokens=True),
-            "completion": self._tokenizer.batch_decode(completions),
+            "prompt": self._tokenizer.batch_decode([ids.tolist() for ids in prompts], skip_special_tokens=True),
+            "completion": self._tokenizer.batch_decode([ids.tolist() for ids in completions]),
             "source": [source] * len(prompts),
         }
 
@@ -32,9 +33,8 @@ class CompletionLog:
         if not self._window:
             return
         if is_rich_available():
-            print_prompt_completions_sample(
-                self._window["prompt"], self._window["completion"], {}, None, step, self._rows_to_print
-            )
+            count: Any = self._rows_to_print  # None by default, and declared as a number
+            print_prompt_completions_sample(self._window["prompt"], self._window["completion"], {}, None, step, count)
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = {"step": [step] * len(self._window["prompt"]), **self._window}
         Dataset.from_dict(rows).to_parquet(self._folder / f"completions_{step:05d}.parquet")

@@ -15,7 +15,7 @@ from amid_trl.fields import (
     without_effect,
 )
 from amid_trl.maths.schedules import AdaptiveShare
-from amid_trl.sources.choice import FRESH_PARTS
+from amid_trl.sources.source import FRESH_PARTS
 
 
 # Passed on to transformers' GenerationConfig as they are.

@@ -11,10 +11,10 @@ from amid_trl.data.plain_text import PlainText
 from amid_trl.maths.means import Means
 from amid_trl.models.generation import are_clipped
 from amid_trl.run import Run
-from amid_trl.sources.choice import Source
 from amid_trl.sources.completion_table import CompletionLog
 from amid_trl.sources.fields import SourceFields
-from amid_trl.sources.sources import WindowSources
+from amid_trl.sources.shares import WindowSources
+from amid_trl.sources.source import Source
 from amid_trl.sources.writers import Writer
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from amid_trl._trl import is_vllm_available, vllm_engine
+from amid_trl.fields import json_dict
 from amid_trl.models.fsdp import writing
 from amid_trl.models.generation import (
     completion_seed,
@@ -21,14 +22,17 @@ from amid_trl.models.generation import (
 )
 from amid_trl.models.heads import causal_lm
 from amid_trl.run import Run
-from amid_trl.sources.choice import Source
 from amid_trl.sources.fields import SAMPLING_FIELDS, SourceFields
+from amid_trl.sources.source import Source
 
 
 class Writer(Protocol):
     """Prompts -> completions; all processes have to ask, each with prompts of its own."""
 
-    config: GenerationConfig
+    @property
+    def config(self) -> GenerationConfig:
+        """How it writes."""
+        ...
 
     def __call__(self, prompts: list[Tensor], step: int) -> list[Tensor]:
         """One completion per prompt, the EOS included where there is one, for optimizer step `step`."""
@@ -73,15 +77,17 @@ def writer_config(
 
     What is `greedy` has the run's length and cache, and its most likely tokens.
     """
-    args, base = run.args, causal_lm(run.accelerator.unwrap_model(model))
-    settings = {name: getattr(args, name) for name in SAMPLING_FIELDS}
+    args, tokenizer = run.args, run.tokenizer
+    unwrapped: Any = run.accelerator.unwrap_model(model)
+    base = causal_lm(unwrapped)
+    settings: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING_FIELDS}
     if greedy:
         settings = {name: settings[name] for name in ("max_new_tokens", "cache_implementation")} | {"do_sample": False}
     elif args.use_vllm:
         del settings["generation_kwargs"]  # vLLM's own, for its engine alone
     return sampling_config(
-        eos_token_ids=eos_token_ids(run.tokenizer, *others, base.generation_config),
-        pad_token_id=run.tokenizer.pad_token_id,
+        eos_token_ids=eos_token_ids(tokenizer, *others, base.generation_config),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
         padded_ids=range(run.vocabulary, base.config.get_text_config().vocab_size),
         **settings,
     )
@@ -155,7 +161,7 @@ class VLLMWriter:
             min_p=args.min_p or 0.0,
             max_completion_length=args.max_new_tokens,
             logprobs=None,  # the loss reads the models, not the engine
-            generation_kwargs={**_vllm_endings(config), **(args.generation_kwargs or {})},
+            generation_kwargs={**_vllm_endings(config), **json_dict(args.generation_kwargs)},
         )
 
     def __call__(self, prompts: list[Tensor], step: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,16 +30,17 @@ class AdapterTeacher:
         self._wrapped, self._accelerator = wrapped, accelerator
         self._adapter = None if path == BASE else TEACHER_ADAPTER
         if self._adapter is not None:
-            if TEACHER_ADAPTER in student.peft_config:
+            adapted: Any = student
+            if TEACHER_ADAPTER in adapted.peft_config:
                 raise ValueError(
                     f"the student has an adapter called {TEACHER_ADAPTER!r}, the name that the teacher's gets"
                 )
-            student.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
+            adapted.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient and dropout; the student's adapter is the active one again afterwards."""
         wrapped = self._wrapped()
-        student = self._accelerator.unwrap_model(wrapped)
+        student: Any = self._accelerator.unwrap_model(wrapped)
         base = causal_lm(student)
         tokens = (batch["input_ids"], batch["attention_mask"])
         with (
@@ -59,8 +61,9 @@ def student_alone(model: nn.Module) -> Iterator[None]:
         yield
         return
     adapters.remove(TEACHER_ADAPTER)
-    model.save_pretrained = partial(model.save_pretrained, selected_adapters=adapters)
+    saved: Any = model
+    saved.save_pretrained = partial(saved.save_pretrained, selected_adapters=adapters)
     try:
         yield
     finally:
-        del model.save_pretrained  # the instance's, in front of the method
+        del saved.save_pretrained  # the instance's, in front of the method

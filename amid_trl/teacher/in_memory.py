@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,7 @@ class ModelTeacher:
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""
-        teacher = self._accelerator.unwrap_model(self._wrapped)
+        teacher: Any = self._accelerator.unwrap_model(self._wrapped)
         base = causal_lm(teacher)
         tokens = (batch["input_ids"], batch["attention_mask"])
         with (

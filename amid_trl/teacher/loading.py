@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from amid_trl.fields import json_dict
 from amid_trl.models.deepspeed import loaded_whole
 from amid_trl.models.loading import is_distributed, load_causal_lm
 from amid_trl.teacher.fields import LOADING_FIELDS, TeacherFields
@@ -16,7 +17,7 @@ def load_teacher(teacher: str | nn.Module, args: TeacherFields) -> nn.Module:
 
     An adapter is kept beside its base. A model is passed through.
     """
-    init_kwargs = dict(args.teacher_model_init_kwargs or {})
+    init_kwargs = dict(json_dict(args.teacher_model_init_kwargs))
     if not isinstance(teacher, str):
         for name in LOADING_FIELDS:
             if getattr(args, name):
@@ -36,7 +37,7 @@ def load_teacher(teacher: str | nn.Module, args: TeacherFields) -> nn.Module:
 
 def _quantization(args: TeacherFields) -> BitsAndBytesConfig:
     """8 bits, or 4 (NF4) with products in the precision of the run."""
-    if (args.teacher_model_init_kwargs or {}).get("quantization_config") is not None:
+    if json_dict(args.teacher_model_init_kwargs).get("quantization_config") is not None:
         raise ValueError("the teacher's quantization is given twice: by a field and in teacher_model_init_kwargs")
     if args.teacher_load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -1,72 +1,58 @@
-"""AMiDConfig: the groups of fields of objective, teacher, data and sources, and what they may not say together."""
+"""AMiDConfig: our fields in front of TRL's."""
 
 import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from transformers.trainer_pt_utils import AcceleratorConfig
+from datasets import Dataset, IterableDataset
 
-from amid_trl._trl import GKDConfig
-from amid_trl.data.fields import DataFields
+from amid_trl._trl import AcceleratorConfig, GKDConfig
+from amid_trl.data.datasets import has_prompts_alone
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
-from amid_trl.fields import check_choice, described, json_fields, option, without_effect
-from amid_trl.sources.fields import SourceFields
+from amid_trl.fields import described, json_dict, json_fields
 from amid_trl.sources.writers import require_vllm
-from amid_trl.teacher.fields import TeacherFields
-from amid_trl.training.inherited import NOT_OURS, REFUSED
-from amid_trl.training.objective_fields import ObjectiveFields
+from amid_trl.training.inherited import NOT_OURS
+from amid_trl.training.objective_fields import check_objective
+from amid_trl.training.run_fields import GROUPS, RunFields
 
 
 logger = logging.getLogger(__name__)
 
-GROUPS = (ObjectiveFields, TeacherFields, DataFields, SourceFields)
-
 
 @dataclass
-class AMiDConfig(ObjectiveFields, TeacherFields, DataFields, SourceFields, GKDConfig):
-    """Parameters that control the run."""
+class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVariableOverride]  # see RunFields
+    """Our fields in front of TRL's; the text that is shown is made of them below."""
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, *json_fields(GROUPS)]
 
-    nonfinite_loss: Literal["stop", "skip"] = option(
-        "stop",
-        "When the loss of a micro-batch is NaN or infinite: stop with an error that names the step, the rows and the "
-        "last checkpoint with finite weights; skip gives that micro-batch no gradient, with a warning, and logs how "
-        "many there were.",
-    )
-    include_num_input_tokens_seen: str = option(
-        "non_padding", "Count the tokens seen: all, non_padding or no. Gives tokens per second in the logs."
-    )
-
     def __post_init__(self):
-        """The groups' own checks, each in its group, then those across them."""
+        """The groups' own checks, then what needs torch, or what TRL has made of its fields."""
+        self._say_it_by_the_new_name()
         super().__post_init__()
-        for name, (accepted, why) in REFUSED.items():
-            if getattr(self, name) != accepted:
-                raise ValueError(
-                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted!r}"
-                )
-        check_choice(self, "nonfinite_loss", ("stop", "skip"))
+        check_objective(self)
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        if unknown := sorted(given.keys() - {"skip_prepare_dataset"}):
+            raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
         ):
             raise ValueError("AMiDTrainer does not support context or sequence parallelism; set both sizes to 1")
-        if self.student_shares[1] == 0:
-            without_effect(self, ("student_text_objective",), "on a run without student text; set lmbda")
-        if self.teacher_is_sparse:
-            where = "on a teacher of which only the likeliest tokens are known"
-            without_effect(self, ("distill_temperature",), where)
-        if self.teacher_cache is not None and self.student_shares[1] > 0:
-            raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
         if self.objective != "gkd" and self.beta != GKDConfig.beta:
             # Not an error, because a GKD script must run with the two names swapped.
             logger.warning(
                 "beta=%s belongs to objective='gkd'; objective=%r does not read it.", self.beta, self.objective
             )
+
+    def _say_it_by_the_new_name(self) -> None:
+        """TRL's default has gradient_checkpointing, at which transformers advises to say activation_checkpointing."""
+        for suffix in ("", "_kwargs"):
+            old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
 
 
 def _refusing(init: Callable[..., None]) -> Callable[..., None]:
@@ -91,7 +77,7 @@ AMiDConfig.__doc__ = f"""
     `objective="gkd"`.
 
     Args:
-{described((*GROUPS, AMiDConfig))}"""
+{described(GROUPS)}"""
 
 
 def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
@@ -115,7 +101,7 @@ def check_arguments(
     config: AMiDConfig, evaluation_set: Any, compute_metrics: Callable | None, *, has_collator: bool
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
-    if (config.dataset_kwargs or {}).get("skip_prepare_dataset") and not has_collator:
+    if json_dict(config.dataset_kwargs).get("skip_prepare_dataset") and not has_collator:
         raise ValueError("dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows")
     if config.use_vllm:
         require_vllm()
@@ -126,6 +112,22 @@ def check_arguments(
         raise ValueError(f"metric_for_best_model={best!r} needs eval_generate=True")
     if config.sampling == "adaptive" and isinstance(evaluation_set, dict):
         raise ValueError(f"sampling='adaptive' follows one evaluation set; got {', '.join(evaluation_set)}")
+
+
+def follow_prompts(
+    config: AMiDConfig, dataset: Dataset | IterableDataset | None, *, prepares: bool, formats: bool
+) -> None:
+    """Where the training set has no answers, all text has to be written: an `lmbda` at its default becomes 1.
+
+    `config` is the trainer's own copy. With `prepares` rows are prepared here; where it `formats`, a function makes
+    text of them.
+    """
+    by_default = config.lmbda == GKDConfig.lmbda and config.lmbda_schedule is None and config.sampling == "mixed"
+    if not by_default or config.seq_kd or not prepares or formats or dataset is None:
+        return
+    if has_prompts_alone(dataset):
+        logger.warning("The training set has prompts without answers: the student writes every window (lmbda=1.0).")
+        config.lmbda = 1.0
 
 
 def data_settings(
@@ -154,9 +156,9 @@ def data_settings(
         generates=generates,
         trains_on_dataset=evaluates or (config.student_shares[0] < 1 and not config.seq_kd),
         assistant_turns=config.assistant_turns,
-        completion_only_loss=config.completion_only_loss is not False,
+        completion_only_loss=config.completion_only_loss,
         text_field=config.dataset_text_field,
-        chat_template_kwargs=config.chat_template_kwargs or {},
+        chat_template_kwargs=json_dict(config.chat_template_kwargs),
         eos_token_ids=tuple(eos_token_ids),
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
@@ -167,5 +169,5 @@ def for_sft(args: AMiDConfig, *, has_collator: bool) -> AMiDConfig:
     """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows."""
     if has_collator:
         args.remove_unused_columns = False
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.dataset_kwargs = {**json_dict(args.dataset_kwargs), "skip_prepare_dataset": True}
     return args

@@ -1,9 +1,10 @@
 """What a teacher in memory expects for every row of a run, written into a folder."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -28,9 +29,10 @@ def cache_teacher(
 ) -> None:
     """Write what is missing of the trainer's training and evaluation sets. All processes have to call it."""
     accelerator, top_k = trainer.accelerator, min(top_k, trainer.vocabulary)
-    teacher = ModelTeacher(trainer.teacher_model, accelerator, offloaded=trainer.args.teacher_offload)
+    model = cast(nn.Module, trainer.teacher_model)
+    teacher = ModelTeacher(model, accelerator, offloaded=trainer.args.teacher_offload)
     about = CacheAbout(
-        teacher=trainer.args.teacher_model_name_or_path or causal_lm(trainer.teacher_model).name_or_path,
+        teacher=trainer.args.teacher_model_name_or_path or cast(str, causal_lm(model).name_or_path),
         revision=trainer.args.teacher_model_revision,
         tokenizer=tokenizer_fingerprint(trainer.processing_class),
         vocabulary=trainer.vocabulary,
@@ -42,7 +44,8 @@ def cache_teacher(
             keys = [row_key(*row) for row in unpadded_rows(batch)]
             missing = len(writer.missing(keys))
             # A teacher that is sharded over the processes needs all of them.
-            if not accelerator.reduce(torch.tensor(missing, device=accelerator.device)).item():
+            everywhere: Any = accelerator.reduce(torch.tensor(missing, device=accelerator.device))
+            if not everywhere.item():
                 continue
             for key, row in zip(keys, _rows(teacher(batch), batch, trainer.vocabulary, top_k), strict=True):
                 writer.add(key, row)

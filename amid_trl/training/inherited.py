@@ -1,20 +1,68 @@
-"""What AMiDTrainer does not honour of the configurations that it inherits or that its users come from."""
+"""What becomes here of every field of the configurations that AMiDConfig inherits, or that its users come from.
 
-# Fields of SFTConfig and TrainingArguments: the one value that is accepted, and why no other is.
-REFUSED = {
-    "packing": (False, "rows are padded; packing would need document masks in both models"),
-    "eval_packing": (None, "rows are padded; packing would need document masks in both models"),
-    "padding_free": (False, "rows are padded"),
-    "truncation_mode": ("keep_start", "a completion loses its end and a prompt is never cut"),
-    "loss_type": ("nll", "the loss is set by `objective` and `sft_weight`"),
-    "label_smoothing_factor": (0.0, "the loss is set by `objective` and `sft_weight`"),
-    "torch_compile": (False, "the loss runs the model below its head, which a compiled forward would bypass"),
-    "enable_jit_checkpoint": (False, "SIGTERM saves a checkpoint without it"),
-    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
+Tests compare these tables with the installed dataclasses, so that a field of a new release has to be classified before
+it is accepted. docs/trainer.md shows them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+# Fields of SFTConfig and TrainingArguments: the values that are accepted, and why no other is.
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "packing": ((False,), "rows are padded; packing would need document masks in both models"),
+    "eval_packing": ((None, False), "rows are padded; packing would need document masks in both models"),
+    "packing_strategy": (("bfd",), "nothing is packed"),
+    "padding_free": ((False,), "rows are padded"),
+    "truncation_mode": (("keep_start",), "a completion loses its end and a prompt is never cut"),
+    "loss_type": (("nll",), "the loss is set by `objective` and `sft_weight`"),
+    "router_aux_loss_coef": ((None, 0.0), "the load-balancing loss of mixture-of-experts models is not computed"),
+    "label_smoothing_factor": ((0.0,), "the loss is set by `objective` and `sft_weight`"),
+    "torch_compile": ((False,), "the loss runs the model below its head, which a compiled forward would bypass"),
+    "enable_jit_checkpoint": ((False,), "SIGTERM saves a checkpoint without it"),
+    "label_names": ((None, ["labels"]), "what is trained is in the column labels"),
+    "auto_find_batch_size": (
+        (False,),
+        "a run that starts again in the middle would keep what it has replayed and adapted; with half of "
+        "per_device_train_batch_size and twice gradient_accumulation_steps the numbers are the same",
+    ),
+}
+
+# Of SFTConfig's own fields those that are honoured, and how.
+HONOURED = {
+    "model_init_kwargs": "loads a student given by name",
+    "trust_remote_code": "for student, teacher and tokenizers",
+    "chat_template_path": "by SFTTrainer; a teacher without the tokens that it brings is refused",
+    "dataset_text_field": "the column of plain text, of `pretrain_dataset` too",
+    "dataset_kwargs": "`skip_prepare_dataset`, beside a collator of your own; any other key is refused",
+    "dataset_num_proc": "processes that tokenise",
+    "eos_token": "by SFTTrainer; beside it the EOS tokens of the generation config end a turn as well",
+    "max_length": "bounds prompt and completion together, and so do both models' positions",
+    "shuffle_dataset": "shuffles the rows once, by `seed`",
+    "pad_to_multiple_of": "for rows of the dataset and for those that are written",
+    "completion_only_loss": "False trains the prompt of `prompt`/`completion` rows; True is refused on plain text",
+    "assistant_only_loss": "is what is done anyway; SFTTrainer refuses True on text, and on a chat template that it "
+    "can neither read nor mark",
+    "activation_offloading": "by SFTTrainer, around each training step; needs an accelerator",
+    "pad_token": "by SFTTrainer; a collator of your own pads by itself",
 }
 
 # Fields that trl.DistillationConfig has and AMiDConfig has not.
 NOT_OURS = {
     "max_tool_calling_iterations": "no tools are called while the student writes; tool calls in the data are trained",
     "log_unique_prompts": "the table of log_completions has every prompt of the last window",
+}
+
+# Those that mean something else here, or are another name's; the rest of its fields mean the same.
+DISTILLATION_DIFFERS = {
+    "max_completion_length": "sets `max_new_tokens`, whose default is 128",
+    "temperature": "of the sampling alone; `distill_temperature` is the loss's",
+    "beta": 'of `objective="gkd"` alone, where it means the same; any other objective warns that it is not read',
+    "pad_to_multiple_of": "of the whole row, not of prompt and completion each",
+    "ds3_gather_for_generation": "under FSDP2 too",
+    "generation_kwargs": "with `use_vllm` of SamplingParams, else of GenerationConfig; what the trainer sets itself "
+    "(length, end, number of completions) is refused",
+    "shuffle_dataset": "shuffles the rows once; the order of each epoch is drawn either way",
+    "log_completions": "printed and written to `output_dir/completions`, not sent to a tracker",
+    "vllm_structured_outputs_regex": "refused without `use_vllm`, as all of vLLM's fields that are set are",
 }

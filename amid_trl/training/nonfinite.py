@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from amid_trl.data.batches import Batch, unpadded
 from amid_trl.maths.figures import Figures
 from amid_trl.run import Run
-from amid_trl.sources.choice import Source
+from amid_trl.sources.source import Source
 from amid_trl.training.checkpoints import last_finite_checkpoint
 from amid_trl.training.config import AMiDConfig
 

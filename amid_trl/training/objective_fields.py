@@ -1,9 +1,13 @@
-"""The fields of AMiDConfig that say what is optimised, and the objectives that they describe."""
+"""The fields of AMiDConfig that say what is optimised, and the objectives that they describe.
+
+The fields and their own checks need no torch; an objective does, and is checked by `check_objective`.
+"""
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amid_trl.fields import (
     JSON,
@@ -14,12 +18,16 @@ from amid_trl.fields import (
     check_shares,
     check_weights,
     is_number,
+    json_dict,
     option,
     without_effect,
 )
-from amid_trl.maths.objective import Objective
-from amid_trl.maths.published import OBJECTIVES
+from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES, ORDERS
 from amid_trl.maths.schedules import TaidLambda
+
+
+if TYPE_CHECKING:
+    from amid_trl.maths.objective import Objective
 
 
 AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
@@ -34,7 +42,7 @@ class ObjectiveFields(Fields):
         "amid",
         "A name in OBJECTIVES. amid reads the five fields below; every other objective takes its parameters from "
         "objective_kwargs (and gkd its beta from the field of that name).",
-        choices=sorted(OBJECTIVES),
+        choices=sorted(OBJECTIVE_NAMES),
     )
     objective_kwargs: JSON = option(
         None,
@@ -99,68 +107,91 @@ class ObjectiveFields(Fields):
         for name in ("assistant_alpha", "assistant_lambda"):
             if getattr(self, f"{name}_schedule") is not None:
                 without_effect(self, (name,), f"beside {name}_schedule")
-        check_schedules(self, build_objective(self))
-        build_student_text_objective(self)
+        _check_name("objective", self.objective, OBJECTIVE_NAMES)
+        if self.student_text_objective is not None:
+            _check_name("student_text_objective", self.student_text_objective, OBJECTIVE_NAMES)
+        _check_name("divergence", self.divergence, DIVERGENCE_NAMES)
+        _check_name("divergence_order", self.divergence_order, ORDERS)
+        objective_parameters(self)
+        self._check_student_text_objective()
+        self._check_schedules()
+
+    def _check_student_text_objective(self) -> None:
+        if self.student_text_objective is None:
+            without_effect(self, ("student_text_objective_kwargs",), "without student_text_objective")
+        elif isinstance(build_schedule(self, "assistant_lambda"), TaidLambda):
+            raise ValueError(
+                "TAID's λ follows the loss of one objective; leave student_text_objective unset beside it"
+            )
+
+    def _check_schedules(self) -> None:
+        given = [name for name in ASSISTANT_SCHEDULES if getattr(self, name) is not None]
+        if given and {"skew", "lam"} & set(json_dict(self.objective_kwargs)):
+            raise ValueError(f"objective_kwargs={self.objective_kwargs} fixes what assistant_lambda_schedule moves")
+        build_schedule(self, "assistant_alpha")
+        build_schedule(self, "assistant_lambda")
 
 
-def build_objective(config: ObjectiveFields) -> Objective:
-    """The objective that the configuration describes; a ValueError names a field that it would leave unused."""
+def _check_name(field: str, name: Any, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{field} must be one of {', '.join(known)}; got {name!r}")
+
+
+def check_objective(config: ObjectiveFields) -> None:
+    """Refuse parameters that do not fit the objectives, and schedules that move nothing in them."""
+    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
+    if not build_objective(config).uses_assistant and given:
+        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
+    build_student_text_objective(config)
+
+
+def objective_parameters(config: ObjectiveFields) -> dict[str, Any]:
+    """What the function of the objective is called with; a ValueError names a field that it would leave unused."""
     if config.objective == "amid":
         if config.objective_kwargs:
             raise ValueError(
                 f"objective_kwargs={config.objective_kwargs} has no effect on objective='amid'; set "
                 f"{', '.join(AMID_FIELDS)}"
             )
-        parameters = {
+        return {
             "alpha": config.assistant_alpha,
             "lam": config.assistant_lambda,
             "divergence": config.divergence,
             "order": config.divergence_order,
             "divergence_kwargs": config.divergence_kwargs,
         }
-    else:
-        without_effect(
-            config,
-            (*AMID_FIELDS, "assistant_alpha_schedule"),
-            f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
-            f"{config.objective!r} in objective_kwargs",
-        )
-        parameters = dict(config.objective_kwargs or {})
-        if config.objective == "gkd":
-            if "beta" in parameters:
-                raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
-            parameters["beta"] = config.beta
-    return _named_objective(config, "objective", parameters)
+    without_effect(
+        config,
+        (*AMID_FIELDS, "assistant_alpha_schedule"),
+        f"on objective={config.objective!r}; set objective='amid', or give the parameters of "
+        f"{config.objective!r} in objective_kwargs",
+    )
+    parameters = dict(json_dict(config.objective_kwargs))
+    if config.objective == "gkd":
+        if "beta" in parameters:
+            raise ValueError("objective='gkd' takes its beta from the field beta, not from objective_kwargs")
+        parameters["beta"] = config.beta
+    return parameters
 
 
-def build_student_text_objective(config: ObjectiveFields) -> Objective | None:
+def build_objective(config: ObjectiveFields) -> "Objective":
+    """The objective that the configuration describes."""
+    return _named_objective(config, "objective", objective_parameters(config))
+
+
+def build_student_text_objective(config: ObjectiveFields) -> "Objective | None":
     """The objective of text that the student wrote, where it has one of its own."""
     if config.student_text_objective is None:
-        without_effect(config, ("student_text_objective_kwargs",), "without student_text_objective")
         return None
-    if isinstance(build_schedule(config, "assistant_lambda"), TaidLambda):
-        raise ValueError("TAID's λ follows the loss of one objective; leave student_text_objective unset beside it")
-    return _named_objective(config, "student_text_objective", config.student_text_objective_kwargs or {})
+    return _named_objective(config, "student_text_objective", json_dict(config.student_text_objective_kwargs))
 
 
-def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, Any]) -> Objective:
+def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, Any]) -> "Objective":
+    from amid_trl.maths.published import OBJECTIVES
+
     name = getattr(config, field)
-    if name not in OBJECTIVES:
-        raise ValueError(f"{field} must be one of {', '.join(OBJECTIVES)}; got {name!r}")
     try:
         objective = OBJECTIVES[name](**parameters)
     except TypeError as error:
         raise ValueError(f"{field}_kwargs={parameters} does not fit {name!r}: {error}") from error
     return dataclasses.replace(objective, temperature=config.distill_temperature)
-
-
-def check_schedules(config: ObjectiveFields, objective: Objective) -> None:
-    """Refuse schedules of α and λ that are none, or that move nothing in this objective."""
-    given = [name for name in ASSISTANT_SCHEDULES if getattr(config, name) is not None]
-    if given and not objective.uses_assistant:
-        raise ValueError(f"{', '.join(given)} has no effect: this objective compares without an assistant")
-    fixed = {"skew", "lam"} & set(config.objective_kwargs or {})
-    if given and fixed:
-        raise ValueError(f"objective_kwargs={config.objective_kwargs} fixes what assistant_lambda_schedule moves")
-    build_schedule(config, "assistant_alpha")
-    build_schedule(config, "assistant_lambda")

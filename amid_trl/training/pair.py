@@ -8,6 +8,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from amid_trl.fields import json_dict
 from amid_trl.models.deepspeed import is_sharded
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
@@ -41,13 +42,15 @@ def load_pair(
         missing = "model" if model is None else "teacher_model (or args.teacher_model_name_or_path)"
         raise ValueError(f"{missing} is missing: pass a name, a path or a model")
 
-    revision = (args.model_init_kwargs or {}).get("revision")
+    revision = json_dict(args.model_init_kwargs).get("revision")
     remote = args.trust_remote_code
     student = load_student(model, args, quantization_config)
-    tokenizer = tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
-    check_student(student, tokenizer, adapter_follows=adapter_follows)
+    tokenizer = checked_tokenizer(
+        tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
+    )
+    check_student(student, adapter_follows=adapter_follows)
     teacher = None
-    if not absent:
+    if teacher_model is not None and not absent:
         teacher = load_teacher(teacher_model, args)
         revision = args.teacher_model_revision
         check_teacher(student, teacher)
@@ -73,7 +76,7 @@ def load_student(
         if quantization_config is not None:
             raise ValueError("quantization_config is for a student given by name; model is a model already")
         return model
-    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **json_dict(args.model_init_kwargs)}
     if quantization_config is not None:
         if init_kwargs.get("quantization_config") is not None:
             raise ValueError("quantization_config is given twice: as an argument and in args.model_init_kwargs")
@@ -93,7 +96,8 @@ def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
             "peft_config puts a new adapter on an adapter, which has to be merged first, but ZeRO-3 holds its base "
             "in pieces: give the model that `amid-trl merge` writes, or leave peft_config out to train on the adapter"
         )
-    merged = student.merge_and_unload()
+    adapted: Any = student
+    merged = adapted.merge_and_unload()
     logger.warning("Merged the student's adapter before adding another; the new adapter's base is %s", folder)
     if saves:
         merged.save_pretrained(folder)
@@ -102,14 +106,19 @@ def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
     return merged
 
 
-def check_student(student: nn.Module, tokenizer: Any, *, adapter_follows: bool) -> None:
-    """Refuse a student that cannot be trained; it may be frozen now if an adapter follows."""
+def checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Refuse what is no tokenizer."""
     if tokenizer is None:
         raise ValueError("processing_class is missing, and no tokenizer lies beside the student's weights")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             f"processing_class must be a tokenizer; got a {type(tokenizer).__name__}: only text is trained"
         )
+    return tokenizer
+
+
+def check_student(student: nn.Module, *, adapter_follows: bool) -> None:
+    """Refuse a student that cannot be trained; it may be frozen now if an adapter follows."""
     check_text_only(student, "student")
     if not adapter_follows and not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from amid_trl.data.plain_text import PlainText, open_plain_text
 from amid_trl.maths.means import Means
 from amid_trl.run import Run
-from amid_trl.sources.choice import Source
-from amid_trl.sources.sources import WindowSources
+from amid_trl.sources.shares import WindowSources
+from amid_trl.sources.source import Source
 from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
 from amid_trl.teacher.teacher import Teacher, open_teacher

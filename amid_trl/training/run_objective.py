@@ -13,7 +13,7 @@ from amid_trl.maths.schedules import TaidLambda
 from amid_trl.maths.sparse import SparseTokenLoss
 from amid_trl.maths.token_loss import DistillationTokenLoss
 from amid_trl.run import Run
-from amid_trl.sources.choice import STUDENT_TEXT, Source
+from amid_trl.sources.source import STUDENT_TEXT, Source
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.objective_fields import build_objective, build_student_text_objective
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first
@@ -42,7 +43,7 @@ from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
 from amid_trl.training.card import PAPER, complete_card, objective_table
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
-from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, for_sft, own_copy
+from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, follow_prompts, for_sft, own_copy
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
@@ -80,6 +81,12 @@ class AMiDTrainer(GKDTrainer):
             As in [`~trl.SFTTrainer`].
     """
 
+    # More than SFTTrainer and transformers say of theirs.
+    args: AMiDConfig
+    model: nn.Module
+    model_wrapped: nn.Module
+    processing_class: PreTrainedTokenizerBase
+
     loss_is_scaled_for_ga = True
 
     _tag_names = ["trl", "amid"]
@@ -107,6 +114,7 @@ class AMiDTrainer(GKDTrainer):
         if preprocess_logits_for_metrics is not None:
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         args = own_copy(args, model)
+        follow_prompts(args, train_dataset, prepares=data_collator is None, formats=formatting_func is not None)
         check_arguments(args, eval_dataset, compute_metrics, has_collator=data_collator is not None)
         set_seed(args.seed)
         student, teacher, tokenizer = load_pair(
@@ -116,7 +124,7 @@ class AMiDTrainer(GKDTrainer):
         self._positions = common_positions(student, teacher)
         SFTTrainer.__init__(
             self,
-            student,
+            cast(Any, student),
             args=for_sft(args, has_collator=data_collator is not None),
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -131,7 +139,8 @@ class AMiDTrainer(GKDTrainer):
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
         self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
         if data_collator is None:
-            self.data_collator = DistillationCollator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+            padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
+            self.data_collator = DistillationCollator(*padding)
         self._prepare_student()
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
@@ -142,7 +151,7 @@ class AMiDTrainer(GKDTrainer):
             self.teacher_model,
             all_datasets(self.train_dataset, self.eval_dataset),
             pretrain_dataset,
-            deals=data_collator is None,
+            deals=isinstance(self.data_collator, DistillationCollator),
         )
         self._show_parts()
 
@@ -168,7 +177,7 @@ class AMiDTrainer(GKDTrainer):
         self.add_callback(parts.stop_on_sigterm)
         self.add_callback(parts.memory)
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def _prepare_dataset(self, dataset, processing_class: Any, args: Any, packing, formatting_func, dataset_name):
         settings = data_settings(
             args,
             positions=self._positions,
@@ -209,7 +218,7 @@ class AMiDTrainer(GKDTrainer):
 
         Multiplied by the number of processes where the count is global, because their gradients are averaged.
         """
-        student = self.accelerator.unwrap_model(model)
+        student: Any = self.accelerator.unwrap_model(model)
         # DeepSpeed's wrapper says it trains even in evaluation.
         window = self._parts.window if student.training else Window()
         token_loss = self._parts.objective.token_loss(window.source)
@@ -246,7 +255,7 @@ class AMiDTrainer(GKDTrainer):
             means.add(name, totals[name], totals["tokens"])
 
     def _record_evaluation(self, rows: Figures) -> None:
-        rows = Figures(rows.names, self.accelerator.gather_for_metrics(rows.columns))
+        rows = Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
         self._record(self._parts.eval_means, rows)
         if self.row_recorder is not None:
             self.row_recorder(rows)
@@ -257,9 +266,9 @@ class AMiDTrainer(GKDTrainer):
         """The loss and, where metrics want them, the student's most likely tokens: never logits."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = cast(Any, self.compute_loss(model, inputs, return_outputs=True))
         if self._parts.answers is not None:
-            figures = self.accelerator.gather_for_metrics(self._parts.answers(inputs, self.state.global_step))
+            figures: Any = self.accelerator.gather_for_metrics(self._parts.answers(inputs, self.state.global_step))
             add_answers(self._parts.eval_means, figures)
         if prediction_loss_only:
             return loss, None, None
@@ -279,14 +288,15 @@ class AMiDTrainer(GKDTrainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._parts.eval_means.pop()  # no reduction: rows were gathered when they were recorded
         means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        metrics: Any = output.metrics
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     # ---- Checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         forget_evaluation(self)
         try:
             with self._parts.stop_on_sigterm:
@@ -322,7 +332,7 @@ class AMiDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
-            means = self._parts.train_means.pop(partial(self.accelerator.reduce, reduction="sum"))
+            means = self._parts.train_means.pop(cast(Any, partial(self.accelerator.reduce, reduction="sum")))
             if means:  # not in the summary at the end
                 logs.update(means)
                 logs.update(self._parts.figures)
@@ -334,6 +344,6 @@ class AMiDTrainer(GKDTrainer):
         """TRL's card with both models' names, followed by the objective's settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            teacher = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
+            teacher: Any = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
             settings = objective_table(self.args, self.objective)
-            complete_card(Path(self.args.output_dir, "README.md"), self.model, teacher, settings)
+            complete_card(Path(str(self.args.output_dir), "README.md"), self.model, teacher, settings)

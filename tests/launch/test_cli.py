@@ -193,13 +193,17 @@ def test_data_that_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("evaluate", "stopped; the same command goes on"), ("merge", "stopped")]
+    ("command", "function", "said"),
+    [
+        ("evaluate", "evaluation.command.evaluate_model", "stopped; the same command goes on"),
+        ("merge", "models.command.merge", "stopped"),
+    ],
 )
-def test_ctrl_c_is_one_line(monkeypatch, capsys, command, said):
+def test_ctrl_c_is_one_line(monkeypatch, capsys, command, function, said):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"amid_trl.cli._{command}", interrupted)
+    monkeypatch.setattr(f"amid_trl.{function}", interrupted)
     assert cli.main([command, "model", *(["--output-dir", "out"] if command == "evaluate" else ["out"])]) == 130
     assert capsys.readouterr().err == f"\namid-trl {command}: {said}\n"
 
@@ -239,12 +243,12 @@ def test_launch_arguments_go_to_accelerate_and_the_rest_to_the_script(monkeypatc
     monkeypatch.setattr("amid_trl.launch.launcher.accelerate_launch", lambda *args: launched.append(args))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    flags = ["--output_dir", "out", "--use_cpu", "--accelerate_config", "zero2", "--num_processes", "4"]
-    assert cli.main(["train", *flags]) == 0
+    given = ["--model_name_or_path", "student", "--dataset_name", "data", "--output_dir", "out", "--use_cpu"]
+    assert cli.main(["train", *given, "--accelerate_config", "zero2", "--num_processes", "4"]) == 0
     launch, module, script = launched[0]
     assert launch == ["--config_file", accelerate_configs.config_path("zero2"), "--num_processes", "4"]
     assert module == "amid_trl.launch.script"
-    assert script == ["--output_dir", "out", "--use_cpu"]
+    assert script == given
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["init-student"], ["merge"]])

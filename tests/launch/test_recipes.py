@@ -18,7 +18,7 @@ from amid_trl.maths.schedules import TaidLambda
 from amid_trl.training.objective_fields import build_objective, build_student_text_objective
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AB = {"alpha": 0.2, "beta": 0.7}
 # What each method minimises, term by term: divergence, order, α and the teacher's share λ of r.
 OBJECTIVES = {
@@ -185,7 +185,7 @@ def test_the_command_hands_the_recipe_to_its_processes(monkeypatch):
     monkeypatch.setattr("amid_trl.launch.launcher.accelerate_launch", lambda *args: launched.append(args))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    flags = ["--output_dir", "unused", "--use_cpu"]
+    flags = ["--model_name_or_path", "student", "--dataset_name", "data", "--output_dir", "unused", "--use_cpu"]
     assert cli.main(["train", "--config", "taid", *flags, "--num_processes", "4"]) == 0
     [(launcher, _, script)] = launched
     assert launcher == ["--num_processes", "4"]

@@ -1,4 +1,4 @@
-"""Training that is killed again and again, for as long as one likes: python soak.py SECONDS [SEED].
+"""Training that is killed again and again, for as long as one likes: python tests/support/soak.py SECONDS [SEED].
 
 Two runs on the tiny models, of all weights and of an adapter, are made once unharmed. Then they take turns at being
 killed at random moments and resumed until they are over: what they log and save is what the unharmed ones did, to the

@@ -1,4 +1,4 @@
-"""A run of tests/soak.py in a process of its own, to be killed: python soak_worker.py OUTPUT_DIR SETTINGS."""
+"""A run of tests/support/soak.py in a process of its own, to be killed: python soak_worker.py OUTPUT_DIR SETTINGS."""
 
 import hashlib
 import json

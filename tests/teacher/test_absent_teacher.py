@@ -17,6 +17,7 @@ from amid_trl import OBJECTIVES, AMiDConfig, AMiDTrainer
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import prepare_dataset
 from amid_trl.data.rows import DataSettings
+from amid_trl.launch.cache_teacher import main
 from amid_trl.teacher.cache import TeacherCache
 from amid_trl.teacher.server import TeacherServer
 from amid_trl.training.fill_cache import cache_teacher
@@ -322,3 +323,11 @@ def test_a_teacher_is_given_once(run, teacher):
 def test_a_folder_that_is_no_cache_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match="holds no teacher's probabilities"):
         run(teacher_cache=str(tmp_path), lmbda=0.0)
+
+
+@pytest.mark.parametrize("absent", ["teacher_model_server_url", "teacher_adapter_path"])
+def test_a_cache_is_not_written_by_a_teacher_without_a_model(tmp_path, absent):
+    config = AMiDConfig(str(tmp_path), **{**CONFIG, "lmbda": 0.0}, **{absent: "elsewhere"})
+    config.teacher_cache = str(tmp_path / "cache")  # as flags give it: refused beside the other on construction
+    with pytest.raises(ValueError, match="a cache is written by a teacher with a model of its own; got elsewhere"):
+        main(None, config, None, None)

@@ -1,4 +1,4 @@
-"""The teacher in few bits, in the host's memory, or under an engine of its own (the engines: test_engines.py)."""
+"""The teacher in few bits, in the host's memory, or under an engine of its own (the engines: tests/engines)."""
 
 import json
 from types import SimpleNamespace

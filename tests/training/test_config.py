@@ -236,14 +236,14 @@ EFFECTS = {
     "assistant_lambda_schedule": "training/test_run_objective.py::test_every_window_is_trained_with_its_objective",
     "student_text_objective": "training/test_run_objective.py::test_every_window_is_trained_with_its_objective",
     "student_text_objective_kwargs": "training/test_run_objective.py::test_the_objective_of_a_source",
-    "lmbda_schedule": "sources/test_sources.py::test_a_schedule_moves_the_share_in_training_and_is_logged",
-    "sampling": "sources/test_sources.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
-    "sampling_block_size": "sources/test_sources.py::test_blocks_have_their_share_exactly",
-    "adaptive_threshold": "sources/test_sources.py::test_an_adaptive_run_has_distillms_shares",
-    "adaptive_tolerance": "sources/test_sources.py::test_the_threshold_follows_the_evaluations_of_the_run",
-    "adaptive_step": "sources/test_sources.py::test_the_threshold_follows_the_evaluations_of_the_run",
-    "replay_share": "sources/test_sources.py::test_an_adaptive_run_has_distillms_shares",
-    "replay_capacity": "sources/test_sources.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
+    "lmbda_schedule": "sources/test_shares.py::test_a_schedule_moves_the_share_in_training_and_is_logged",
+    "sampling": "sources/test_shares.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
+    "sampling_block_size": "sources/test_shares.py::test_blocks_have_their_share_exactly",
+    "adaptive_threshold": "sources/test_shares.py::test_an_adaptive_run_has_distillms_shares",
+    "adaptive_tolerance": "sources/test_shares.py::test_the_threshold_follows_the_evaluations_of_the_run",
+    "adaptive_step": "sources/test_shares.py::test_the_threshold_follows_the_evaluations_of_the_run",
+    "replay_share": "sources/test_shares.py::test_an_adaptive_run_has_distillms_shares",
+    "replay_capacity": "sources/test_shares.py::test_replayed_rows_are_those_that_the_student_wrote_token_for_token",
     "sft_weight": (
         "training/test_batch_loss.py::"
         "test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own"
@@ -317,7 +317,7 @@ def test_every_field_has_a_test_of_its_effect(request):
 
 
 def test_a_test_that_does_not_mention_the_field_is_found(request):
-    file = request.path.parents[1] / "sources" / "test_sources.py"
+    file = request.path.parents[1] / "sources" / "test_shares.py"
     of_replay = source_of("test_replayed_rows_are_those_that_the_student_wrote_token_for_token", file)
     assert '"sampling": "adaptive"' in of_replay  # in a table that a fixture names
     assert "sampling_block_size" not in of_replay  # elsewhere in the file

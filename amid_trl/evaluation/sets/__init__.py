@@ -97,6 +97,12 @@ def load(name_or_file: str, limit: int | None = None) -> EvaluationSet:
     return EvaluationSet(name_or_file, examples, about.version, about.prompt_tokens)
 
 
+def check_set(name_or_file: str, limit: int | None = None) -> None:
+    """Refuse what `load` refuses, as far as nothing has to be downloaded for it."""
+    if Path(name_or_file).is_file() or name_or_file not in names():
+        load(name_or_file, limit)
+
+
 def _downloaded(about: Origin) -> Path:
     from huggingface_hub import hf_hub_download
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from amid_trl._trl import ACCELERATE_CONFIGS
+from amid_trl.launch.declared import package_folder
 from amid_trl.launch.names import with_paths
 
 
@@ -12,7 +12,8 @@ FOLDER = Path(__file__).parent
 
 def files() -> dict[str, Path]:
     """All of them by name: TRL's, and ours in the place of TRL's of the same name."""
-    return {path.stem: path for folder in (ACCELERATE_CONFIGS, FOLDER) for path in folder.glob("*.yaml")}
+    folders = (package_folder("trl") / "accelerate_configs", FOLDER)  # TRL's own command knows the former by name
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def resolve(launch_args: Sequence[str]) -> list[str]:

@@ -19,6 +19,11 @@ def resolve(argv: Sequence[str]) -> list[str]:
     return with_paths(argv, "--config", config_path, "--config")
 
 
+def path_in(argv: Sequence[str]) -> str:
+    """The file behind `--config` in what `resolve` gives."""
+    return argv[argv.index("--config") + 1]
+
+
 def config_path(value: str) -> str:
     """The file `value`, else the recipe of that name."""
     if Path(value).is_file():

@@ -1,6 +1,6 @@
 """Write exact.json: mixtures and alpha-beta divergences by mpmath with 50 digits, straight from their definitions.
 
-Run `python tests/golden/compute.py`. It covers what floating point in probability space cannot: alpha next to 1,
+Run `python tests/maths/golden/compute.py`. It covers what floating point in probability space cannot: alpha next to 1,
 exponents next to 0, probabilities far below the smallest float. Stored to 17 digits.
 """
 
@@ -71,7 +71,7 @@ def main():
             row = {"logits": name, "alpha": float(alpha), "beta": float(beta), "value": float(nstr(value, 17))}
             divergences.append(row)
     logits = {name: [[float(z) for z in z_p], [float(z) for z in z_q]] for name, (z_p, z_q) in LOGITS.items()}
-    origin = "tests/golden/compute.py, mpmath with 50 digits"
+    origin = "tests/maths/golden/compute.py, mpmath with 50 digits"
     document = {"origin": origin, "logits": logits, "mixtures": mixtures, "alpha_beta": divergences}
     Path(__file__).with_name("exact.json").write_text(json.dumps(document, indent=1) + "\n")
 

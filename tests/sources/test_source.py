@@ -8,7 +8,7 @@ import pytest
 
 from amid_trl.maths.schedules import AdaptiveShare
 from amid_trl.models.generation import completion_seed
-from amid_trl.sources.choice import FRESH_PARTS, next_source, replay_seed, window_draw
+from amid_trl.sources.source import FRESH_PARTS, next_source, replay_seed, window_draw
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Who writes the windows of a run, and what that depends on: DistiLLM's share and the replay buffer."""
+"""How windows are shared out to the sources, and the state of that: DistiLLM's rule, the replay buffer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor
 from amid_trl.fields import build_schedule
 from amid_trl.maths.schedules import AdaptiveShare
 from amid_trl.run import Run
-from amid_trl.sources.choice import FRESH_PARTS, Source, next_source, replay_seed, window_draw
 from amid_trl.sources.fields import SourceFields
 from amid_trl.sources.replay import ReplayBuffer, deal
+from amid_trl.sources.source import FRESH_PARTS, Source, next_source, replay_seed, window_draw
 
 
 class WindowSources:

@@ -10,7 +10,7 @@ from tiny import messages_dataset, tiny_llama
 
 from amid_trl import AMiDConfig
 from amid_trl.run import Run
-from amid_trl.sources.sources import WindowSources
+from amid_trl.sources.shares import WindowSources
 
 
 ADAPTIVE = {

@@ -1,4 +1,4 @@
-"""Who writes the completions of the next window: the dataset, the student, now or earlier (replay), or the teacher.
+"""The sources of text, and which of them the next window has: dataset, student, replay of the student, or teacher.
 
 A window is the set of micro-batches of one optimizer step. The decision is a pure function of the run's seed and the
 step, so that every process takes the same one without talking, and a resumed run repeats it. What it depends on beside

@@ -1,0 +1,47 @@
+"""All that AMiDConfig adds to TRL's fields: the groups, the run's own, and what they may not say together."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from amid_trl.data.fields import DataFields
+from amid_trl.fields import check_choice, option, without_effect
+from amid_trl.sources.fields import SourceFields
+from amid_trl.teacher.fields import TeacherFields
+from amid_trl.training.inherited import REFUSED
+from amid_trl.training.objective_fields import ObjectiveFields
+
+
+@dataclass
+class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
+    """Parameters that control the run."""
+
+    nonfinite_loss: Literal["stop", "skip"] = option(
+        "stop",
+        "When the loss of a micro-batch is NaN or infinite: stop with an error that names the step, the rows and the "
+        "last checkpoint with finite weights; skip gives that micro-batch no gradient, with a warning, and logs how "
+        "many there were.",
+    )
+    # transformers would read `str | bool` as a boolean on the command line.
+    include_num_input_tokens_seen: str = option(  # pyright: ignore[reportIncompatibleVariableOverride]
+        "non_padding", "Count the tokens seen: all, non_padding or no. Gives tokens per second in the logs."
+    )
+
+    def __post_init__(self):
+        """The groups' own checks, each in its group, then those across them."""
+        super().__post_init__()
+        for name, (accepted, why) in REFUSED.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted[0]!r}"
+                )
+        check_choice(self, "nonfinite_loss", ("stop", "skip"))
+        if self.student_shares[1] == 0:
+            without_effect(self, ("student_text_objective",), "on a run without student text; set lmbda")
+        if self.teacher_is_sparse:
+            where = "on a teacher of which only the likeliest tokens are known"
+            without_effect(self, ("distill_temperature",), where)
+        if self.teacher_cache is not None and self.student_shares[1] > 0:
+            raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
+
+
+GROUPS = (ObjectiveFields, TeacherFields, DataFields, SourceFields, RunFields)

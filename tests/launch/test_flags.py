@@ -1,0 +1,280 @@
+"""The command line without torch: what it reads of other packages is what they are, and mistakes are found by it."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from amid_trl import DIVERGENCES, OBJECTIVES, cli
+from amid_trl._trl import launch_command_parser
+from amid_trl.launch import declared, flags, script
+from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES
+from amid_trl.training.objective_fields import check_objective
+
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers.training_args", "peft", "bitsandbytes", "trl.trainer.sft_config")
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK", "COLUMNS"))
+}
+FOLDERS = ["training", "teacher", "data", "sources", "training"]
+# In their files in a form that is not read; nothing is refused because of them.
+UNREAD = {
+    "log_level": ("choices",),
+    "log_level_replica": ("choices",),
+    "parallelism_config": ("type",),
+    "optim": ("default",),
+}
+INTO = ["--output-dir", "FOLDER"]
+GIVEN = ["--model_name_or_path", "student", "--dataset_name", "data"]
+
+HELP = [
+    *(["--help"], ["train", "--help"], ["train", "-h"], ["train", "--help-all"], ["cache-teacher", "--help"]),
+    *(["evaluate", "--help"], ["compare", "--help"], ["init-student", "--help"], ["merge", "--help"]),
+]
+COMPARE = """
+base: {model_name_or_path: student, teacher_model_name_or_path: teacher, dataset_name: data, sampling: mixd}
+runs: {one: {objective: kd}}
+seeds: [1]
+metrics: [eval_nl]
+budget: {steps: 1}
+"""
+MISTAKES = [
+    (["train"], "model_name_or_path is missing"),
+    (["train", "--model_name_or_path", "student"], "give the data either as dataset_name or as a datasets mixture"),
+    (["train", *GIVEN, "--objektive", "kd"], "unknown arguments: --objektive kd"),
+    (["train", *GIVEN, "--num_processes", "2", "stray"], "unknown arguments: stray"),
+    (["train", *GIVEN, "--num_processes", "two"], "argument --num_processes"),
+    (["train", *GIVEN, "--learning_rate", "fast"], "argument --learning_rate"),
+    (["train", *GIVEN, "--eval_strategy", "sometimes"], "argument --eval_strategy"),
+    (["train", *GIVEN, "--objective", "klx"], "argument --objective: invalid choice: 'klx'"),
+    (["train", *GIVEN, "--divergence", "klx"], "divergence must be one of kl, "),
+    (["train", *GIVEN, "--sampling", "mixd"], "argument --sampling"),
+    (["train", *GIVEN, "--packing"], "AMiDTrainer does not support packing=True"),
+    (["train", *GIVEN, "--max_new_tokens", "1024"], "leaves no room for a prompt"),
+    (["train", *GIVEN, "--lmbda_schedule", '{"kind": "linear"}'], "lmbda_schedule of kind 'linear'"),
+    (["train", *GIVEN, "--lmbda_schedule", '{"kind": '], "lmbda_schedule is not JSON"),
+    (["train", *GIVEN, "--teacher_offload", "--teacher_load_in_4bit"], "exclude each other"),
+    (["train", *GIVEN, "--num_generations", "3"], "num_generations=3 must divide the 8 rows"),
+    (["train", *GIVEN, "--accelerate_config", "nosuch"], "neither a file nor a configuration"),
+    (["train", *GIVEN, "--accelerate_config"], "--accelerate_config: a name or a file has to follow"),
+    (["train", "--config", "nosuch"], "--config nosuch: neither a file nor a recipe"),
+    (["train", "--config"], "--config: a name or a file has to follow"),
+    (["train", "--config", "BAD"], "BAD is not YAML"),
+    (["train", "--config", "KEY"], "unknown arguments: --lmda 0.5"),
+    (["train", "--config", "TYPE"], "argument --learning_rate"),
+    (["train", "--model_name_or_path", "./nosuch", *GIVEN[2:]], "./nosuch is neither a folder nor a name on the Hub"),
+    (["train", *GIVEN[:2], "--dataset_name", "/no/data"], "dataset_name '/no/data' is neither a folder with data nor"),
+    (["train", *GIVEN, "--teacher_model_name_or_path", "FOLDER"], "holds neither a model nor an adapter"),
+    (["train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skw": 1}'], "of skl may have skew; got 'skw'"),
+    (
+        ["train", *GIVEN, "--divergence_kwargs", '{"gamma": 1}'],
+        "divergence_kwargs of ab may have alpha, beta; got 'gamma'",
+    ),
+    (
+        ["train", *GIVEN, "--objective", "kd", "--assistant_alpha", "1"],
+        "assistant_alpha has no effect on objective='kd'",
+    ),
+    (["train", *GIVEN, "--student_text_objective_kwargs", '{"a": 1}'], "no effect without student_text_objective"),
+    (
+        ["train", *GIVEN, "--assistant_lambda_schedule", '{"kind": "taidd"}'],
+        "assistant_lambda_schedule must be a dict",
+    ),
+    (["cache-teacher", *GIVEN], "teacher_cache is missing"),
+    (["evaluate"], "the following arguments are required: model, --output-dir"),
+    (["evaluate", "m", *INTO], "nothing to evaluate"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "nosuch"], "neither a file nor one of dolly"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "SET"], "SET, line 1: no reference"),
+    (["evaluate", "m", *INTO, "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "dolly", "--dtype", "int3"], "argument --dtype: invalid choice"),
+    (["evaluate", "/no/model", *INTO, "--evaluation-set", "dolly"], "/no/model is neither a folder nor a name"),
+    (["evaluate", "m", *INTO, "--evaluation-set", "dolly", "--teacher", "FOLDER"], "holds neither a model"),
+    (["compare"], "the following arguments are required: file, --output-dir"),
+    (["compare", "nosuch.yaml", *INTO], "No such file"),
+    (["compare", "BAD", *INTO], "BAD is not YAML"),
+    (["compare", "METRIC", *INTO], "metrics: unknown 'eval_nl'"),
+    (["compare", "RUN", *INTO], "runs.one: sampling must be 'mixed' or 'adaptive'; got 'mixd'"),
+    (["init-student", "teacher", "out"], "the following arguments are required: --drop-layers"),
+    (["init-student", "teacher", "out", "--drop-layers", "x"], "'x'"),
+    (["init-student", "FOLDER", "out", "--drop-layers", "1"], "holds neither a model nor an adapter"),
+    (["merge", "adapter"], "the following arguments are required: output_dir"),
+    (["merge", "/no/adapter", "out"], "/no/adapter is neither a folder nor a name on the Hub"),
+]
+
+
+def described(parser: argparse.ArgumentParser) -> dict:
+    """What an option accepts, by its spelling."""
+    options = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            kind = getattr(action.type, "__name__", None)
+            options[option] = {
+                "dest": action.dest,
+                "nargs": action.nargs,
+                "const": action.const,
+                "type": kind,
+                "choices": None if action.choices is None else [*map(str, action.choices)],
+                "default": str(action.default),
+            }
+    return options
+
+
+@pytest.fixture(scope="module")
+def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    return flags.declared_parser(), script.make_parser()
+
+
+def test_the_options_are_those_of_the_installed_versions(parsers):
+    light, real = map(described, parsers)
+    assert set(light) - set(real) == {"--help-all", "--help_all"}
+    assert set(real) <= set(light)
+    for option, theirs in real.items():
+        for key, value in theirs.items():
+            if key not in UNREAD.get(theirs["dest"], ()):
+                assert light[option][key] == value, f"{option}: {key}"
+
+
+def test_the_launchers_options_are_those_of_the_installed_version():
+    light, real = described(flags.launcher_parser()), described(launch_command_parser())
+    assert set(light) == set(real) - {"-h", "--help"}
+    for option, ours in light.items():
+        assert (ours["dest"], ours["nargs"]) == (real[option]["dest"], real[option]["nargs"]), option
+        assert ours["type"] in (real[option]["type"], None), option  # None: in a form that is not read
+        assert ours["choices"] in (real[option]["choices"], None), option
+
+
+def test_the_names_are_those_of_the_maths():
+    assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
+    assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
+
+
+def test_the_parameters_are_those_of_the_maths():
+    read = flags.parameter_names()
+    for name, objective in OBJECTIVES.items():
+        assert read["objective"][name] == read["student_text_objective"][name] == [*signature(objective).parameters]
+    for name, divergence in DIVERGENCES.items():
+        assert read["divergence"][name] == [*signature(divergence).parameters][2:]
+
+
+def answered(
+    *arguments: str, code: str = "sys.exit(main(sys.argv[1:]))"
+) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """What a command says, and what it has imported of what takes seconds."""
+    code = (
+        "import atexit, json, sys\n"
+        f"atexit.register(lambda: print(json.dumps([m for m in {HEAVY} if m in sys.modules]), file=sys.stderr))\n"
+        f"from amid_trl.cli import main\n{code}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    *said, imported = done.stderr.splitlines()
+    return subprocess.CompletedProcess(arguments, done.returncode, done.stdout, "\n".join(said)), json.loads(imported)
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
+def test_help_is_quick(arguments):
+    done, imported = answered(*arguments)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("usage: amid-trl")
+    assert not imported
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    """What stands for a file or a folder in MISTAKES."""
+    folder = tmp_path_factory.mktemp("places")
+    contents = {
+        "BAD": "a: [1\n",
+        "KEY": "model_name_or_path: s\ndataset_name: d\nlmda: 0.5\n",
+        "TYPE": "model_name_or_path: s\ndataset_name: d\nlearning_rate: fast\n",
+        "SET": '{"prompt": "What?"}\n',
+        "METRIC": COMPARE,
+        "RUN": COMPARE.replace("eval_nl", "eval_nll"),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    return {"FOLDER": str(folder), **{name: str(folder / name) for name in contents}}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(each[0])[-60:] for each in MISTAKES])
+def test_a_mistake_is_one_line(arguments, message, places, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert cli.main([places.get(text, text) for text in arguments]) == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith(f"amid-trl {arguments[0]}: ") and message in line and not printed.out
+
+
+def test_mistakes_are_found_before_what_takes_seconds_is_imported(places):
+    every = [[places.get(text, text) for text in arguments] for arguments, _ in MISTAKES]
+    done, imported = answered(*map(json.dumps, every), code="[main(json.loads(each)) for each in sys.argv[1:]]")
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == len(MISTAKES)
+    assert not imported
+
+
+def test_a_command_that_there_is_not_is_named():
+    for arguments in ([], ["trian"]):
+        done, imported = answered(*arguments)
+        [line] = done.stderr.splitlines()
+        assert (done.returncode, imported) == (2, [])
+        assert line.startswith("amid-trl: ") and line.endswith("(amid-trl --help lists the commands)")
+
+
+def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: s\ndataset_name: d\nlearning_rate: 1e-5\nnum_processes: 2\nenv: {AMID_X: 1}\n"
+    )
+    for given in (
+        ["--config", str(file), "--accelerate_config", "ddp"],
+        [*GIVEN, "--num-processes", "2", "--mixed_precision=bf16"],
+        [*GIVEN, "--loss_type", "chunked_nll"],  # which TRL turns into what we accept
+        [*GIVEN, "--log_level", "info", "--optim", "adafactor", "--lr_scheduler_type", "cosine"],
+        [*GIVEN, "--lmbda_schedule", '{"kind": "linear", "start": "0.1", "end": 1}'],
+        [*GIVEN, "--report_to", "none", "--no_disable_dropout", "--top_p", "0.9", "--min-p", "none"],
+        [*GIVEN, "--num_generations", "4", "--gradient_accumulation_steps", "2", "--lmbda=1"],
+    ):
+        if (config := flags.check_flags(given, "train")) is not None:
+            check_objective(config)
+
+
+def test_parameters_of_an_objective_are_checked_with_torch_alone(tmp_path):
+    done, imported = answered("train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skew": 2}')
+    assert done.returncode == 2 and "skew must be in [0, 1]; got 2" in done.stderr
+    assert imported == ["torch"]
+
+
+def test_help_begins_with_our_own_fields(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    short = capsys.readouterr().out
+    headings = [line for line in short.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert [heading.rpartition("/")[2].rstrip("):") for heading in headings[:5]] == FOLDERS
+    assert headings[5].startswith("inherited") and len(headings) == 6
+    assert "--adam_beta1" not in short and "--lmbda FLOAT" in short
+    assert short.splitlines()[-1].endswith("more inherited fields: amid-trl train --help-all")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help-all"])
+    everything = capsys.readouterr().out
+    spelt = {action.option_strings[0] for action in flags.declared_parser()._actions}
+    assert {
+        option
+        for option in spelt
+        if f"{option} " in everything or f"{option}\n" in everything or f"{option}," in everything
+    } >= {option for option in spelt if not option.startswith(("--no_", "-h", "--help"))}
+
+
+def test_where_the_files_are_not_as_we_know_them_the_real_parser_decides(monkeypatch, capsys):
+    monkeypatch.setattr(flags, "declared_config", lambda: 1 / 0)
+    assert flags.check_flags(["--learning_rate", "fast"], "train") is None
+
+
+def test_what_is_not_read_refuses_nothing():
+    assert "anything" in declared.Unread() and declared.Unread.keys.values is declared.Unread
+    assert isinstance(declared.Unread("text"), declared.Unread)

@@ -1,0 +1,69 @@
+"""AMiDTrainer is a GKDTrainer while TRL has one, and the same trainer where TRL has none."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trl import SFTConfig
+
+from amid_trl._gkd import GKDConfig
+
+
+WORKER = Path(__file__).parent / "support" / "gkd_worker.py"
+
+
+def run(how: str) -> dict:
+    done = subprocess.run([sys.executable, str(WORKER), how], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def there() -> dict:
+    """With TRL as it is."""
+    pytest.importorskip("trl.experimental.gkd")
+    return run("there")
+
+
+@pytest.fixture(scope="module")
+def hidden() -> dict:
+    """With a TRL that has no `trl.experimental.gkd`."""
+    return run("hidden")
+
+
+def test_the_trainer_is_then_an_sft_trainer_alone(there, hidden):
+    assert any(name.endswith("GKDTrainer") for name in there["bases"])
+    assert not any("gkd" in name.lower() for name in hidden["bases"])
+    assert there["is_sft"] and hidden["is_sft"]
+
+
+def test_the_fields_and_their_defaults_stay(there, hidden):
+    assert hidden["fields"] == there["fields"]
+    assert sorted(hidden["json_fields"]) == sorted(there["json_fields"])
+    assert hidden["init_kwargs"] == there["init_kwargs"] == {"dtype": "float32"}
+    assert hidden["attributes"] == there["attributes"]
+    for refused in (there["refused"], hidden["refused"]):
+        assert "lmbda" in refused[0] and "beta" in refused[1]
+
+
+def test_it_trains_the_same_student(there, hidden):
+    assert sorted(hidden["sources"]) == [0.0, 1.0]  # a window of the dataset's text, and one of the student's
+    assert hidden["sources"] == there["sources"]
+    assert hidden["losses"] == there["losses"]
+    assert hidden["weights"] == there["weights"]
+
+
+def test_our_copy_of_the_fields_is_trls():
+    theirs = pytest.importorskip("trl.experimental.gkd").GKDConfig
+
+    def own(config: type) -> list[tuple]:
+        of_sft = {field.name: (field.default, field.type) for field in dataclasses.fields(SFTConfig)}
+        found = [(field.name, field.default, field.type) for field in dataclasses.fields(config)]
+        return [(name, *rest) for name, *rest in found if of_sft.get(name) != tuple(rest)]
+
+    assert own(GKDConfig) == own(theirs)
+    assert len(own(theirs)) == 8
+    assert GKDConfig._VALID_DICT_FIELDS == theirs._VALID_DICT_FIELDS
