@@ -17,6 +17,7 @@ UNCHECKED = {
     "__init__": "empty",
     "kernel": "torch.compile would trace the checks as well",
     "linear": "says itself which sizes differ, and would not come to it",
+    "names": "has names alone",
     "means": "takes a bool for a number, which beartype does not",
     "schedules": "takes an int for a float, which beartype does not",
 }
