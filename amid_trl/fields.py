@@ -51,12 +51,12 @@ def json_fields(groups: Iterable[type]) -> list[str]:
     return [name for group in groups for name, kind in inspect.get_annotations(group).items() if kind == JSON]
 
 
-def type_name(field: dataclasses.Field) -> str:
-    """Of a field, as documents show it."""
-    if field.type == JSON:
+def type_name(group: type, name: str) -> str:
+    """The type of a field of the group, as documents show it; by its annotation, as above."""
+    kind = inspect.get_annotations(group)[name]
+    if kind == JSON:
         return "dict or JSON"
-    name = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-    return name.replace("typing.", "").replace(" | None", "")
+    return (kind.__name__ if isinstance(kind, type) else str(kind)).replace("typing.", "").replace(" | None", "")
 
 
 def described(groups: Iterable[type]) -> str:
@@ -66,7 +66,7 @@ def described(groups: Iterable[type]) -> str:
         lines += [f"        > {(group.__doc__ or '').splitlines()[0]}", ""]
         for field in own_fields(group):
             default = "" if field.default is None else f", defaults to `{field.default!r}`"
-            lines.append(f"        {field.name} (`{type_name(field)}`, *optional*{default}):")
+            lines.append(f"        {field.name} (`{type_name(group, field.name)}`, *optional*{default}):")
             lines += textwrap.wrap(field.metadata["help"], 107, initial_indent=" " * 12, subsequent_indent=" " * 12)
         lines.append("")
     return "\n".join(lines)

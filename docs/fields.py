@@ -58,7 +58,7 @@ def fields_page() -> str:
     for group in GROUPS:
         title = (group.__doc__ or "").strip().splitlines()[0].removeprefix("Parameters that control ").rstrip(".")
         rows = [
-            [f"`{field.name}`", type_name(field), code(field.default), field.metadata["help"]]
+            [f"`{field.name}`", type_name(group, field.name), code(field.default), field.metadata["help"]]
             for field in own_fields(group)
         ]
         parts.append(f"## {title[0].upper()}{title[1:]}\n\n" + table(["field", "type", "default", ""], rows))
