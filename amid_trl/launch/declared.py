@@ -69,7 +69,7 @@ def declared_class(module: str, name: str) -> type:
     bases = [declared_class(home, base.id) for base in node.bases if isinstance(base, ast.Name)]
     made = _made(home, node, bases)
     of_bases = [getattr(base, "_assigned") for base in bases]  # noqa: B009 (no type declares it)
-    setattr(made, "_assigned", frozenset(_assigned(node)).union(*of_bases))  # noqa: B010
+    setattr(made, "_assigned", frozenset(_assigned(node)).union(*of_bases))  # noqa: B010 (likewise)
     return made
 
 

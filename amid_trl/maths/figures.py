@@ -25,7 +25,3 @@ class Figures:
         """Sums over the rows of each of `count` groups; `groups` says to which each row belongs."""
         sums = self.columns.new_zeros(count, len(self.names))
         return Figures(self.names, sums.index_add_(0, groups, self.columns))
-
-    def only(self, *names: str) -> "Figures":
-        """Some of the columns."""
-        return Figures(names, self.columns[:, [self.names.index(name) for name in names]])

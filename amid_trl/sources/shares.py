@@ -86,5 +86,7 @@ class WindowSources:
     def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
         """Go on from where another run was; the replay rows of other processes than before are dealt anew."""
         if self._adaptive is not None:
-            self._adaptive.load_state_dict(states[rank if len(states) == world else 0]["adaptive"])
-            self._replay.load_state_dict(deal([state["replay"] for state in states], rank, world))
+            self._adaptive.load_state_dict(states[0]["adaptive"])  # the same on all
+            as_many = len(states) == world  # then nobody reads what others had
+            own = states[rank]["replay"] if as_many else deal([state["replay"] for state in states], rank, world)
+            self._replay.load_state_dict(own)

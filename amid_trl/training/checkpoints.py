@@ -163,17 +163,33 @@ def save_state(folder: str, parts: Iterable[Stateful], accelerator: Accelerator)
 def load_state(folder: str, parts: Iterable[Stateful], accelerator: Accelerator) -> None:
     """Have the parts go on from the checkpoint; ValueError if it does not have what they need."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    own = _read(folder, rank) or _read(folder, 0)
-    states = [own if other == rank else _read(folder, other) for other in range(own.get("processes", 0))]
+    states = _Saved(folder)
     for part in parts:
         needed = set(part.state_dict())
-        if missing := sorted({name for state in states or [{}] for name in needed - set(state)}):
+        if missing := sorted(needed - set(states[0] if states else {})):
             raise ValueError(
                 f"the checkpoint {folder} holds no state called {', '.join(missing)}: it was saved with other "
                 "settings or by save_only_model=True. Start a new run from its weights instead of resuming it"
             )
         if needed:
             part.resume(states, rank, world)
+
+
+class _Saved(Sequence[Mapping[str, Any]]):
+    """What each process of the earlier run has written, read when it is asked for; the first one says how many."""
+
+    def __init__(self, folder: str):
+        self._folder, self._read = folder, {0: _read(folder, 0)}
+
+    def __len__(self) -> int:
+        return self._read[0].get("processes", 0)
+
+    def __getitem__(self, rank: Any) -> Any:
+        if not 0 <= rank < len(self):
+            raise IndexError(rank)
+        if rank not in self._read:
+            self._read[rank] = _read(self._folder, rank)
+        return self._read[rank]
 
 
 def _file(folder: str, rank: int) -> Path:

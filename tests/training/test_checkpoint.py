@@ -75,6 +75,25 @@ def test_files_that_more_processes_left_behind_are_not_read(tmp_path):
     assert sorted(alone.rows) == [[0, 0], [1, 0]]
 
 
+def test_files_that_more_processes_left_behind_are_not_read_by_those_who_had_written_them(tmp_path):
+    saved(tmp_path, 3, rows=2)
+    saved(tmp_path, 2, rows=1)
+    parts = loaded(tmp_path, 3)
+    assert sorted(row for part in parts for row in part.rows) == [[0, 0], [1, 0]]
+
+
+def test_as_many_processes_read_their_own_file_and_the_first(tmp_path, monkeypatch):
+    saved(tmp_path, 4, rows=1)
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **how: read.append(file.name) or load(file, **how))
+    alone = SimpleNamespace(process_index=2, num_processes=4)
+    resumed = SimpleNamespace(
+        state_dict=lambda: {"replay": None}, resume=lambda states, rank, world: states[rank]["replay"]
+    )
+    load_state(str(tmp_path), (resumed,), alone)
+    assert read == ["distillation_state_0.pt", "distillation_state_2.pt"]
+
+
 def test_no_state_is_no_file(tmp_path):
     stateless = SimpleNamespace(state_dict=dict, resume=lambda *_: pytest.fail("resumed"))
     alone = SimpleNamespace(process_index=0, num_processes=1)

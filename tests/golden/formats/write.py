@@ -34,8 +34,8 @@ FOLDER = Path(__file__).parent
 CHECKOUT = Path(amid_trl.__file__).parents[1]
 sys.path += [str(CHECKOUT / "tests"), str(CHECKOUT / "tests" / "support")]
 
-from evaluating import ROWS, jsonl, taught  # noqa: E402
-from tiny import CORPUS, messages_dataset, save_tiny, tiny_llama, tiny_tokenizer  # noqa: E402
+from evaluating import ROWS, jsonl, taught  # noqa: E402 (their folder is on the path only now)
+from tiny import CORPUS, messages_dataset, save_tiny, tiny_llama, tiny_tokenizer  # noqa: E402 (their folder is on the path only now)
 
 
 TINY = {
