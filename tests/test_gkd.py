@@ -5,33 +5,26 @@ import inspect
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+import gkd_worker
 import pytest
 
 from amid_trl._gkd import GKDConfig
-
-
-WORKER = Path(__file__).parent / "support" / "gkd_worker.py"
-
-
-def run(how: str) -> dict:
-    done = subprocess.run([sys.executable, str(WORKER), how], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def there() -> dict:
     """With TRL as it is."""
     pytest.importorskip("trl.experimental.gkd")
-    return run("there")
+    return json.loads(json.dumps(gkd_worker.found()))
 
 
 @pytest.fixture(scope="module")
 def hidden() -> dict:
     """With a TRL that has no `trl.experimental.gkd`."""
-    return run("hidden")
+    done = subprocess.run([sys.executable, gkd_worker.__file__], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_trainer_is_then_an_sft_trainer_alone(there, hidden):

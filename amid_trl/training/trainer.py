@@ -31,10 +31,9 @@ from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
-from amid_trl.models.deepspeed import announce_head
-from amid_trl.models.fsdp import check_fsdp, fsdp_evaluation
+from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids, generation_config_of
-from amid_trl.models.pairs import common_positions, common_vocabulary, disable_dropout, freeze
+from amid_trl.models.pairs import common_positions, common_vocabulary, freeze
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
 from amid_trl.teacher.adapter import student_alone
@@ -47,6 +46,7 @@ from amid_trl.training.config import AMiDConfig, check_arguments, data_settings,
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
+from amid_trl.training.student import prepare_student
 
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,11 @@ class AMiDTrainer(GKDTrainer):
         if data_collator is None:
             padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
             self.data_collator = DistillationCollator(*padding)
-        self._prepare_student()
+        self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
+        self._loss_shifts_labels = True
+        if self.aux_loss_enabled:
+            logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
+        prepare_student(self.model, args, self.accelerator)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
             Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions),
@@ -156,16 +160,6 @@ class AMiDTrainer(GKDTrainer):
         self._show_parts()
 
     # ---- Before training ----
-
-    def _prepare_student(self) -> None:
-        self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
-        self._loss_shifts_labels = True
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
-        if self.aux_loss_enabled:
-            logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
-        announce_head(self.model)
-        check_fsdp(self.accelerator, self.model)
 
     def _show_parts(self) -> None:
         """What scripts for GKDTrainer look at, and the callbacks."""

@@ -63,12 +63,20 @@ def written(folder: Path, content: dict) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, content) -> tuple[Path, Path, subprocess.CompletedProcess]:
-    """The YAML file, the output directory and what the command said."""
+def compared(tmp_path_factory, content) -> tuple[Path, Path]:
+    """The YAML file and the output directory. Its runs are made in this process, by their commands."""
     folder = tmp_path_factory.mktemp("compare")
     file = written(folder, content)
-    done = subprocess.run(command(file, folder / "out"), env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    return file, folder / "out", done
+
+    def here(arguments, *_) -> str:
+        status = cli.main(arguments)
+        return f"FAILED with status {status}" if status else ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amid_trl.comparison.compare._process", here)
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher would
+        compare(file, folder / "out")
+    return file, folder / "out"
 
 
 @pytest.fixture
@@ -77,12 +85,11 @@ def own_copy(compared, tmp_path) -> tuple[Path, Path]:
     return compared[0], tmp_path / "out"
 
 
-# ---- The real command ----
+# ---- What becomes of the runs ----
 
 
 def test_the_report_is_that_of_the_runs(compared):
-    _, out, done = compared
-    assert done.returncode == 0, done.stdout + done.stderr
+    _, out = compared
     results = json.loads((out / "comparison.json").read_text())
     assert list(results["runs"]) == ["kd", "amid"] and results["missing"] == []
     values = {
@@ -101,7 +108,6 @@ def test_the_report_is_that_of_the_runs(compared):
     assert difference["rows"] == 6
     assert difference["interval"][0] < np.mean(expected) < difference["interval"][1]
     assert "differences" not in results["runs"]["kd"]
-    assert (out / "comparison.md").read_text() in done.stdout
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -150,6 +156,7 @@ def test_a_run_on_two_processes_comes_to_the_result_of_one(compared, content, tm
     environment = ENVIRONMENT | behind_a_launcher
     done = subprocess.run(command(file, tmp_path), env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "comparison.md").read_text() in done.stdout
     one, two = (json.loads((out / "kd/seed-0/result.json").read_text()) for out in (compared[1], tmp_path))
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)

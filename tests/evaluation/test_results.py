@@ -4,9 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +12,7 @@ import pytest
 import torch
 from evaluating import ROWS, SHORT, jsonl, refused
 from peft import LoraConfig, get_peft_model
+from processes import Forked
 from tiny import CHATML, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -33,14 +31,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_results_of_one_that_was_not(tmp_pa
         *("--output-dir", str(killed), "--batch-size", "1", "--max-new-tokens", "24"),
         *("--seeds", *map(str, range(20))),
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "amid_trl", *command], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
+    process = Forked("amid_trl", *command, environment=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not (file.exists() and file.read_bytes().count(b"\n") >= 20) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     written = file.read_bytes()
     whole_lines = written[: written.rindex(b"\n") + 1]
     assert 20 <= whole_lines.count(b"\n") < 20 * len(ROWS) and not (killed / "results.json").exists()

@@ -235,14 +235,13 @@ def trained_alone(arguments, tmp_path_factory) -> dict[str, torch.Tensor]:
 ACCUMULATED_BY_TWO = ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", "--num_processes=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        pytest.param("single", ["--per_device_train_batch_size=4"], marks=pytest.mark.slow),
-        pytest.param("ddp", ACCUMULATED_BY_TWO, marks=pytest.mark.slow),
-        pytest.param("zero1", ACCUMULATED_BY_TWO, marks=[pytest.mark.slow, needs_deepspeed]),
-        pytest.param("zero2", ACCUMULATED_BY_TWO, marks=needs_deepspeed),
-        pytest.param("zero3", ACCUMULATED_BY_TWO, marks=[pytest.mark.slow, needs_deepspeed]),
+        ("single", ["--per_device_train_batch_size=4"]),
+        ("ddp", ACCUMULATED_BY_TWO),
+        *(pytest.param(name, ACCUMULATED_BY_TWO, marks=needs_deepspeed) for name in ("zero1", "zero2", "zero3")),
     ],
 )
 def test_a_launched_run_saves_the_student_of_one_process(name, split, arguments, trained_alone, tmp_path):

@@ -1,16 +1,14 @@
-"""What a user reads beside what we say: nothing that he can do nothing about."""
+"""What a user reads beside what we say: nothing that he can do nothing about. Training: test_cli.py."""
 
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
-import pytest
-from tiny import messages_dataset
+from observe import unwanted
 
 from amid_trl import quiet
 from amid_trl.launch import launcher
@@ -21,12 +19,8 @@ ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
     "HF_HUB_OFFLINE": "1",
 }
-ENVIRONMENT.pop("PYTHONWARNINGS", None)
-UNWANTED = re.compile(r"warning|kernels|were not passed|was set to a value|deprecated", re.IGNORECASE)
-SETTINGS = [
-    "--use_cpu", "--bf16=False", "--max_steps=2", "--max_new_tokens=4", "--lmbda=1", "--report_to=none",
-    "--per_device_train_batch_size=2", "--save_strategy=no",
-]  # fmt: skip
+for variable in ("PYTHONWARNINGS", "TRL_EXPERIMENTAL_SILENCE"):
+    ENVIRONMENT.pop(variable, None)
 
 
 def said(*command: str) -> str:
@@ -38,22 +32,12 @@ def said(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("launch", [[], ["--cpu"], ["--accelerate_config=ddp", "--num_processes=2"]], ids=" ".join)
-def test_training_is_quiet(launch, tmp_path, tiny_dir):
-    messages_dataset(8).to_json(tmp_path / "data" / "train.jsonl")
-    models = ["--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)]
-    where = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    output = said("-m", "amid_trl", "train", *launch, *models, *where, *SETTINGS)
-    assert "Training completed" in output
-    assert not [line for line in output.splitlines() if UNWANTED.search(line)]
-
-
 def test_evaluation_is_quiet(tmp_path, tiny_dir):
     file = tmp_path / "set.jsonl"
     file.write_text(json.dumps({"prompt": "Is water wet?", "reference": "Yes."}) + "\n")
     options = ["--evaluation-set", str(file), "--max-new-tokens", "4", "--seeds", "1", "--teacher", str(tiny_dir)]
     output = said("-m", "amid_trl", "evaluate", str(tiny_dir), "--output-dir", str(tmp_path / "out"), *options)
-    assert not [line for line in output.splitlines() if UNWANTED.search(line)]
+    assert not unwanted(output)
 
 
 def test_a_configuration_is_made_without_a_word():

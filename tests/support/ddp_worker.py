@@ -1,4 +1,4 @@
-"""One process of a data-parallel run, started by torchrun (see test_distributed.py); rank 0 writes what it saw."""
+"""One process of a data-parallel run (see test_distributed.py); rank 0 writes what it saw."""
 
 import json
 import os

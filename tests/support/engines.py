@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from typing import NamedTuple
 import engine_worker
 import pytest
 import torch
+from processes import run_ranks
 
 from amid_trl.cli import main
 from amid_trl.models.loading import load_causal_lm
@@ -154,16 +153,8 @@ One = Callable[[str], tuple[dict, Path]]
 
 def launch(models: Path, folder: Path, engine: str, cases: dict[str, dict]) -> Runs:
     """Two processes run all cases, because starting them takes longest; a hang is an error."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [engine_worker.__file__, str(models), str(folder), engine, json.dumps(cases)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
-    try:
-        _, errors = process.communicate(timeout=500)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends its processes, by force if it has to
-        _, errors = process.communicate()
-    assert process.returncode == 0, errors[-6000:]
+    arguments = [str(models), str(folder), engine, json.dumps(cases)]
+    run_ranks("engine_worker", *arguments, environment=ENVIRONMENT, processes=2, timeout=500)
     ranks = {name: [json.loads((folder / name / f"rank{rank}.json").read_text()) for rank in (0, 1)] for name in cases}
     return Runs(folder, ranks)
 

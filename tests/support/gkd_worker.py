@@ -1,4 +1,4 @@
-"""The settings and two windows of a run, with TRL's GKD or as if TRL had none (see test_gkd.py); prints JSON."""
+"""The settings and two windows of a run; as a script, as if TRL had no GKD, printed as JSON (see test_gkd.py)."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 
-if sys.argv[1] == "hidden":
+if __name__ == "__main__":
     sys.modules["trl.experimental.gkd"] = None  # importing it is an ImportError
 
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
@@ -32,7 +32,7 @@ def refused(**settings) -> str:
     return ""
 
 
-def main() -> None:
+def found() -> dict:
     tokenizer = tiny_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         teacher = save_tiny(Path(folder, "teacher"), tiny_llama(tokenizer, seed=1, hidden_size=48), tokenizer)
@@ -62,7 +62,7 @@ def main() -> None:
         )
         trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    found = {
+    return {
         "bases": [f"{base.__module__}.{base.__name__}" for base in AMiDTrainer.__mro__],
         "is_sft": issubclass(AMiDTrainer, SFTTrainer),
         "fields": fields(AMiDConfig),
@@ -74,8 +74,7 @@ def main() -> None:
         "weights": {name: weight.double().sum().item() for name, weight in trainer.model.named_parameters()},
         "attributes": [trainer.lmbda, trainer.beta, trainer.temperature, trainer.seq_kd],
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(found()))

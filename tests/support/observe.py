@@ -1,6 +1,7 @@
-"""What tests read off a trainer."""
+"""What tests read off a trainer, and in what a command prints."""
 
 import copy
+import re
 
 import torch
 
@@ -46,3 +47,11 @@ class Windows:
 def completions_of(window) -> list[list[int]]:
     batches, _ = window
     return [row[row != -100].tolist() for batch in batches for row in batch["labels"]]
+
+
+# What a user reads and can do nothing about.
+UNWANTED = re.compile(r"warning|kernels|were not passed|was set to a value|deprecated", re.IGNORECASE)
+
+
+def unwanted(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if UNWANTED.search(line)]

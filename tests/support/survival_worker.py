@@ -1,6 +1,10 @@
-"""A run on the tiny models in a process of its own, to be killed: python survival_worker.py OUTPUT_DIR SETTINGS."""
+"""A run on the tiny models in a process of its own, to be killed: python survival_worker.py OUTPUT_DIR SETTINGS.
+
+The setting `file_size` bounds what it can write to a file, in bytes.
+"""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -56,4 +60,7 @@ def run(output_dir: str, resume: bool = False, lora: bool = False, callbacks=(),
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], **json.loads(sys.argv[2])).save_model()
+    settings = json.loads(sys.argv[2])
+    if bound := settings.pop("file_size", None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bound, bound))
+    run(sys.argv[1], **settings).save_model()

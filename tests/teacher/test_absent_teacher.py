@@ -13,7 +13,7 @@ from server import HANG_UP, serving
 from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
-from amid_trl import OBJECTIVES, AMiDConfig, AMiDTrainer
+from amid_trl import OBJECTIVES, AMiDConfig, AMiDTrainer, cli
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import prepare_dataset
 from amid_trl.data.rows import DataSettings
@@ -251,7 +251,7 @@ def test_a_cache_without_the_evaluation_sets_rows_is_refused(tmp_path, tokenizer
         )
 
 
-def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher):
+def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monkeypatch, capsys):
     save_tiny(tmp_path / "student", tiny_llama(tokenizer), tokenizer)
     save_tiny(tmp_path / "teacher", teacher, tokenizer)
     messages_dataset(6).to_json(tmp_path / "data" / "train.jsonl")
@@ -267,24 +267,15 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher):
         "lmbda": 0.0,
     }
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    printed = {}
-    for command in ("cache-teacher", "train"):
-        call = [
-            sys.executable,
-            "-m",
-            "amid_trl",
-            command,
-            "--config",
-            str(tmp_path / "run.yaml"),
-            "--num_processes",
-            "1",
-        ]
-        done = subprocess.run(call, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        printed[command] = done.stdout
-    assert f"{tmp_path / 'cache'}: 6 rows" in printed["cache-teacher"]
+    config = ["--config", str(tmp_path / "run.yaml"), "--num_processes", "1"]
+    command = [sys.executable, "-m", "amid_trl", "cache-teacher", *config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{tmp_path / 'cache'}: 6 rows" in done.stdout
     assert json.loads((tmp_path / "cache" / "teacher.json").read_text())["dtype"] == "float32"
-    assert "teacher_tail_mass" in printed["train"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher would
+    assert cli.main(["train", *config[:2]]) == 0
+    assert "teacher_tail_mass" in capsys.readouterr().out
 
 
 # ---- Refused ----

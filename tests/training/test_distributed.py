@@ -1,26 +1,19 @@
-"""What two processes decide together and draw apart (DDP over gloo, started by torchrun)."""
+"""What two processes decide together and draw apart (DDP over gloo)."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import ddp_worker
 import torch
+from processes import run_ranks
 
 
-WORKER = Path(ddp_worker.__file__)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(directory: Path, processes: int, **settings) -> list[dict]:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(WORKER), str(directory), json.dumps(settings)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    arguments = [str(directory), json.dumps(settings)]
+    run_ranks("ddp_worker", *arguments, environment=ENVIRONMENT, processes=processes, timeout=240)
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 

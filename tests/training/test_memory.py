@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import memory_worker
@@ -13,6 +11,7 @@ import pytest
 import torch
 from observe import LORA, logged
 from peft import LoraConfig
+from processes import run_ranks
 from tiny import tiny_llama
 from torch import nn
 from transformers import TrainerCallback
@@ -183,11 +182,9 @@ def test_every_process_holds_what_its_engine_leaves_it(tmp_path):
     memory_worker.save_models(tmp_path / "models")
     one = memory_worker.measured(memory_worker.trained(tmp_path / "models", tmp_path / "one"))
     (tmp_path / "two").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [memory_worker.__file__, str(tmp_path / "models"), str(tmp_path / "two")]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    folders = [str(tmp_path / "models"), str(tmp_path / "two")]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    run_ranks("memory_worker", *folders, environment=environment, processes=2, timeout=240)
 
     trained = llama_weights(360, 2, width=64)
     # Numbers of every trained weight that a process holds: of weights, gradients, moments with ZeRO's copy.

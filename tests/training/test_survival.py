@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import survival_worker
 import torch
 from accelerate import Accelerator
 from observe import weights
+from processes import Forked, start_ranks
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,16 +34,14 @@ from amid_trl.training.sigterm import TERMINATED
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(output_dir: Path, launch=(sys.executable,), preexec_fn=None, **settings) -> subprocess.Popen:
-    command = [*launch, survival_worker.__file__, str(output_dir), json.dumps(settings)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=preexec_fn, **pipes)
+def start(output_dir: Path, **settings) -> Forked:
+    return Forked("survival_worker", str(output_dir), json.dumps(settings), environment=ENVIRONMENT)
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(path: Path, process: Forked | subprocess.Popen, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert process.poll() is None, process.communicate()[1][-2000:]
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.002)
 
@@ -231,13 +229,9 @@ def test_the_checkpoint_of_sigterm_is_the_last_step(tmp_path, settings):
 # ---- Files ----
 
 
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a tiny model has more
-
-
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_the_one_before_stays_whole(tmp_path, unharmed):
     run_until(3, tmp_path)
-    process = start(tmp_path, preexec_fn=limit_file_size, resume=True)
+    process = start(tmp_path, file_size=20_000, resume=True)  # a tiny model has more
     _, errors = process.communicate(timeout=90)
     assert process.returncode != 0 and "File too large" in errors
     assert is_complete(tmp_path / "checkpoint-3") and not is_complete(tmp_path / "checkpoint-4")
@@ -283,8 +277,10 @@ def test_an_engines_file_that_asks_for_code_is_refused(tmp_path):
 
 
 def test_when_a_process_dies_the_others_end_with_an_error(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(tmp_path, launch, max_steps=1000, save_steps=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [survival_worker.__file__, str(tmp_path), json.dumps({"max_steps": 1000, "save_steps": 2})]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
     wait_for(tmp_path / "checkpoint-2", process)
     workers = [child for child in psutil.Process(process.pid).children() if "survival_worker" in str(child.cmdline())]
     assert len(workers) == 2
@@ -295,12 +291,14 @@ def test_when_a_process_dies_the_others_end_with_an_error(tmp_path):
 
 
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(tmp_path, launch, max_steps=1000, save_steps=1000, logging_steps=1)
-    wait_for(tmp_path / "started", process)
-    workers = [child for child in psutil.Process(process.pid).children() if "survival_worker" in str(child.cmdline())]
-    workers[1].send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    settings = {"max_steps": 1000, "save_steps": 1000, "logging_steps": 1}
+    arguments = [str(tmp_path), json.dumps(settings)]
+    ranks = start_ranks("survival_worker", *arguments, environment=ENVIRONMENT, processes=2)
+    wait_for(tmp_path / "started", ranks[1])
+    ranks[1].send_signal(signal.SIGTERM)
+    for rank in ranks:
+        rank.communicate(timeout=60)
+    assert [rank.returncode for rank in ranks] == [TERMINATED, TERMINATED]
     [checkpoint] = tmp_path.glob("checkpoint-*")
     assert is_complete(checkpoint)
     assert (checkpoint / "distillation_state_1.pt").exists()
