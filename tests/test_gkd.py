@@ -3,28 +3,36 @@
 import dataclasses
 import inspect
 import json
+import os
 import subprocess
 import sys
 
 import gkd_worker
 import pytest
+from processes import Forked
 
 from amid_trl._gkd import GKDConfig
 
 
 @pytest.fixture(scope="module")
-def there() -> dict:
+def there(tmp_path_factory) -> dict:
     """With TRL as it is."""
     pytest.importorskip("trl.experimental.gkd")
-    return json.loads(json.dumps(gkd_worker.found()))
+    file = tmp_path_factory.mktemp("there") / "found.json"
+    process = Forked("gkd_worker", str(file), environment=os.environ)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return json.loads(file.read_text())
 
 
 @pytest.fixture(scope="module")
-def hidden() -> dict:
+def hidden(tmp_path_factory) -> dict:
     """With a TRL that has no `trl.experimental.gkd`."""
-    done = subprocess.run([sys.executable, gkd_worker.__file__], capture_output=True, text=True, timeout=200)
+    file = tmp_path_factory.mktemp("hidden") / "found.json"
+    command = [sys.executable, gkd_worker.__file__, str(file), "hidden"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(file.read_text())
 
 
 def test_the_trainer_is_then_an_sft_trainer_alone(there, hidden):

@@ -13,6 +13,7 @@ from amid_trl.models.deepspeed import is_sharded
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
 from amid_trl.models.pairs import check_same_tokenizer, check_text_only
+from amid_trl.quiet import hide_old_names
 from amid_trl.teacher.loading import load_teacher
 from amid_trl.training.config import AMiDConfig
 
@@ -34,6 +35,7 @@ def load_pair(
     A student's adapter is merged where another follows. The teacher is None where a server, a cache or an adapter of
     the student's base stands for it.
     """
+    hide_old_names()  # PEFT asks by them when it wraps a model
     absent = args.absent_teacher
     if teacher_model is not None and absent:
         raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")

@@ -82,7 +82,6 @@ def student_of(tmp_path_factory, tiny_dir, data_dir):
         said = run(*LAUNCHERS[launcher], *given, "--output_dir", str(folder))
         assert not (models / "from-yaml").exists()
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
-        assert "| `alpha` | `-3.0` |" in (folder / "README.md").read_text()
         return load_file(folder / "adapter_model.safetensors"), said
 
     return launch

@@ -1,4 +1,7 @@
-"""The settings and two windows of a run; as a script, as if TRL had no GKD, printed as JSON (see test_gkd.py)."""
+"""The settings and two windows of a run, written to FILE as JSON (see test_gkd.py).
+
+With a second argument as if TRL had no GKD: python gkd_worker.py FILE [hidden].
+"""
 
 import dataclasses
 import json
@@ -7,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 
-if __name__ == "__main__":
+if sys.argv[2:] == ["hidden"]:
     sys.modules["trl.experimental.gkd"] = None  # importing it is an ImportError
 
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
@@ -77,4 +80,4 @@ def found() -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(found()))
+    Path(sys.argv[1]).write_text(json.dumps(found()))

@@ -3,9 +3,11 @@
 What they run, how they are killed and what they leave behind is as with `python WORKER.py ARGUMENTS`.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,12 +37,21 @@ def _server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+@cache
+def _folder() -> str:
+    """Where their errors are kept while this process lives."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class Forked:
     """A started process, with the methods of subprocess.Popen that tests use; its errors are kept in a file."""
 
     def __init__(self, worker: str, *arguments: str, environment: Mapping[str, str]):
-        self._folder = tempfile.TemporaryDirectory()
-        self._errors = Path(self._folder.name, "errors")
+        file, path = tempfile.mkstemp(dir=_folder())
+        os.close(file)
+        self._errors = Path(path)
         self._process = _server().Process(target=_run, args=(worker, arguments, dict(environment), str(self._errors)))
         self._process.start()
         self.pid = self._process.pid
@@ -60,7 +71,7 @@ class Forked:
 
     def errors(self) -> str:
         """What it has said by now."""
-        return self._errors.read_text() if self._errors.exists() else ""
+        return self._errors.read_text()
 
     def communicate(self, timeout: float | None = None) -> tuple[None, str]:
         """Wait for its end."""
@@ -100,7 +111,7 @@ def _run(worker: str, arguments: tuple[str, ...], environment: dict[str, str], e
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    file, nothing = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), os.open(os.devnull, os.O_WRONLY)
+    file, nothing = os.open(errors, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(file, 2)
     sys.argv = [worker, *arguments]
