@@ -270,6 +270,7 @@ def main(models: Path, output_dir: Path, engine: str, cases: dict[str, dict]) ->
             result = {"refused": str(error)}
             (output_dir / name).mkdir(parents=True, exist_ok=True)
         (output_dir / name / f"rank{rank}.json").write_text(json.dumps({**result, "written": written}))
+        gc.freeze()  # engines stay, and every later run would walk through them
     torch.distributed.destroy_process_group()
 
 
