@@ -12,6 +12,7 @@ EXTRAS = {
     "eval": ["rouge-score"],
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
     "plot": ["matplotlib"],
+    "notebook": ["ipykernel", "ipywidgets", "matplotlib"],
     "compare": ["matplotlib", "scipy>=1.15"],
 }
 TEST = [
@@ -19,6 +20,7 @@ TEST = [
     "hypothesis",
     "jaxtyping",
     "mpmath",
+    "nbclient",
     "pyright",
     "pytest",
     "pytest-timeout",
@@ -27,6 +29,7 @@ TEST = [
     *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
     *EXTRAS["compare"],
+    *EXTRAS["notebook"],
     *EXTRAS["quantization"],
 ]
 # What the demo reads besides the two data wheels, which the Makefile installs without their own dependencies.

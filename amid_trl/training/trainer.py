@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first
@@ -170,6 +171,10 @@ class AMiDTrainer(GKDTrainer):
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
         self.add_callback(parts.stop_on_sigterm)
         self.add_callback(parts.memory)
+        if is_in_notebook():
+            from amid_trl.training.notebook import show_in_notebook
+
+            show_in_notebook(self)
 
     def _prepare_dataset(self, dataset, processing_class: Any, args: Any, packing, formatting_func, dataset_name):
         settings = data_settings(
