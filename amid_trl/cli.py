@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else None
     if name in LAUNCHED:
-        from amid_trl.launch.command import launch
+        from amid_trl.launch.launched import launch
 
         return launch(name, LAUNCHED[name][1], argv[1:])
     if name not in COMMANDS:
