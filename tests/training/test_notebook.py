@@ -75,7 +75,8 @@ def table(html: str) -> list[list[str]]:
 
 def test_a_table_shows_what_the_loss_is_made_of(notebook):
     cell = notebook.run(
-        "trainer = trainer_for('shown', max_steps=4, logging_steps=1, eval_strategy='steps', eval_steps=2, eval_on_start=True)\n"
+        "evaluates = dict(eval_strategy='steps', eval_steps=2, eval_on_start=True)\n"
+        "trainer = trainer_for('shown', max_steps=4, logging_steps=1, **evaluates)\n"
         "trainer.train()\nprint(json.dumps(trainer.state.log_history))"
     )
     history, [head, *rows] = said(cell), table(next(html for html in cell.shown if "Training loss" in html))
