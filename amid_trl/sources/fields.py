@@ -185,10 +185,6 @@ class SourceFields(Fields):
                         f"generation_kwargs may have fields of transformers' GenerationConfig other than "
                         f"{', '.join(MANAGED_GENERATION_KWARGS)}; got {name!r}"
                     )
-        if self.generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}"
-            )
 
     def _check_sources(self) -> None:
         check_choice(self, "sampling", ("mixed", "adaptive"))

@@ -115,7 +115,7 @@ class AMiDTrainer(GKDTrainer):
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         args = own_copy(args, model)
         follow_prompts(args, train_dataset, prepares=data_collator is None, formats=formatting_func is not None)
-        check_arguments(args, eval_dataset, compute_metrics, has_collator=data_collator is not None)
+        check_arguments(args, train_dataset, eval_dataset, compute_metrics, has_collator=data_collator is not None)
         set_seed(args.seed)
         student, teacher, tokenizer = load_pair(
             model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None

@@ -161,9 +161,6 @@ def test_a_merge_across_the_end_of_the_prompt_is_trained_and_reported(tokenizer,
 # ---- TRL's chat templates ----
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-NEED_AN_IMAGE_PROCESSOR = {
-    f"{name}{kind}" for name in ("idefics3", "llava_next", "smolvlm") for kind in ("", "_training")
-}
 END_OF_TURN = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
@@ -172,17 +169,22 @@ END_OF_TURN = {
     "gemma4": "<turn|>",
     "glm4moe": "<|user|>",
     "gptoss": "<|return|>",
+    "idefics3": "<end_of_utterance>",
     "lfm2": "<|im_end|>",
     "llama3": "<|eot_id|>",
+    "llava_next": "</s>",
     "muse_glimmer": "<|eot|>",
     "nemotron": "<|im_end|>",
     "phi3": "<|end|>",
     "qwen": "<|im_end|>",
+    "smolvlm": "<end_of_utterance>",
 }
 # What the model itself writes before the answer, after the generation prompt.
 OPENING = {
     "glm4moe": "\n<think></think>\n",
     "gptoss": "<|channel|>final<|message|>",
+    "idefics3": " ",
+    "llava_next": " ",
     "muse_glimmer": " to=user<|message|>",
     "nemotron": "</think>",
     "qwen3": "<think>\n\n</think>\n\n",
@@ -192,6 +194,7 @@ OPENING = {
     "qwen3_8": "\n</think>\n\n",
     "qwen3_instruct": "",
     "qwen3_vl": "",
+    "smolvlm": " ",
 }
 # What it writes between the answer and the end of the turn.
 CLOSING = {"cohere2": "<|END_RESPONSE|>"}
@@ -215,10 +218,10 @@ def tokenizer_with(template: str):
     return tokenizer
 
 
-TEXT_TEMPLATES = sorted({path.stem for path in TEMPLATES.glob("*.jinja")} - NEED_AN_IMAGE_PROCESSOR)
+ALL_TEMPLATES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
-@pytest.mark.parametrize("template", TEXT_TEMPLATES)
+@pytest.mark.parametrize("template", ALL_TEMPLATES)
 def test_with_every_template_an_answer_is_trained_from_its_first_token_to_its_end(template):
     tokenizer = tokenizer_with(template)
     opening, closing = by_longest_prefix(OPENING, template) or "", by_longest_prefix(CLOSING, template) or ""

@@ -196,12 +196,6 @@ def test_an_empty_dataset_is_refused(tokenizer):
         prepared(Dataset.from_dict({"text": []}), tokenizer)
 
 
-def test_a_transform_is_refused(tokenizer):
-    dataset = tiny.text_dataset().with_transform(lambda batch: batch)
-    with pytest.raises(ValueError, match="with_transform"):
-        prepared(dataset, tokenizer)
-
-
 def test_a_tokenizer_without_template_or_eos_is_refused(tokenizer):
     with pytest.raises(ValueError, match="chat_template"):
         prepared(tiny.messages_dataset(), tiny.tiny_tokenizer(chat_template=None))
