@@ -121,17 +121,16 @@ def check_arguments(
 
 
 def _check_columns(config: AMiDConfig, dataset: Any, name: str) -> None:
-    columns = columns_of(dataset)
-    if json_dict(config.dataset_kwargs).get("skip_prepare_dataset"):
-        if "input_ids" not in columns:
-            raise ValueError(
-                "dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows, or rows of "
-                f"input_ids and labels; the {name} dataset has the columns {', '.join(map(repr, columns))}"
-            )
-    elif config.assistant_only_loss and not has_turns(dataset):
+    skips = json_dict(config.dataset_kwargs).get("skip_prepare_dataset")
+    if skips and "input_ids" not in columns_of(dataset):
+        raise ValueError(
+            "dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows, or rows of "
+            f"input_ids and labels; the {name} dataset has the columns {', '.join(map(repr, columns_of(dataset)))}"
+        )
+    if config.assistant_only_loss and not skips and not has_turns(dataset):
         raise ValueError(
             f"assistant_only_loss=True, but the dataset is not conversational: the {name} dataset has the columns "
-            f"{', '.join(map(repr, columns))}, and no assistant's turns in them"
+            f"{', '.join(map(repr, columns_of(dataset)))}, and no assistant's turns in them"
         )
 
 
@@ -186,6 +185,12 @@ def data_settings(
         return settings
     writing = replace(settings, generates=True, prompt_budget=_prompt_budget(config, positions))
     if not evaluates:
+        if config.longest_row != config.max_length:
+            logger.warning(
+                "max_length=%s leaves no room beside max_new_tokens=%s: it bounds the dataset's rows and the prompts "
+                "alone, and text that is written has up to %s tokens.",
+                *(config.max_length, config.max_new_tokens, config.longest_row),
+            )
         return writing
     alone = replace(writing, trains_on_dataset=False)
     return replace(writing if config.eval_generate else settings, without_answers=alone)
