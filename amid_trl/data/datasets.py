@@ -41,7 +41,7 @@ from trl import is_conversational
 from amid_trl.data.batches import ROW_COLUMNS
 from amid_trl.data.conversations import conversation_row
 from amid_trl.data.rendering import training_template
-from amid_trl.data.reports import StreamReport, noted, report
+from amid_trl.data.reports import StreamReport, noted, said_of
 from amid_trl.data.rows import BAD, DROPPED, NO_ANSWER, BadRow, DataSettings, Row, fit, text_row, tokens_row
 
 
@@ -79,11 +79,11 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any accepted format; a prepared `Dataset` that fits comes back as the same object.
 
-    `name` ("train", "eval") is how reports and errors call it. A stream is read up to its first usable row. A `Dataset`
-    is read through its `with_transform()`, once.
+    `name` ("train", "eval") is how reports and errors call it. A stream is read up to its first usable row. What has a
+    `with_transform()` is read through it, once.
 
     Raises:
-        ValueError: unknown columns, images, no rows, no prompts although text is generated, or no row that can be used.
+        ValueError: unknown columns, images, no rows, no prompts although text is generated, or no usable row.
     """
     plain = dataset if _is_transformed(dataset) else dataset.with_format(None)
     first = next(iter(plain), None)
@@ -103,8 +103,10 @@ def prepare_dataset(
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
     )
-    prepare = _prepare_stream if isinstance(plain, IterableDataset) else _prepare_rows
-    prepared, reasons, said = prepare(plain, make_row, columns, settings, name)
+    if isinstance(plain, IterableDataset):
+        prepared, reasons, said = _prepare_stream(plain, make_row, columns, settings, name)
+    else:
+        prepared, reasons, said = _prepare_rows(plain, make_row, columns, settings, name)
     if prepared is not None:
         return dataset if prepared is plain else prepared
     if reasons == {NO_ANSWER} and settings.without_answers is not None:
@@ -130,7 +132,7 @@ def _prepare_rows(
     ).with_format(None)
     notes: Any = rows.select_columns(list(NOTED)).to_dict()
     found = noted(dict(zip(notes, row, strict=True)) for row in zip(*notes.values(), strict=True))
-    said = report(name, settings, found, len(rows))
+    said = said_of(name, settings, found, len(rows))
     kept = [index for index, of_row in enumerate(notes["notes"]) if DROPPED.isdisjoint(of_row)]
     if not kept:
         return None, set(found) & DROPPED, f"no row can be used. {said}"
@@ -150,7 +152,7 @@ def _prepare_stream(
     if not any(map(keep, islice(rows, STREAM_ROWS_TRIED))):
         found = keep.seen
         said = f"none of the first {STREAM_ROWS_TRIED} rows of the {name} dataset can be used"
-        return None, set(found) & DROPPED, f"{said}. {report(name, settings, found)}"
+        return None, set(found) & DROPPED, f"{said}. {said_of(name, settings, found)}"
     return rows.filter(keep).remove_columns(list(NOTED)), set(), ""
 
 
@@ -277,7 +279,7 @@ def _row(
     if format == "text":
         text = settings.formatting_func(example) if settings.formatting_func else example.get(settings.text_field)
         return text_row("", text, tokenizer, settings)
-    prompt = example.get("prompt")
+    prompt: Any = example.get("prompt")
     if format == "prompt" and not (prompt and is_conversational({"prompt": prompt})):
         return text_row(prompt, example.get("completion") or None, tokenizer, settings)
     return conversation_row(example, tokenizer, template, settings)

@@ -4,8 +4,8 @@
   In lists nulls stay, because Arrow puts none there.
 - ShareGPT's names (`from`, `value`, `human`, `gpt`) are those of chat templates.
 - `content` is a string: parts of text are joined, and where there is none it is empty.
-- The arguments of a tool call are an object, also where they are given as JSON text, as OpenAI's API does. Text that is
-  no JSON object stays as it is.
+- The arguments of a tool call are an object, also where they are given as JSON text, as OpenAI's API gives them. Text
+  that is no JSON object stays as it is.
 - An empty list of tool calls is not there.
 """
 
@@ -100,9 +100,10 @@ def object_arguments(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def _in_one_form(message: Message) -> Message:
-    if not isinstance(message.get("role"), str):
+    given = message.get("role")
+    if not isinstance(given, str):
         raise BadRow(f"a message has no role: {message!r}")
-    role = SHAREGPT_ROLES.get(message["role"], message["role"])
+    role = SHAREGPT_ROLES.get(given, given)
     message = {**message, "role": role, "content": _text(message.get("content", ""), role)}
     calls = message.pop("tool_calls", None)
     try:

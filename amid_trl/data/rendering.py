@@ -106,7 +106,7 @@ def _refusal(error: Exception) -> BadRow:
 def _content_form(template: str) -> Literal["text", "parts"]:
     """What the template reads as content: templates of multimodal models know lists of parts alone, some of them."""
     probe = "What is read"
-    options = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+    options: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
     forms: dict[Literal["text", "parts"], Any] = {"text": probe, "parts": _as_parts(probe)}
     for form, content in forms.items():
         try:

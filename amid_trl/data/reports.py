@@ -96,7 +96,7 @@ def noted(rows: Iterable[Mapping[str, Any]]) -> dict[str, Noted]:
     return found
 
 
-def report(name: str, settings: DataSettings, found: Mapping[str, Noted], rows: int | None = None) -> str:
+def said_of(name: str, settings: DataSettings, found: Mapping[str, Noted], rows: int | None = None) -> str:
     """What happened to the rows of a dataset of `rows`, or to the first of each kind in a stream; "" if nothing."""
     clauses = []
     for note, clause in REPORTS.items():
@@ -121,5 +121,5 @@ class StreamReport:
             new[note] = self.seen[note] = Noted()
             new[note].add(row["number"], note, row)
         if new:
-            logger.warning("%s (later cases are not reported)", report(self.name, self.settings, new))
+            logger.warning("%s (later cases are not reported)", said_of(self.name, self.settings, new))
         return DROPPED.isdisjoint(row["notes"])

@@ -4,8 +4,8 @@ A turn is looked at twice: in the whole conversation, where it is trained, and a
 be generated. The shorter one is a window: the question, the turn, and the turn before them with its own question. So
 the cost of a conversation grows with its length, not with its square.
 
-`{% generation %}` marks show where the turns are in the whole. Without marks the text of each window has to go on where
-the one before it ends. Where neither helps, the conversation is rendered up to the turn.
+`{% generation %}` marks show where the turns are in the whole. Without marks the text of each window has to go on
+where the one before it ends. Where neither helps, the conversation is rendered up to the turn.
 """
 
 from bisect import bisect_right
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from amid_trl._trl import common_prefix_length
 from amid_trl.data.messages import Message
 from amid_trl.data.rendering import Rendered, Renderer, Span
-from amid_trl.data.rows import NO_CONTEXT, REWRITTEN, BadRow
+from amid_trl.data.rows import NO_CONTEXT, OTHER_CONTEXT, REWRITTEN, BadRow
 from amid_trl.data.verdicts import Alone, Trained, left_out, loses_words, verdict
 
 
@@ -70,18 +70,21 @@ class Conversation:
             earlier = [message for message in self.messages[head:first] if message["role"] == "user"][-1:] + earlier
         return self.messages[:head] + earlier, self.messages[before + 1 : index]
 
-    def _start(self, context: list[Message], text: str) -> int | None:
+    def _start(self, context: list[Message], text: str, marked: int | None = None) -> int | None:
         """Where in `text` the model's own begins: behind the generation prompt that the context ends with.
 
-        A generation prompt may end with what the text lacks (an opened <think>), hence the comparison of tokens. None
-        if the text does not even begin with the context.
+        A generation prompt may end with what the text lacks (an opened <think>), hence the comparison of tokens. Where
+        the text does not even begin with the context, it is behind as much of the generation prompt as the text has
+        from `marked` on; None without marks.
         """
         prompt = self.render(context, generation_prompt=True).text
         if text.startswith(prompt):
             return len(prompt)
         known = self.render(context).text
         if not text.startswith(known):
-            return None
+            header = prompt.removeprefix(known)
+            lengths = (length for length in range(len(header), 0, -1) if text.startswith(header[-length:], marked))
+            return None if marked is None else marked + next(lengths, 0)
         common = len(known) if prompt.startswith(known) else 0
         ids, ends = tokens_with_ends(self.tokenizer, text[common:])
         shared = common_prefix_length(tokens_with_ends(self.tokenizer, prompt[common:])[0], ids)
@@ -117,8 +120,8 @@ class Conversation:
                 trained = self._verdict(number, before + question, alone, spans, context)
                 there = "".join(text[first:end] for first, end in spans)
                 message = self.messages[self._answers[number]]
-                # Else the window may be why it is another text.
-                if trained.notes != [REWRITTEN] or loses_words(message, alone, there):
+                differs = not {REWRITTEN, OTHER_CONTEXT}.isdisjoint(trained.notes)
+                if not differs or loses_words(message, alone, there):  # else the window may be why
                     return trained
         try:
             return self._marked_exactly(number)
@@ -133,7 +136,7 @@ class Conversation:
             spans = _by_turn(marks or [], turns)
             if spans is None:
                 return None
-            start = self._start(context, text)
+            start = self._start(context, text, spans[-1][0][0])
         except BadRow:
             return None
         return Alone(text, spans[-1], start or 0, text[spans[-2][-1][1] if turns > 1 else 0 : spans[-1][0][0]])
@@ -143,13 +146,14 @@ class Conversation:
         context = self.messages[:index]
         text, marks = self.render(self.messages[: index + 1])
         before = len(self.render(context).spans or ())
-        start = self._start(context, text)
-        spans = (marks or [])[before:]
-        places = (self.whole.spans or [])[before : before + len(spans)]
-        if not spans or len(places) < len(spans):
+        earlier, spans = (marks or [])[:before], (marks or [])[before:]
+        whole = (self.whole.spans or [])[: before + len(spans)]
+        if not spans or len(whole) < before + len(spans):
             return left_out(REWRITTEN)
-        alone = Alone(text, spans, start or 0, text[: spans[0][0]])
-        return self._verdict(number, context, alone, places, self.whole.text[: places[0][0]])
+        start = self._start(context, text, spans[0][0])
+        alone = Alone(text, spans, start or 0, text[earlier[-1][1] if earlier else 0 : spans[0][0]])
+        standing = self.whole.text[whole[before - 1][1] if before else 0 : whole[before][0]]
+        return self._verdict(number, context, alone, whole[before:], standing)
 
     # ---- Without marks ----
 
@@ -161,10 +165,11 @@ class Conversation:
             first, reached = reached, None
             if block is not None and first is not None:
                 reached = self._follows(block.text[block.first :], first)
+                if reached is not None and number in asked:
+                    found[number] = self._linked_turn(number, block, first, reached)
             if reached is not None:
-                if number in asked:
-                    found[number] = self._linked_turn(number, _Block(*block), first, reached)
-            elif number in rewritten:
+                continue
+            if number in rewritten:
                 found[number] = left_out(REWRITTEN)
             elif number in asked:
                 found[number], reached = self._exact_turn(number)

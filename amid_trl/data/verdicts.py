@@ -49,7 +49,13 @@ def left_out(*notes: str) -> Trained:
 
 
 def verdict(
-    message: Message, alone: Alone, whole: str, spans: list[Span], context: str, ends: list[str], empty: Callable[[], str | None]
+    message: Message,
+    alone: Alone,
+    whole: str,
+    spans: list[Span],
+    context: str,
+    ends: list[str],
+    empty: Callable[[], str | None],
 ) -> Trained:
     """What is trained of a turn that stands at `spans` of the `whole` conversation, behind `context`.
 

@@ -42,7 +42,7 @@ class Answers:
         return torch.tensor(list(figures), dtype=torch.float32, device=batch["input_ids"].device)
 
     def write(self, prompts: list[Tensor], step: int) -> list[Tensor]:
-        """Greedy answers to the prompts, each in tokens; to the same prompts again, before they are scored, the same."""
+        """Greedy answers to the prompts; asked again before they are scored, the same without writing."""
         known = len(prompts) == len(self._last[0]) and all(map(torch.equal, prompts, self._last[0]))
         if not known or not prompts:
             self._last = (prompts, self._writer(prompts, step))

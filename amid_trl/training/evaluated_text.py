@@ -14,17 +14,21 @@ class EvaluatedText:
     """Lets `write` answer the prompts of a batch in which nothing is trained; any other batch stays as it is.
 
     A prepared set has answers in all of its rows or in none, so that all processes ask or none does. `write` gets the
-    prompts and a number to draw by, the same for a batch in every evaluation, so that these can be compared.
+    prompts and a number to draw by, the same for a batch in every evaluation, so that these can be compared. None lets
+    every batch stay: a collator of one's own knows what it does.
     """
 
     def __init__(
-        self, write: Callable[[list[Tensor], int], list[Tensor]], pad_token_id: int, pad_to_multiple_of: int | None
+        self,
+        write: Callable[[list[Tensor], int], list[Tensor]] | None,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None,
     ):
         self._write, self._padding = write, (pad_token_id, pad_to_multiple_of)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch that is evaluated, where the given one is."""
-        if bool((trained_targets(batch) != UNTRAINED).any()):
+        if self._write is None or bool((trained_targets(batch) != UNTRAINED).any()):
             return batch
         prompts = window_prompts([batch], writer="student")
         number = zlib.crc32(torch.cat(prompts).numpy().tobytes())

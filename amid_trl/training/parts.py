@@ -8,7 +8,6 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import GenerationConfig
 
-from amid_trl.data.batches import Batch
 from amid_trl.data.plain_text import PlainText, open_plain_text
 from amid_trl.maths.means import Means
 from amid_trl.run import Run
@@ -34,7 +33,7 @@ class Parts:
     teacher: Teacher
     writers: dict[Source, Writer]
     answers: Answers | None
-    evaluated_text: Callable[[Batch], Batch]
+    evaluated_text: EvaluatedText
     sources: WindowSources
     plain_text: PlainText | None
     objective: RunObjective
@@ -73,8 +72,8 @@ def open_parts(
     """All parts of a run.
 
     `wrapped_student` is the student as its engine has wrapped it by then, `student_generation` the generation config
-    that it came with, `datasets` the prepared ones by name; with `deals`, for batches of our own collator, the rows of a
-    window are dealt by length, and prompts alone are answered for an evaluation.
+    that it came with, `datasets` the prepared ones by name; with `deals`, for our own collator, the rows of a window
+    are dealt by length, and an evaluation answers prompts alone.
     """
     teacher = open_teacher(run, teacher_model, student, wrapped_student, datasets)
     plain_text = open_plain_text(run, pretrain_dataset)
@@ -82,17 +81,15 @@ def open_parts(
     answers = None
     if run.args.eval_generate:
         answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
-    evaluated_text: Callable[[Batch], Batch] = lambda batch: batch  # a collator of one's own knows what it does
-    if deals:
-        padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
-        evaluated_text = EvaluatedText(writers["student"] if answers is None else answers.write, *padding)
+    padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
+    write = (writers["student"] if answers is None else answers.write) if deals else None
     sources, objective = WindowSources(run), RunObjective(run)
     train_means = Means((*objective.means, *WINDOW_MEANS), run.accelerator.device)
     return Parts(
         teacher,
         writers,
         answers,
-        evaluated_text,
+        EvaluatedText(write, *padding),
         sources,
         plain_text,
         objective,

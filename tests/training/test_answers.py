@@ -10,7 +10,7 @@ from observe import weights
 from peft import LoraConfig
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
-from tiny import QUESTIONS, chat_prompt_only_dataset, messages_dataset, text_dataset
+from tiny import QUESTIONS, messages_dataset, text_dataset
 
 from amid_trl.models.generation import generate_greedy
 

@@ -61,7 +61,11 @@ def test_a_run_on_student_text_evaluates_what_the_student_writes(train, build):
 
 def test_an_evaluation_while_training_writes_too(train):
     trainer = train(
-        train_dataset=prompt_only_dataset(4), lmbda=1.0, eval_dataset=prompt_only_dataset(3), eval_strategy="steps", eval_steps=1
+        train_dataset=prompt_only_dataset(4),
+        lmbda=1.0,
+        eval_dataset=prompt_only_dataset(3),
+        eval_strategy="steps",
+        eval_steps=1,
     )
     trainer.train()
     assert len([log for log in trainer.state.log_history if log.get("eval_loss", 0) > 0]) == 2
@@ -83,7 +87,9 @@ def test_a_run_that_never_writes_names_the_setting_that_does(train):
 
 @pytest.mark.parametrize("build", [prompt_only_dataset, chat_prompt_completion_dataset])
 def test_the_prompts_stay_for_trls_callback(train, build, monkeypatch):
-    monkeypatch.setattr("trl.trainer.callbacks._generate_completions", lambda prompts, **_: ["An answer."] * len(prompts))
+    monkeypatch.setattr(
+        "trl.trainer.callbacks._generate_completions", lambda prompts, **_: ["An answer."] * len(prompts)
+    )
     trainer = train(lmbda=1.0, train_dataset=build(4), eval_dataset=build(4), eval_strategy="steps", eval_steps=1)
     assert list(trainer.eval_dataset["prompt"]) == list(build(4)["prompt"])
     callback = LogCompletionsCallback(trainer, num_prompts=2, freq=1)
