@@ -20,6 +20,7 @@ from amid_trl.data.rows import (
     OTHER_END,
     REWRITTEN,
     SAYS_NOTHING,
+    TEXT_LEFT_OUT,
     THOUGHT_LEFT_OUT,
     TOOLS_IGNORED,
     DataSettings,
@@ -35,16 +36,17 @@ UNTRAINED_TURN = "{rows} with an assistant turn that is not trained, because "
 # What is said about the rows with a note; {rows} is "12 of 300 rows", or "a row" for a stream.
 REPORTS = {
     CUT: "{rows} cut at max_length={settings.max_length}",
-    BAD: "{rows} dropped because they cannot be made",
+    BAD: "{rows} dropped: unusable",
     NO_ANSWER: "{rows} dropped: nothing to train on",
     NO_ROOM: "{rows} dropped: prompt leaves no room for the completion within max_length={settings.max_length}",
     NO_PROMPT: "{rows} dropped: no prompt to generate from",
     LONG_PROMPT: "{rows} dropped: prompt longer than {settings.prompt_budget} tokens ({settings.budget_is})",
-    REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow; {{% generation %}} "
-    "markers in the template would show where the turn is, if it still says there what the row says",
+    REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow: a row for each "
+    "answer trains them all; {{% generation %}} markers in the template show where a turn is that still says the same",
     NO_CONTEXT: UNTRAINED_TURN + "the chat template refuses what is before it as a context to answer",
     SAYS_NOTHING: UNTRAINED_TURN + "it says nothing, and the student would learn to end at once",
     CALLS_LEFT_OUT: UNTRAINED_TURN + "the chat template leaves its tool calls out",
+    TEXT_LEFT_OUT: "{rows} with text beside tool calls that the chat template leaves out: the calls alone are trained",
     THOUGHT_LEFT_OUT: "{rows} with reasoning that the chat template leaves out: the answers alone are trained",
     EMPTY_THOUGHT: "{rows} with an answer without reasoning, before which the chat template writes an empty thought "
     "that is trained; chat_template_kwargs={{'enable_thinking': False}} makes it part of the prompt in most templates",

@@ -95,13 +95,13 @@ class Conversation:
     ) -> Trained:
         message = self.messages[self._answers[number]]
 
-        def empty() -> str | None:
+        def instead(other: Message) -> str | None:
             try:
-                return self.render([*before, {"role": "assistant", "content": ""}]).text
+                return self.render([*before, other]).text
             except BadRow:
                 return None
 
-        return verdict(message, alone, self.whole.text, spans, context, self.ends, empty)
+        return verdict(message, alone, self.whole.text, spans, context, self.ends, instead)
 
     # ---- With marks ----
 

@@ -14,6 +14,7 @@ from amid_trl.data.rows import (
     OTHER_END,
     REWRITTEN,
     SAYS_NOTHING,
+    TEXT_LEFT_OUT,
     THOUGHT_LEFT_OUT,
 )
 
@@ -55,12 +56,12 @@ def verdict(
     spans: list[Span],
     context: str,
     ends: list[str],
-    empty: Callable[[], str | None],
+    instead: Callable[[Message], str | None],
 ) -> Trained:
     """What is trained of a turn that stands at `spans` of the `whole` conversation, behind `context`.
 
     It has to say what it would say at the end of a conversation, up to a text of `ends`, and that has to be what the
-    message says. `empty` gives the text of `alone` as it would be if the message were empty.
+    message says. `instead` gives the text of `alone` with another message, None if it cannot be rendered.
     """
     moved = [(to[0] + max(0, alone.start - first), to[1]) for (first, _), to in zip(alone.spans, spans, strict=True)]
     here, there = alone.said, "".join(whole[first:end] for first, end in moved)
@@ -68,17 +69,27 @@ def verdict(
         return left_out(REWRITTEN)
     thought, answer = thought_and_answer(message)
     called = Counter(called_functions(message))
-    if any(here.count(name) < times for name, times in called.items()):
+    written = {name: min(here.count(name), times) for name, times in called.items()}
+    # A template may write names in a way of its own.
+    if written != called and (any(written.values()) or _is_ignored("tool_calls", message, alone, instead)):
         return left_out(CALLS_LEFT_OUT)
-    if not called and not (answer and answer in here) and not (thought and thought in here) and alone.text == empty():
+    loses_text = answer != "" and answer not in here and _is_ignored("content", message, alone, instead)
+    if not called and (loses_text or not answer) and not (thought and thought in here):
         return left_out(SAYS_NOTHING)
     notes = {
+        TEXT_LEFT_OUT: loses_text,
         THOUGHT_LEFT_OUT: thought and thought not in here,
         EMPTY_THOUGHT: not thought and _has_empty_thought(alone),
         OTHER_END: _up_to_end(here, ends) != _up_to_end(there, ends),
         OTHER_CONTEXT: alone.context != context,
     }
     return Trained(moved, [note for note, holds in notes.items() if holds])
+
+
+def _is_ignored(name: str, message: Message, alone: Alone, instead: Callable[[Message], str | None]) -> bool:
+    """Whether the turn is rendered alike without what the message has under this name."""
+    others = {key: value for key, value in message.items() if key != name}
+    return instead({"content": "", **others}) == alone.text
 
 
 def loses_words(message: Message, alone: Alone, there: str) -> bool:

@@ -164,13 +164,33 @@ def test_calls_and_tools_that_the_template_leaves_out_are_named(tokenizer, caplo
     assert not warnings_of(caplog)
 
 
+def test_text_beside_a_call_that_the_template_leaves_out_is_reported(caplog):
+    tokenizer = tokenizer_with("llama3_1")
+    chat = [CALLING[0], {**CALLING[1], "content": "Let me see."}]
+    (row,) = prepared([{"messages": chat}], tokenizer)
+    assert trained_spans(row, tokenizer) == ['{"name": "touch", "parameters": {"what": "water"}}<|eot_id|>']
+    assert (
+        "text beside tool calls that the chat template leaves out: the calls alone are trained (row 0)"
+        in (warnings_of(caplog)[0])
+    )
+
+
+def test_a_turn_that_only_thinks_is_left_out_where_thoughts_are(tokenizer, caplog):
+    chat = [*CONVERSATION, user("Is snow hot?"), {**assistant(""), "reasoning_content": "It melts."}]
+    (row,) = prepared([{"messages": chat}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    assert "because it says nothing" in warnings_of(caplog)[0]
+    (row,) = prepared([{"messages": chat}], tokenizer := tokenizer_with("qwen3"))
+    assert trained_spans(row, tokenizer)[-1] == "<think>\nIt melts.\n</think>\n\n<|im_end|>"
+
+
 def test_one_of_two_calls_is_not_enough():
     tokenizer = tokenizer_with("gptoss")  # writes the first call alone
     call = CALLING[1]["tool_calls"][0]
-    second = {"type": "function", "function": {"name": "taste", "arguments": "{}"}}
-    chat = [CALLING[0], {**CALLING[1], "tool_calls": [call, second]}, CALLING[2], CALLING[3]]
-    (row,) = prepared([{"messages": chat}], tokenizer)
-    assert trained_spans(row, tokenizer) == ["<|channel|>final<|message|>Yes.<|return|>"]
+    for second in (call, {"type": "function", "function": {"name": "taste", "arguments": "{}"}}):
+        chat = [CALLING[0], {**CALLING[1], "tool_calls": [call, second]}, CALLING[2], CALLING[3]]
+        (row,) = prepared([{"messages": chat}], tokenizer)
+        assert trained_spans(row, tokenizer) == ["<|channel|>final<|message|>Yes.<|return|>"]
 
 
 # ---- Turns that templates do not expect ----
