@@ -100,11 +100,7 @@ def test_arguments_as_json_text_are_trained_as_the_object_that_they_are(template
         answered = [*chat, {"role": "tool", "name": "weather", "content": "sunny"}, assistant("Sunny.")]
         for messages in (chat, answered):
             try:
-                rows.append(
-                    conversation_row({"messages": messages}, tokenizer, training_template(tokenizer), DataSettings())[
-                        0
-                    ]
-                )
+                rows.append(conversation_row({"messages": messages}, tokenizer, own, settings)[0])
             except BadRow as refusal:  # a role that the template does not know
                 assert not written
                 rows.append(str(refusal))
