@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from amid_trl.data.rows import UNTRAINED, Row
+from amid_trl.data.rows import UNTRAINED, DataSettings, Row, tokens_row
 
 
 # What a collator makes of rows; tensors by name, each with an entry for every row.
@@ -48,14 +48,15 @@ class DistillationCollator:
     """Prepared rows -> the batch of GKDTrainer.
 
     `input_ids`, `attention_mask`, `labels` are (rows, tokens) and padded on the right, `prompts` and
-    `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns.
+    `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns. A row that was not
+    prepared here, without `prompt_ids`, is read as `tokens_row` does.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Iterable[Row]) -> Batch:
-        rows = list(rows)
+        rows = [row if "prompt_ids" in row else tokens_row(row, DataSettings()) for row in rows]
         ids, labels, prompts = ([torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in ROW_COLUMNS)
         return _batch(ids, labels, prompts, self.pad_token_id, self.pad_to_multiple_of)
 

@@ -14,19 +14,24 @@ generation prompt of the chat template, exactly as at inference; it is empty if 
 
 The first line that matches decides. `tools` and `chat_template_kwargs` columns go to the chat template. A turn is trained
 from the first token that the generation prompt does not supply to its first EOS token, which is included; what the
-template writes after it (a newline, usually) is not. A turn with nothing before it answers nothing and is not trained.
+template writes after it (a newline, usually) is not. A turn with nothing before it answers nothing and is not trained,
+nor is one that says nothing, or that the template makes say something else than its row does.
+
+**Row policy.** A row that cannot be made, because its chat template refuses it or its columns contradict each other, is
+left out. If none can be used, the dataset is refused with the first reason. What is wrong with the run rather than with a
+row (no chat template, no EOS, a token that the tokenizer has not) ends the preparation at once.
 
 **Length policy.** `max_length` bounds prompt and completion together. A longer row keeps its prompt and loses the end of
 its completion. A row without a trained token left is dropped in a run that trains on the dataset's text. In a run that
 generates text, a row whose prompt exceeds the prompt budget (`max_length - max_new_tokens`) is dropped: a prompt is never
-cut. All of it is counted by reason and reported in one warning per dataset; a streaming dataset reports the first case of
-each reason.
+cut. All of it is counted by reason and reported in one warning per dataset, with the numbers of the first rows, which
+count from 0; a streaming dataset reports the first case of each reason.
 """  # noqa: E501 (a table row cannot be broken)
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -34,26 +39,24 @@ from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
 from amid_trl.data.batches import ROW_COLUMNS
-from amid_trl.data.conversations import conversation_row, training_template
-from amid_trl.data.rows import (
-    CUT,
-    DROPPED,
-    LONG_PROMPT,
-    NO_ANSWER,
-    NO_PROMPT,
-    NO_ROOM,
-    OTHER_CONTEXT,
-    REWRITTEN,
-    DataSettings,
-    fit,
-    text_row,
-    tokens_row,
-)
+from amid_trl.data.conversations import conversation_row
+from amid_trl.data.rendering import training_template
+from amid_trl.data.reports import StreamReport, noted, said_of
+from amid_trl.data.rows import BAD, DROPPED, NO_ANSWER, BadRow, DataSettings, Row, fit, text_row, tokens_row
 
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features({**{name: List(Value("int64")) for name in ROW_COLUMNS}, "notes": List(Value("string"))})
+NOTED = Features(
+    {
+        "notes": List(Value("string")),
+        "tokens": Value("int64"),  # before the row is cut
+        "prompt_tokens": Value("int64"),
+        "words": Value("string"),  # why it cannot be made
+        "number": Value("int64"),
+    }
+)
+FEATURES = Features({**{name: List(Value("int64")) for name in ROW_COLUMNS}, **NOTED})
 
 
 Format = Literal["tokens", "messages", "prompt", "text"]
@@ -62,28 +65,13 @@ Format = Literal["tokens", "messages", "prompt", "text"]
 # A stream has no end to look for: one of so many rows must be usable.
 STREAM_ROWS_TRIED = 1000
 
+# Of a dataset with a transform so many rows are read twice, to see whether it draws at random.
+ROWS_READ_TWICE = 4
+
 
 ACCEPTED_FORMATS = (
     "'messages' or 'conversations', 'prompt' with or without 'completion', the text column, or 'input_ids'"
 )
-
-
-# What is said about the rows with a note; {rows} is "12 of 300 rows", or "a row" for a stream.
-REPORTS = {
-    CUT: "{rows} cut at max_length={settings.max_length}",
-    NO_ANSWER: "{rows} dropped: nothing to train on",
-    NO_ROOM: "{rows} dropped: prompt leaves no room for the completion within max_length={settings.max_length}",
-    NO_PROMPT: "{rows} dropped: no prompt to generate from",
-    LONG_PROMPT: "{rows} dropped: prompt longer than {settings.prompt_budget} tokens (max_length - max_new_tokens)",
-    REWRITTEN: (
-        "{rows} with an assistant turn that is not trained, because the chat template renders it differently once "
-        "more turns follow; {{% generation %}} markers in the template would show where the turn is"
-    ),
-    OTHER_CONTEXT: (
-        "{rows} where the prompt rendered for generation is not how the trained row begins, so training and "
-        "inference see different contexts"
-    ),
-}
 
 
 def prepare_dataset(
@@ -91,54 +79,81 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """Tokenise a dataset of any accepted format; a prepared `Dataset` that fits comes back as the same object.
 
-    `name` ("train", "eval") is how reports and errors call it. A stream is read up to its first usable row.
+    `name` ("train", "eval") is how reports and errors call it. A stream is read up to its first usable row. What has a
+    `with_transform()` is read through it, once.
 
     Raises:
-        ValueError: unknown columns, images, `with_transform`, no rows, no prompts although text is generated, no row
-            left by the length policy, or a row that contradicts its format.
+        ValueError: unknown columns, images, no rows, no prompts although text is generated, or no usable row.
     """
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(f"the {name} dataset uses with_transform(), which map() would freeze; use map() instead")
-    plain = dataset.with_format(None)
+    plain = dataset if _is_transformed(dataset) else dataset.with_format(None)
     first = next(iter(plain), None)
     if first is None:
         raise ValueError(f"the {name} dataset has no rows")
-    columns = list(plain.column_names or first)
+    if _is_transformed(dataset):
+        _warn_if_random(dataset, name)
+    columns = columns_of(plain)
     format = _format(columns, settings, name)
     _check_prompts(columns, format, settings, name)
+    if format == "prompt" and "completion" not in columns and settings.without_answers is not None:
+        settings = settings.without_answers
     make_row = partial(
-        _row_with_notes,
+        _noted_row,
         format=format,
         tokenizer=tokenizer,
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
     )
     if isinstance(plain, IterableDataset):
-        rows = plain.map(make_row, remove_columns=columns, features=FEATURES)
-        keep = partial(_keep_and_report, settings=settings, name=name, seen=set())
-        if next(iter(rows.take(STREAM_ROWS_TRIED).filter(keep)), None) is None:
-            raise ValueError(f"none of the first {STREAM_ROWS_TRIED} rows of the {name} dataset can be used")
-        return rows.filter(keep).remove_columns("notes")
+        prepared, reasons, said = _prepare_stream(plain, make_row, columns, settings, name)
+    else:
+        prepared, reasons, said = _prepare_rows(plain, make_row, columns, settings, name)
+    if prepared is not None:
+        return dataset if prepared is plain else prepared
+    if reasons == {NO_ANSWER} and settings.without_answers is not None:
+        return prepare_dataset(dataset, tokenizer, settings.without_answers, name=name)
+    raise ValueError(said + (_remedy(columns, format, settings) if NO_ANSWER in reasons else ""))
 
-    rows = plain.map(
+
+# Rows, or None where none can be used; why, and what is said of that.
+Prepared = tuple[Dataset | IterableDataset | None, set[str], str]
+
+
+def _prepare_rows(
+    dataset: Dataset, make_row: partial[dict[str, Any]], columns: list[str], settings: DataSettings, name: str
+) -> Prepared:
+    stays = [column for column in settings.kept_columns if column in dataset.column_names]
+    rows = dataset.map(
         make_row,
-        remove_columns=columns,
-        features=FEATURES,
+        with_indices=True,
+        remove_columns=[column for column in dataset.column_names if column not in stays],
+        features=Features({**FEATURES, **{column: dataset.features[column] for column in stays}}),
         num_proc=settings.num_proc,
         desc=f"Tokenizing {name} dataset",
-    )
-    notes = list(rows["notes"])
-    counts = Counter(note for row_notes in notes for note in row_notes)
-    report = _report(name, settings, {note: f"{count} of {len(notes)} rows" for note, count in counts.items()})
-    kept = [index for index, row_notes in enumerate(notes) if DROPPED.isdisjoint(row_notes)]
+    ).with_format(None)
+    notes: Any = rows.select_columns(list(NOTED)).to_dict()
+    found = noted(dict(zip(notes, row, strict=True)) for row in zip(*notes.values(), strict=True))
+    said = said_of(name, settings, found, len(rows))
+    kept = [index for index, of_row in enumerate(notes["notes"]) if DROPPED.isdisjoint(of_row)]
     if not kept:
-        raise ValueError(f"no row can be used. {report}")
-    if report:
-        logger.warning(report)
-    if set(columns) == set(ROW_COLUMNS) and not counts:
-        return dataset
-    rows = rows.remove_columns("notes")
-    return rows if len(kept) == len(rows) else rows.select(kept)
+        return None, set(found) & DROPPED, f"no row can be used. {said}"
+    if said:
+        logger.warning(said)
+    if set(ROW_COLUMNS) <= set(columns) <= {*ROW_COLUMNS, *stays} and not found and not _is_transformed(dataset):
+        return dataset, set(), said
+    rows = rows.remove_columns(list(NOTED))
+    return rows if len(kept) == len(rows) else rows.select(kept), set(), said
+
+
+def _prepare_stream(
+    dataset: IterableDataset, make_row: partial[dict[str, Any]], columns: list[str], settings: DataSettings, name: str
+) -> Prepared:
+    rows = dataset.map(make_row, with_indices=True, remove_columns=columns, features=FEATURES)
+    keep = StreamReport(name, settings)
+    if not any(map(keep, islice(rows, STREAM_ROWS_TRIED))):
+        found = keep.seen
+        said = f"none of the first {STREAM_ROWS_TRIED} rows of the {name} dataset can be used"
+        return None, set(found) & DROPPED, f"{said}. {said_of(name, settings, found)}"
+    return rows.filter(keep).remove_columns(list(NOTED)), set(), ""
 
 
 def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
@@ -178,46 +193,96 @@ def _check_prompts(columns: list[str], format: Format, settings: DataSettings, n
         )
 
 
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns that a row has when it is read, through a transform if there is one."""
+    known = None if _is_transformed(dataset) else dataset.column_names
+    return list(known or next(iter(dataset), {}))
+
+
 def has_prompts_alone(dataset: Dataset | IterableDataset) -> bool:
     """Whether the rows are prompts that nothing answers."""
-    columns = dataset.column_names or next(iter(dataset), {})
+    columns = columns_of(dataset)
     return "prompt" in columns and not {"completion", "messages", "conversations", "input_ids"} & set(columns)
 
 
-def _keep_and_report(row: dict[str, Any], settings: DataSettings, name: str, seen: set[str]) -> bool:
-    new = set(row["notes"]) - seen
-    if new:
-        seen |= new
-        logger.warning(_report(name, settings, dict.fromkeys(new, "a row")) + " (later cases are not reported)")
-    return DROPPED.isdisjoint(row["notes"])
+def has_turns(dataset: Dataset | IterableDataset) -> bool:
+    """Whether the rows have assistant turns that are told apart, as messages or as given tokens."""
+    columns = columns_of(dataset)
+    if {"input_ids", "messages", "conversations"} & set(columns):
+        return True
+    first = next(iter(dataset), {})
+    return any(isinstance(first.get(column), list) for column in ("prompt", "completion"))
 
 
-def _report(name: str, settings: DataSettings, rows: dict[str, str]) -> str:
-    clauses = [clause.format(rows=rows[note], settings=settings) for note, clause in REPORTS.items() if note in rows]
-    return f"{name} dataset: {'; '.join(clauses)}" if clauses else ""
+def _remedy(columns: list[str], format: Format, settings: DataSettings) -> str:
+    """What to do about prompts that nothing answers."""
+    if format != "prompt" or "completion" in columns:
+        return ""
+    if settings.evaluates:
+        return (
+            ". It has prompts without answers (columns "
+            f"{', '.join(map(repr, columns))}): set eval_generate=True, and the student answers them"
+        )
+    preferred = ", or name the column 'chosen' 'completion' to train on it" if "chosen" in columns else ""
+    return (
+        f". It has prompts without answers (columns {', '.join(map(repr, columns))}): set lmbda=1.0, and the student "
+        f"writes all text, or seq_kd=True for the teacher to write what the student does not{preferred}"
+    )
 
 
-def _row_with_notes(
+def _is_transformed(dataset: Dataset | IterableDataset) -> bool:
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def _warn_if_random(dataset: Dataset | IterableDataset, name: str) -> None:
+    first, again = (list(islice(dataset, ROWS_READ_TWICE)) for _ in range(2))
+    if first != again:
+        logger.warning(
+            "The %s dataset's with_transform() gives other rows each time. They are read once, before training: what "
+            "it draws at random stays as it was drawn then.",
+            name,
+        )
+
+
+def _noted_row(
     example: dict[str, Any],
+    number: int,
     format: Format,
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     settings: DataSettings,
 ) -> dict[str, Any]:
+    words = ""
+    try:
+        row, notes = _row(example, format, tokenizer, template, settings)
+        cut, fitting = fit(row, settings)
+    except BadRow as error:
+        row = cut = {column: [] for column in ROW_COLUMNS}
+        notes, fitting, words = [BAD], [], str(error)
+    lengths = {"tokens": len(row["input_ids"]), "prompt_tokens": len(row["prompt_ids"])}
+    return {**cut, **lengths, "notes": [*notes, *fitting], "words": words, "number": number}
+
+
+def _row(
+    example: dict[str, Any],
+    format: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    settings: DataSettings,
+) -> tuple[Row, list[str]]:
     if format == "tokens":
-        row, notes = tokens_row(example, settings), []
+        row = tokens_row(example, settings)
         unknown = max(row["input_ids"] + row["prompt_ids"], default=0)
         if unknown >= len(tokenizer):
             raise ValueError(f"input_ids hold token {unknown}, but the tokenizer has {len(tokenizer)} tokens")
-    elif format == "text":
-        text = settings.formatting_func(example) if settings.formatting_func else example[settings.text_field]
-        row, notes = text_row("", text, tokenizer, settings)
-    elif format == "prompt" and not is_conversational({"prompt": example["prompt"]}):
-        row, notes = text_row(example["prompt"], example.get("completion") or None, tokenizer, settings)
-    else:
-        row, notes = conversation_row(example, tokenizer, template, settings)
-    row, fitting = fit(row, settings)
-    return {**row, "notes": [*notes, *fitting]}
+        return row, []
+    if format == "text":
+        text = settings.formatting_func(example) if settings.formatting_func else example.get(settings.text_field)
+        return text_row("", text, tokenizer, settings)
+    prompt: Any = example.get("prompt")
+    if format == "prompt" and not (prompt and is_conversational({"prompt": prompt})):
+        return text_row(prompt, example.get("completion") or None, tokenizer, settings)
+    return conversation_row(example, tokenizer, template, settings)
 
 
 def all_datasets(train: Any, evaluation: Any) -> dict[str, Any]:

@@ -15,29 +15,29 @@ UNTRAINED = -100
 Row = dict[str, list[int]]
 
 
-# What may happen to a row; datasets.py says how it is reported.
+# What may happen to a row; reports.py says how it is reported.
 CUT = "cut"
-
-
+BAD = "bad"
 NO_ANSWER = "no answer"
-
-
 NO_ROOM = "no room"
-
-
 NO_PROMPT = "no prompt"
-
-
 LONG_PROMPT = "long prompt"
-
-
 REWRITTEN = "rewritten"
-
-
+NO_CONTEXT = "no context"
+SAYS_NOTHING = "says nothing"
+CALLS_LEFT_OUT = "calls left out"
+TEXT_LEFT_OUT = "text left out"
+THOUGHT_LEFT_OUT = "thought left out"
+EMPTY_THOUGHT = "empty thought"
+OTHER_END = "other end"
 OTHER_CONTEXT = "other context"
+TOOLS_IGNORED = "tools ignored"
+
+DROPPED = {BAD, NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT}
 
 
-DROPPED = {NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT}
+class BadRow(ValueError):
+    """A row that cannot be made: it is left out, and named in the report."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class DataSettings:
         eos_token_ids: tokens that end a turn besides the tokenizer's EOS (those of the model's generation config).
         formatting_func: row -> text; not applied to a dataset that is tokenised already.
         num_proc: processes that tokenise a `Dataset`.
+        evaluates: whether this is an evaluation set.
+        kept_columns: columns that stay in a prepared `Dataset`, where there are any, for callbacks.
+        without_answers: how a set is prepared in which nothing is answered; None refuses it.
     """
 
     max_length: int | None = None
@@ -69,6 +72,14 @@ class DataSettings:
     eos_token_ids: tuple[int, ...] = ()
     formatting_func: Callable[[dict[str, Any]], str] | None = None
     num_proc: int | None = None
+    evaluates: bool = False
+    kept_columns: tuple[str, ...] = ()
+    without_answers: "DataSettings | None" = None
+
+    @property
+    def budget_is(self) -> str:
+        """Where the bound on prompts comes from, in words."""
+        return "max_length" if self.prompt_budget == self.max_length else "max_length - max_new_tokens"
 
     @property
     def completions_alone(self) -> bool:
@@ -110,7 +121,7 @@ def _given_labels(example: dict[str, Any], ids: list[int], settings: DataSetting
     if example.get("labels") is not None:
         labels = list(example["labels"])
         if len(labels) != len(ids) or any(a not in (UNTRAINED, b) for a, b in zip(labels, ids, strict=True)):
-            raise ValueError(f"labels must be the input_ids, unshifted, or -100; got {labels} for {ids}")
+            raise BadRow(f"labels must be the input_ids, unshifted, or -100; got {labels} for {ids}")
         return labels
     masks = ["assistant_masks", "completion_mask"] if settings.completions_alone else ["assistant_masks"]
     masks = [example[mask] for mask in masks if example.get(mask) is not None]
@@ -146,7 +157,7 @@ def text_row(
     """
     for column, value in {"prompt": prompt, "completion or text": completion or ""}.items():
         if not isinstance(value, str):
-            raise ValueError(f"{column} must be text here (prompt and completion alike); got {value!r}")
+            raise BadRow(f"{column} must be text here (prompt and completion alike); got {value!r}")
     prompt_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
     ends = end_tokens(tokenizer, settings)
     if not ends:

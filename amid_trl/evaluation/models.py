@@ -13,7 +13,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from amid_trl.data.conversations import conversation_row, training_template
+from amid_trl.data.conversations import conversation_row
+from amid_trl.data.rendering import training_template
 from amid_trl.data.rows import UNTRAINED, DataSettings, text_row
 from amid_trl.evaluation.sets import EvaluationSet, Example
 from amid_trl.evaluation.settings import EvaluationSettings

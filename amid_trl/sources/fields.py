@@ -152,6 +152,16 @@ class SourceFields(Fields):
         """Whether any window of the run is written by the student or the teacher."""
         return self.student_shares[1] > 0 or self.seq_kd
 
+    @property
+    def longest_row(self) -> int | None:
+        """Most tokens that `max_length` allows a row, dataset's or written; None if it bounds nothing.
+
+        A `max_length` that leaves no room beside `max_new_tokens` bounds the dataset's rows and the prompts alone.
+        """
+        if self.max_length is None or not self.generates or self.max_length > self.max_new_tokens:
+            return self.max_length
+        return self.max_length + self.max_new_tokens
+
     def __post_init__(self):
         """Refuse what cannot work, and what would have no effect."""
         check_shares(self, "lmbda")
@@ -185,10 +195,6 @@ class SourceFields(Fields):
                         f"generation_kwargs may have fields of transformers' GenerationConfig other than "
                         f"{', '.join(MANAGED_GENERATION_KWARGS)}; got {name!r}"
                     )
-        if self.generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in max_length={self.max_length}"
-            )
 
     def _check_sources(self) -> None:
         check_choice(self, "sampling", ("mixed", "adaptive"))
@@ -245,5 +251,6 @@ class SourceFields(Fields):
                 "which is not in vLLM; leave one of them out"
             )
         longest = self.vllm_max_model_length
-        if longest is not None and self.max_length is not None and longest < self.max_length:
-            raise ValueError(f"vllm_max_model_length={longest} is less than max_length={self.max_length}")
+        if longest is not None and self.longest_row is not None and longest < self.longest_row:
+            beyond = "" if self.longest_row == self.max_length else f" + max_new_tokens={self.max_new_tokens}"
+            raise ValueError(f"vllm_max_model_length={longest} is less than max_length={self.max_length}{beyond}")

@@ -4,13 +4,13 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
-from amid_trl.data.datasets import has_prompts_alone
+from amid_trl.data.datasets import all_datasets, columns_of, has_prompts_alone, has_turns
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
 from amid_trl.fields import described, json_dict, json_fields
@@ -98,11 +98,17 @@ def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
 
 
 def check_arguments(
-    config: AMiDConfig, evaluation_set: Any, compute_metrics: Callable | None, *, has_collator: bool
+    config: AMiDConfig,
+    train_dataset: Any,
+    evaluation_set: Any,
+    compute_metrics: Callable | None,
+    *,
+    has_collator: bool,
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
-    if json_dict(config.dataset_kwargs).get("skip_prepare_dataset") and not has_collator:
-        raise ValueError("dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows")
+    if not has_collator:
+        for name, dataset in all_datasets(train_dataset, evaluation_set).items():
+            _check_columns(config, dataset, name)
     if config.use_vllm:
         require_vllm()
     if config.eval_generate:
@@ -112,6 +118,20 @@ def check_arguments(
         raise ValueError(f"metric_for_best_model={best!r} needs eval_generate=True")
     if config.sampling == "adaptive" and isinstance(evaluation_set, dict):
         raise ValueError(f"sampling='adaptive' follows one evaluation set; got {', '.join(evaluation_set)}")
+
+
+def _check_columns(config: AMiDConfig, dataset: Any, name: str) -> None:
+    skips = json_dict(config.dataset_kwargs).get("skip_prepare_dataset")
+    if skips and "input_ids" not in columns_of(dataset):
+        raise ValueError(
+            "dataset_kwargs={'skip_prepare_dataset': True} needs a data_collator that takes raw rows, or rows of "
+            f"input_ids and labels; the {name} dataset has the columns {', '.join(map(repr, columns_of(dataset)))}"
+        )
+    if config.assistant_only_loss and not skips and not has_turns(dataset):
+        raise ValueError(
+            f"assistant_only_loss=True, but the dataset is not conversational: the {name} dataset has the columns "
+            f"{', '.join(map(repr, columns_of(dataset)))}, and no assistant's turns in them"
+        )
 
 
 def follow_prompts(
@@ -140,20 +160,15 @@ def data_settings(
 ) -> DataSettings:
     """How rows are made for these settings and a pair of models that knows `positions` positions.
 
-    An evaluation set is generated from with `eval_generate` alone; otherwise only its length and its answers matter.
+    An evaluation set is generated from with `eval_generate`, and where it has prompts alone in a run that generates:
+    there the student writes what is evaluated. Otherwise only its length and its answers matter.
+
+    A prompt leaves room for `max_new_tokens` in `max_length`. Where that leaves no room, `max_length` bounds the
+    dataset's rows alone, as in GKD, and prompts among them; the models' positions bound what is written in any case.
     """
     bounds = [bound for bound in (config.max_length, positions) if bound is not None]
-    max_length = min(bounds) if bounds else None
-    generates = config.eval_generate if evaluates else config.generates
-    if generates and max_length is not None and max_length <= config.max_new_tokens:
-        raise ValueError(
-            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt: max_length={config.max_length} and "
-            f"the models' positions allow {max_length} tokens"
-        )
-    return DataSettings(
-        max_length=max_length,
-        prompt_budget=max_length - config.max_new_tokens if generates and max_length is not None else None,
-        generates=generates,
+    settings = DataSettings(
+        max_length=min(bounds) if bounds else None,
         trains_on_dataset=evaluates or (config.student_shares[0] < 1 and not config.seq_kd),
         assistant_turns=config.assistant_turns,
         completion_only_loss=config.completion_only_loss,
@@ -162,11 +177,44 @@ def data_settings(
         eos_token_ids=tuple(eos_token_ids),
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
+        evaluates=evaluates,
+        kept_columns=("prompt",) if evaluates else (),  # TRL's LogCompletionsCallback reads it
     )
+    writes = config.eval_generate or config.generates if evaluates else config.generates
+    if not writes:
+        return settings
+    writing = replace(settings, generates=True, prompt_budget=_prompt_budget(config, positions))
+    if not evaluates:
+        if config.longest_row != config.max_length:
+            logger.warning(
+                "max_length=%s leaves no room beside max_new_tokens=%s: it bounds the dataset's rows and the prompts "
+                "alone, and text that is written has up to %s tokens.",
+                *(config.max_length, config.max_new_tokens, config.longest_row),
+            )
+        return writing
+    alone = replace(writing, trains_on_dataset=False)
+    return replace(writing if config.eval_generate else settings, without_answers=alone)
+
+
+def _prompt_budget(config: AMiDConfig, positions: int | None) -> int | None:
+    """Tokens that a prompt may have, if the completion after it is as long as it may be."""
+    most = config.max_new_tokens
+    if positions is not None and positions <= most:
+        raise ValueError(
+            f"max_new_tokens={most} leaves no room for a prompt: the models' positions allow {positions} tokens"
+        )
+    room = [] if positions is None else [positions - most]
+    if config.max_length is not None:
+        room.append(config.max_length - most if config.max_length > most else config.max_length)
+    return min(room, default=None)
 
 
 def for_sft(args: AMiDConfig, *, has_collator: bool) -> AMiDConfig:
-    """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows."""
+    """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows.
+
+    `assistant_only_loss` is what is done anyway; SFTTrainer would look for a chat template that it knows.
+    """
+    args.assistant_only_loss = False
     if has_collator:
         args.remove_unused_columns = False
         args.dataset_kwargs = {**json_dict(args.dataset_kwargs), "skip_prepare_dataset": True}

@@ -19,6 +19,7 @@ from amid_trl.teacher.teacher import Teacher, open_teacher
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.checkpoints import Stateful
 from amid_trl.training.config import AMiDConfig
+from amid_trl.training.evaluated_text import EvaluatedText
 from amid_trl.training.memory import MemoryReport
 from amid_trl.training.nonfinite import NonfiniteLoss
 from amid_trl.training.run_objective import RunObjective
@@ -32,6 +33,7 @@ class Parts:
     teacher: Teacher
     writers: dict[Source, Writer]
     answers: Answers | None
+    evaluated_text: EvaluatedText
     sources: WindowSources
     plain_text: PlainText | None
     objective: RunObjective
@@ -70,7 +72,8 @@ def open_parts(
     """All parts of a run.
 
     `wrapped_student` is the student as its engine has wrapped it by then, `student_generation` the generation config
-    that it came with, `datasets` the prepared ones by name; with `deals` the rows of a window are dealt by length.
+    that it came with, `datasets` the prepared ones by name; with `deals`, for our own collator, the rows of a window
+    are dealt by length, and an evaluation answers prompts alone.
     """
     teacher = open_teacher(run, teacher_model, student, wrapped_student, datasets)
     plain_text = open_plain_text(run, pretrain_dataset)
@@ -78,12 +81,15 @@ def open_parts(
     answers = None
     if run.args.eval_generate:
         answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
+    padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
+    write = (writers["student"] if answers is None else answers.write) if deals else None
     sources, objective = WindowSources(run), RunObjective(run)
     train_means = Means((*objective.means, *WINDOW_MEANS), run.accelerator.device)
     return Parts(
         teacher,
         writers,
         answers,
+        EvaluatedText(write, *padding),
         sources,
         plain_text,
         objective,

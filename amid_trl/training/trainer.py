@@ -116,7 +116,7 @@ class AMiDTrainer(GKDTrainer):
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         args = own_copy(args, model)
         follow_prompts(args, train_dataset, prepares=data_collator is None, formats=formatting_func is not None)
-        check_arguments(args, eval_dataset, compute_metrics, has_collator=data_collator is not None)
+        check_arguments(args, train_dataset, eval_dataset, compute_metrics, has_collator=data_collator is not None)
         set_seed(args.seed)
         student, teacher, tokenizer = load_pair(
             model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None
@@ -189,7 +189,7 @@ class AMiDTrainer(GKDTrainer):
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "prompt_ids"]
+        self._signature_columns = ["input_ids", "labels", "prompt_ids", "attention_mask"]
 
     # ---- A window: the micro-batches of one optimizer step ----
 
@@ -263,11 +263,12 @@ class AMiDTrainer(GKDTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss and, where metrics want them, the student's most likely tokens: never logits."""
-        inputs = self._prepare_inputs(inputs)
+        asked: Any = self._prepare_inputs(inputs)
+        inputs = self._parts.evaluated_text(asked)
         with torch.no_grad():
             loss, outputs = cast(Any, self.compute_loss(model, inputs, return_outputs=True))
         if self._parts.answers is not None:
-            figures: Any = self.accelerator.gather_for_metrics(self._parts.answers(inputs, self.state.global_step))
+            figures: Any = self.accelerator.gather_for_metrics(self._parts.answers(asked, self.state.global_step))
             add_answers(self._parts.eval_means, figures)
         if prediction_loss_only:
             return loss, None, None

@@ -1,11 +1,19 @@
 """A conversation as tokens: which turns are trained, from their first token to their end, with every template."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
-import trl
+from chat_templates import (
+    ALL_TEMPLATES,
+    CLOSING,
+    HINT,
+    LAST_QUESTION,
+    MARKED,
+    OPENING,
+    by_longest_prefix,
+    tokenizer_with,
+)
 from preparing import (
     ANSWER,
     CONVERSATION,
@@ -79,15 +87,6 @@ def test_any_eos_of_the_generation_config_ends_a_turn(tokenizer):
     assert trained_spans(row, tokenizer) == ["Yes.<|endoftext|>", "No.<|endoftext|>"]
 
 
-# The marks end before <|im_end|>.
-MARKED = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
 def test_marks_that_leave_out_eos_are_extended_by_it(tokenizer):
     tokenizer.chat_template = MARKED
     (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
@@ -116,14 +115,6 @@ def test_a_last_answer_is_rendered_as_the_last_turn_even_if_a_question_follows(t
     tokenizer.chat_template = REWRITING
     (row,) = prepared([{"messages": CONVERSATION[:3]}], tokenizer)
     assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
-
-
-HINT = "Answer in one word, and never with a sentence. "
-# The hint precedes the last question only: Mistral's templates place the tools and the system prompt so.
-LAST_QUESTION = (
-    "{% set questions = messages | selectattr('role', 'equalto', 'user') | list %}"
-    "{% macro hint(i) %}{% if i == (questions | length - 1) * 2 %}" + HINT + "{% endif %}{% endmacro %}"
-)
 
 
 def test_a_template_that_rewrites_the_question_never_trains_the_question(tokenizer, caplog):
@@ -160,65 +151,8 @@ def test_a_merge_across_the_end_of_the_prompt_is_trained_and_reported(tokenizer,
 
 # ---- TRL's chat templates ----
 
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-NEED_AN_IMAGE_PROCESSOR = {
-    f"{name}{kind}" for name in ("idefics3", "llava_next", "smolvlm") for kind in ("", "_training")
-}
-END_OF_TURN = {
-    "cohere": "<|END_OF_TURN_TOKEN|>",
-    "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
-    "diffusion_gemma": "<turn|>",
-    "gemma": "<end_of_turn>",
-    "gemma4": "<turn|>",
-    "glm4moe": "<|user|>",
-    "gptoss": "<|return|>",
-    "lfm2": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "muse_glimmer": "<|eot|>",
-    "nemotron": "<|im_end|>",
-    "phi3": "<|end|>",
-    "qwen": "<|im_end|>",
-}
-# What the model itself writes before the answer, after the generation prompt.
-OPENING = {
-    "glm4moe": "\n<think></think>\n",
-    "gptoss": "<|channel|>final<|message|>",
-    "muse_glimmer": " to=user<|message|>",
-    "nemotron": "</think>",
-    "qwen3": "<think>\n\n</think>\n\n",
-    "qwen3_5_nothink": "",
-    "qwen3_5_think": "\n</think>\n\n",
-    "qwen3_6": "\n</think>\n\n",
-    "qwen3_8": "\n</think>\n\n",
-    "qwen3_instruct": "",
-    "qwen3_vl": "",
-}
-# What it writes between the answer and the end of the turn.
-CLOSING = {"cohere2": "<|END_RESPONSE|>"}
 
-
-def by_longest_prefix(table: dict[str, str], name: str) -> str | None:
-    prefixes = [prefix for prefix in table if name.startswith(prefix)]
-    return table[max(prefixes, key=len)] if prefixes else None
-
-
-def tokenizer_with(template: str):
-    tokenizer = tiny.tiny_tokenizer(chat_template=(TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"))
-    tokenizer.add_special_tokens(
-        {
-            "bos_token": "<|endoftext|>",
-            "eos_token": by_longest_prefix(END_OF_TURN, template),
-            "additional_special_tokens": ["<think>", "</think>", "<\uff5cAssistant\uff5c>"],
-        }
-    )
-    tokenizer.model_max_length = 4096
-    return tokenizer
-
-
-TEXT_TEMPLATES = sorted({path.stem for path in TEMPLATES.glob("*.jinja")} - NEED_AN_IMAGE_PROCESSOR)
-
-
-@pytest.mark.parametrize("template", TEXT_TEMPLATES)
+@pytest.mark.parametrize("template", ALL_TEMPLATES)
 def test_with_every_template_an_answer_is_trained_from_its_first_token_to_its_end(template):
     tokenizer = tokenizer_with(template)
     opening, closing = by_longest_prefix(OPENING, template) or "", by_longest_prefix(CLOSING, template) or ""

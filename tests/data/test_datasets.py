@@ -1,11 +1,14 @@
 """Every format gives its prompt and trains its answer; a dataset that cannot be used is refused by name."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import tiny
+from chat_templates import tokenizer_with
 from datasets import Dataset, IterableDataset
 from preparing import (
     ANSWER,
@@ -18,6 +21,7 @@ from preparing import (
     prepared,
     trained_spans,
     user,
+    warnings_of,
 )
 
 from amid_trl.data.datasets import prepare_dataset
@@ -131,6 +135,111 @@ def test_tools_and_template_options_reach_the_template(tokenizer):
     assert tokenizer.decode(third["prompt_ids"]).startswith("-busy<|im_start|>"), "the run's options are the default"
 
 
+# ---- Transforms ----
+
+
+def test_a_dataset_is_read_through_its_transform(tokenizer, caplog):
+    def asked(batch):
+        return {"prompt": [f"{text}?" for text in batch["text"]], "completion": [" Yes."] * len(batch["text"])}
+
+    dataset = Dataset.from_dict({"text": ["Is water wet", "Is snow cold"]}).with_transform(asked)
+    rows = prepare_dataset(dataset, tokenizer, MIXED, name="train")
+    assert rows.format["type"] is None
+    assert [tokenizer.decode(row["prompt_ids"]) for row in rows] == ["Is water wet?", "Is snow cold?"]
+    assert [trained_spans(row, tokenizer) for row in rows] == [[" Yes.<|im_end|>"]] * 2
+    assert not warnings_of(caplog)
+
+
+def test_what_a_transform_draws_at_random_is_drawn_once_and_reported(tokenizer, caplog):
+    drawn = count()
+
+    def drawing(batch):
+        return {"text": [f"Number {next(drawn)}." for _ in batch["text"]]}
+
+    rows = prepare_dataset(tiny.text_dataset(3).with_transform(drawing), tokenizer, ON_DATASET, name="train")
+    assert [list(row["input_ids"]) for row in rows] == [list(row["input_ids"]) for row in rows]
+    (warning,) = warnings_of(caplog)
+    assert "train dataset's with_transform() gives other rows each time" in warning
+    assert "They are read once" in warning
+
+
+# ---- Rows that cannot be made ----
+
+BAD = {"messages": [user("Is water wet?"), user("Well?"), assistant("Yes.")]}  # Gemma's roles alternate
+REFUSAL = "the chat template cannot render it (TemplateError: Conversation roles must alternate"
+
+
+def test_a_row_that_the_template_refuses_is_left_out_and_named(caplog):
+    tokenizer = tokenizer_with("gemma3")
+    rows = [{"messages": CONVERSATION}] * 20
+    for number in (7, 17):
+        rows[number] = BAD
+    got = prepared(rows, tokenizer)
+    assert len(got) == 18
+    assert all(trained_spans(row, tokenizer) == ["Yes.<end_of_turn>", "No.<end_of_turn>"] for row in got)
+    (warning,) = warnings_of(caplog)
+    assert "2 of 20 rows dropped: unusable (rows 7, 17; the first: " + REFUSAL in warning
+    caplog.clear()
+    assert prepared(Dataset.from_list(rows).to_iterable_dataset(), tokenizer) == got
+    (warning,) = warnings_of(caplog)
+    assert "a row dropped: unusable (row 7: " + REFUSAL in warning
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_dataset_of_bad_rows_is_refused_with_the_first_reason(streaming):
+    dataset = Dataset.from_list([BAD] * 3)
+    match = r"none of the first 1000 rows.*row 0: " if streaming else "no row can be used.*rows 0, 1, 2; the first: "
+    with pytest.raises(ValueError, match=match + re.escape(REFUSAL)):
+        prepared(dataset.to_iterable_dataset() if streaming else dataset, tokenizer_with("gemma3"))
+
+
+def test_columns_that_contradict_each_other_in_one_row_cost_that_row(tokenizer, caplog):
+    rows = [{"input_ids": [10, 11, 12], "labels": labels} for labels in ([-100, 11, 12], [11, 12, -100])]
+    assert len(prepared(rows, tokenizer)) == 1
+    assert "1 of 2 rows dropped: unusable (row 1: labels must be the input_ids" in caplog.text
+
+
+# ---- Prompts without answers ----
+
+PREFERENCES = {"prompt": "Is water wet?", "chosen": " Yes.", "rejected": " No."}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("row", "settings", "remedy"),
+    [
+        ({"prompt": "Is water wet?"}, MIXED, r"columns 'prompt'\): set lmbda=1.0.*or seq_kd=True"),
+        (PREFERENCES, MIXED, "set lmbda=1.0.*or name the column 'chosen' 'completion' to train on it"),
+        ({"prompt": "Is water wet?"}, DataSettings(evaluates=True), "set eval_generate=True"),
+    ],
+)
+def test_prompts_that_nobody_answers_come_with_what_to_do(row, settings, remedy, streaming, tokenizer):
+    dataset = Dataset.from_list([row])
+    with pytest.raises(ValueError, match=f"nothing to train on.*prompts without answers.*{remedy}"):
+        prepared(dataset.to_iterable_dataset() if streaming else dataset, tokenizer, settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("build", [tiny.prompt_only_dataset, tiny.chat_prompt_only_dataset, "open chats"])
+def test_a_set_in_which_nothing_is_answered_has_settings_of_its_own(build, streaming, tokenizer):
+    open_chats = Dataset.from_list([{"messages": CONVERSATION[:1]}] * 8)
+    dataset = open_chats if build == "open chats" else build()
+    settings = DataSettings(evaluates=True, without_answers=replace(ON_POLICY, evaluates=True))
+    rows = prepared(dataset.to_iterable_dataset() if streaming else dataset, tokenizer, settings)
+    assert len(rows) == 8
+    assert all(set(row["labels"]) == {UNTRAINED} and row["input_ids"] == row["prompt_ids"] for row in rows)
+    some = prepared([{"messages": CONVERSATION[:1]}, {"messages": CONVERSATION[:2]}], tokenizer, settings)
+    assert [trained_spans(row, tokenizer) for row in some] == [["Yes.<|im_end|>"]]
+
+
+def test_columns_that_are_kept_stay_beside_the_rows(tokenizer):
+    settings = replace(MIXED, kept_columns=("prompt",))
+    rows = prepare_dataset(tiny.chat_prompt_completion_dataset(3), tokenizer, settings, name="eval")
+    assert set(rows.column_names) == {"input_ids", "labels", "prompt_ids", "prompt"}
+    assert list(rows["prompt"]) == list(tiny.chat_prompt_completion_dataset(3)["prompt"])
+    assert prepare_dataset(rows, tokenizer, settings, name="eval") is rows
+
+
 # ---- Errors ----
 
 
@@ -194,12 +303,6 @@ def test_a_dataset_that_cannot_be_used_is_refused_before_training(case, tokenize
 def test_an_empty_dataset_is_refused(tokenizer):
     with pytest.raises(ValueError, match="the train dataset has no rows"):
         prepared(Dataset.from_dict({"text": []}), tokenizer)
-
-
-def test_a_transform_is_refused(tokenizer):
-    dataset = tiny.text_dataset().with_transform(lambda batch: batch)
-    with pytest.raises(ValueError, match="with_transform"):
-        prepared(dataset, tokenizer)
 
 
 def test_a_tokenizer_without_template_or_eos_is_refused(tokenizer):

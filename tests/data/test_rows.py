@@ -100,7 +100,8 @@ def test_a_long_row_keeps_its_prompt_and_loses_the_end_of_its_answer(tokenizer, 
     assert row["input_ids"] == whole["input_ids"][:limit]
     assert row["labels"] == whole["labels"][:limit]
     assert row["prompt_ids"] == whole["prompt_ids"]
-    assert warnings_of(caplog) == [f"train dataset: 1 of 1 rows cut at max_length={limit}"]
+    length = len(whole["input_ids"])
+    assert warnings_of(caplog) == [f"train dataset: 1 of 1 rows cut at max_length={limit} (row 0, {length} tokens)"]
 
 
 def test_what_is_cut_and_dropped_is_counted_in_one_warning(tokenizer, caplog):
@@ -115,11 +116,19 @@ def test_what_is_cut_and_dropped_is_counted_in_one_warning(tokenizer, caplog):
     settings = DataSettings(max_length=6, prompt_budget=7, generates=True)
     assert [len(row["input_ids"]) for row in prepared(rows, tokenizer, settings)] == [6, 4]
     assert warnings_of(caplog) == [
-        "train dataset: 1 of 6 rows cut at max_length=6; "
-        "1 of 6 rows dropped: nothing to train on; "
-        "1 of 6 rows dropped: prompt leaves no room for the completion within max_length=6; "
-        "1 of 6 rows dropped: no prompt to generate from; "
-        "1 of 6 rows dropped: prompt longer than 7 tokens (max_length - max_new_tokens)"
+        "train dataset: 1 of 6 rows cut at max_length=6 (row 0, 10 tokens); "
+        "1 of 6 rows dropped: nothing to train on (row 3); "
+        "1 of 6 rows dropped: prompt leaves no room for the completion within max_length=6 (row 2, 10 tokens); "
+        "1 of 6 rows dropped: no prompt to generate from (row 4); "
+        "1 of 6 rows dropped: prompt longer than 7 tokens (max_length - max_new_tokens) (row 1, 8 tokens)"
+    ]
+
+
+def test_of_many_rows_the_first_five_are_named_and_the_longest_is_measured(tokenizer, caplog):
+    lengths = [4, 9, 5, 20, 8, 7, 11, 12, 9]  # rows 1, 3, 4, 5, 6, 7 and 8 are cut
+    prepared([{"input_ids": list(range(10, 10 + n))} for n in lengths], tokenizer, DataSettings(max_length=6))
+    assert warnings_of(caplog) == [
+        "train dataset: 7 of 9 rows cut at max_length=6 (rows 1, 3, 4, 5, 6 and 2 more; the longest has 20 tokens)"
     ]
 
 
@@ -131,7 +140,9 @@ def test_a_stream_reports_the_first_case_of_each_reason(tokenizer, caplog):
     assert warnings_of(caplog) == []
     assert [len(row["input_ids"]) for row in stream] == [3, 6, 6, 6]
     assert list(stream)
-    assert warnings_of(caplog) == ["train dataset: a row cut at max_length=6 (later cases are not reported)"]
+    assert warnings_of(caplog) == [
+        "train dataset: a row cut at max_length=6 (row 1, 8 tokens) (later cases are not reported)"
+    ]
 
 
 def test_a_run_on_generated_text_keeps_rows_without_an_answer(tokenizer, caplog):

@@ -56,7 +56,7 @@ MISTAKES = [
     (["train", *GIVEN, "--divergence", "klx"], "divergence must be one of kl, "),
     (["train", *GIVEN, "--sampling", "mixd"], "argument --sampling"),
     (["train", *GIVEN, "--packing"], "AMiDTrainer does not support packing=True"),
-    (["train", *GIVEN, "--max_new_tokens", "1024"], "leaves no room for a prompt"),
+    (["train", *GIVEN, "--max_new_tokens", "0"], "max_new_tokens must be at least 1; got 0"),
     (["train", *GIVEN, "--lmbda_schedule", '{"kind": "linear"}'], "lmbda_schedule of kind 'linear'"),
     (["train", *GIVEN, "--lmbda_schedule", '{"kind": '], "lmbda_schedule is not JSON"),
     (["train", *GIVEN, "--teacher_offload", "--teacher_load_in_4bit"], "exclude each other"),

@@ -120,6 +120,14 @@ def test_completions_alone_cannot_be_trained_where_there_are_none(train):
     assert train(train_dataset=prompt_completion_dataset(4), completion_only_loss=True).train_dataset
 
 
+def test_the_assistants_turns_alone_need_no_template_that_trl_knows(train, tokenizer):
+    assert "generation %}" not in tokenizer.chat_template  # TRL can neither read nor mark it
+    asked, plain = train(assistant_only_loss=True).train_dataset, train().train_dataset
+    assert asked["labels"] == plain["labels"]
+    answers = [label for label in asked["labels"][0] if label != -100]
+    assert tokenizer.decode(answers) == "The capital of France is Paris.<|im_end|>"
+
+
 def test_the_assistants_turns_alone_are_asked_for_where_there_are_some(train, tokenizer):
     with pytest.raises(ValueError, match="the dataset is not conversational"):
         train(train_dataset=text_dataset(4), assistant_only_loss=True)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from observe import LORA, Windows, dense_loss, logged, weights
+from observe import LORA, Windows, completions_of, dense_loss, logged, weights
 from peft import LoraConfig, get_peft_model
 from tiny import (
     chat_prompt_completion_dataset,
@@ -305,6 +305,23 @@ def test_kwargs_for_a_teacher_that_is_loaded_already_are_refused(train):
 def test_positions_bound_the_prompt_budget(train, tokenizer):
     with pytest.raises(ValueError, match=r"max_new_tokens=60 leaves no room.*allow 48 tokens"):
         train(teacher_model=tiny_llama(tokenizer, max_position_embeddings=48), lmbda=1.0, max_new_tokens=60)
+
+
+def test_a_max_length_without_room_bounds_the_datasets_rows_and_the_prompts(train, tokenizer, caplog):
+    rows = [{"prompt": "Is water wet?", "completion": " Yes, " * length} for length in (1, 50)]
+    asked = len(tokenizer("Is water wet?")["input_ids"])
+    settings = {"train_dataset": Dataset.from_list(rows), "max_length": asked + 4, "max_new_tokens": asked + 4}
+    trainer = train(**settings, lmbda=1.0)
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [asked + 4, asked + 4]
+    said = "max_length=%s leaves no room beside max_new_tokens=%s: it bounds the dataset's rows and the prompts alone"
+    assert said % (asked + 4, asked + 4) in caplog.text
+    windows = Windows(trainer)
+    trainer.train()
+    [(batches, _), *_] = windows.windows
+    lengths = [len(row) for row in completions_of((batches, 0))]
+    assert all(1 <= length <= asked + 4 for length in lengths) and max(lengths) > 4  # beyond max_length
+    with pytest.raises(ValueError, match=f"prompt longer than {asked - 1} tokens \\(max_length\\)"):
+        train(**{**settings, "max_length": asked - 1}, lmbda=1.0)
 
 
 def test_generated_text_fits_the_models_positions(train, tokenizer):

@@ -1,0 +1,148 @@
+"""The messages and tools of a row in one form, whoever wrote them down.
+
+- A key whose value is null, at any depth, is not there: Arrow fills in the keys that a row lacks and another row has.
+  In lists nulls stay, because Arrow puts none there.
+- ShareGPT's names (`from`, `value`, `human`, `gpt`) are those of chat templates.
+- `content` is a string: parts of text are joined, and where there is none it is empty.
+- The arguments of a tool call are an object, also where they are given as JSON text, as OpenAI's API gives them. Text
+  that is no JSON object stays as it is.
+- An empty list of tool calls is not there.
+"""
+
+import json
+from typing import Any
+
+from trl import maybe_convert_to_chatml
+
+from amid_trl.data.rows import BadRow
+
+
+Message = dict[str, Any]
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+# Names under which a message has its reasoning.
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+def conversation_of(example: dict[str, Any]) -> tuple[list[Message], int]:
+    """The messages of a row, and how many of them are the `prompt` column (0 for a `messages` row)."""
+    if "prompt" in example and "messages" not in example and "conversations" not in example:
+        prompt, completion = as_messages(example["prompt"]), as_messages(example.get("completion") or [])
+        return prompt + completion, len(prompt)
+    return as_messages(example["messages"] if "messages" in example else example["conversations"]), 0
+
+
+def as_messages(given: Any) -> list[Message]:
+    """A list of messages in the form above.
+
+    Raises:
+        BadRow: no list of messages, a message without a role, or content that is not text.
+    """
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+        raise BadRow(f"expected a list of messages (prompt and completion alike); got {given!r}")
+    messages = maybe_convert_to_chatml({"messages": [without_nulls(message) for message in given]})["messages"]
+    return [_in_one_form(message) for message in messages]
+
+
+def tools_of(example: dict[str, Any]) -> list[Any] | None:
+    """The schemas of the row's tools, given as a list, as JSON text or as a list of JSON texts; None without any."""
+    tools = example.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools else without_nulls(tools)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"the tools are no JSON text: {error}") from error
+    return [_object_or_text(tool) for tool in tools] if tools else None
+
+
+def without_nulls(value: Any) -> Any:
+    """A copy in which no mapping, at any depth, has a key whose value is None."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def thought_and_answer(message: Message) -> tuple[str, str]:
+    """What a message thinks and what it answers, without the space around them; either may be empty.
+
+    A thought that stands in the content, as <think>...</think>, counts as one.
+    """
+    content = message["content"] if isinstance(message["content"], str) else ""
+    thought = next((message[name] for name in THOUGHT_FIELDS if isinstance(message.get(name), str)), "")
+    if not thought and "</think>" in content:
+        thought, _, content = content.rpartition("</think>")
+        thought = thought.rpartition("<think>")[2]
+    return thought.strip(), content.strip()
+
+
+def called_functions(message: Message) -> list[str]:
+    """The names of the functions that a message calls, in order."""
+    calls = [call.get("function", call) for call in message.get("tool_calls", ()) if isinstance(call, dict)]
+    return [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]
+
+
+def with_json_arguments(messages: list[Message]) -> list[Message]:
+    """The messages with the arguments of their tool calls as JSON text, for templates that write them as they are."""
+    return [
+        {**message, "tool_calls": [_with_arguments(call, _as_json) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def object_arguments(messages: list[Message]) -> list[dict[str, Any]]:
+    """The arguments of all tool calls that are objects with a key."""
+    calls = [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
+    return [call["arguments"] for call in calls if isinstance(call.get("arguments"), dict) and call["arguments"]]
+
+
+def _in_one_form(message: Message) -> Message:
+    given = message.get("role")
+    if not isinstance(given, str):
+        raise BadRow(f"a message has no role: {message!r}")
+    role = SHAREGPT_ROLES.get(given, given)
+    message = {**message, "role": role, "content": _text(message.get("content", ""), role)}
+    calls = message.pop("tool_calls", None)
+    try:
+        calls = json.loads(calls) if isinstance(calls, str) and calls else calls
+    except json.JSONDecodeError as error:
+        raise BadRow(f"the tool calls are no JSON text: {error}") from error
+    if calls:
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise BadRow(f"expected a list of tool calls; got {calls!r}")
+        message["tool_calls"] = [_with_arguments(call, _object_or_text) for call in calls]
+    return message
+
+
+def _text(content: Any, role: str) -> Any:
+    if not isinstance(content, list):
+        return content
+    parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
+    if all(part.get("type") == "text" and isinstance(part.get("text", ""), str) for part in parts):
+        return "".join(part.get("text", "") for part in parts)
+    if role == "tool" and not any("type" in part for part in parts):
+        return content  # what a tool gave back, which some templates write as JSON
+    raise BadRow("a message has content other than text; only text is supported")
+
+
+def _with_arguments(call: dict[str, Any], convert: Any) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], convert)}
+    return {**call, "arguments": convert(call["arguments"])} if "arguments" in call else call
+
+
+def _object_or_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return parsed if isinstance(parsed, dict) else value
+
+
+def _as_json(value: Any) -> Any:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
