@@ -14,6 +14,7 @@ from accelerate.utils import fsdp2_prepare_model
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import is_in_notebook
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import common_prefix_length
@@ -39,6 +40,9 @@ except ImportError:  # TRL has removed experimental trainers before
 
     from amid_trl._gkd import GKDConfig
 
+if is_in_notebook():  # only there is IPython sure to be
+    from transformers.utils.notebook import NotebookProgressBar, NotebookProgressCallback, NotebookTrainingTracker
+
 __all__ = [
     "HOOKS",
     "PREFIX_CHECKPOINT_DIR",
@@ -46,6 +50,9 @@ __all__ = [
     "GKDConfig",
     "GKDTrainer",
     "Hook",
+    "NotebookProgressBar",
+    "NotebookProgressCallback",
+    "NotebookTrainingTracker",
     "common_prefix_length",
     "create_model_from_path",
     "default_config_file",
@@ -54,6 +61,7 @@ __all__ = [
     "global_then_local_main_first",
     "has_generation_markers",
     "hf_deepspeed",
+    "is_in_notebook",
     "is_vllm_available",
     "launch_command",
     "launch_command_parser",
@@ -275,5 +283,19 @@ HOOKS = (
         "how many processes a file asks for",
         ("config_file",),
     ),
+    Hook("transformers.utils.is_in_notebook", "called", "whether there is a table to fill"),
+    Hook(
+        "transformers.utils.notebook.NotebookProgressCallback",
+        "set",
+        "training_tracker, prediction_bar and _force_next_update, beside a table of our own",
+    ),
+    Hook(
+        "transformers.utils.notebook.NotebookTrainingTracker",
+        "set",
+        "its inner_table: head and lines",
+        ("num_steps", "column_names"),
+    ),
+    Hook("transformers.utils.notebook.NotebookTrainingTracker.remove_child", "called", "the bar of an evaluation"),
+    Hook("transformers.utils.notebook.NotebookProgressBar", "read", "the bar of an evaluation"),
     Hook("accelerate.commands.config.config_args.default_config_file", "read", "whether accelerate has defaults"),
 )

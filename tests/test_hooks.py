@@ -31,7 +31,16 @@ PUBLIC = {
 # Public of a trainer is what its constructor takes, and what the reference of transformers' Trainer names.
 PUBLIC_OF_TRAINERS = {
     *("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", "optimizer"),
-    *("accelerator", "state", "model_wrapped", "add_callback", "evaluate", "is_world_process_zero", "push_to_hub"),
+    *(
+        "accelerator",
+        "state",
+        "model_wrapped",
+        "add_callback",
+        "pop_callback",
+        "evaluate",
+        "is_world_process_zero",
+        "push_to_hub",
+    ),
     *("save_model", "end"),
     # Ours. transformers' search for hyperparameters has one as well, but needs a model_init, which TRL does not take.
     "objective",

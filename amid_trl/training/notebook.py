@@ -5,7 +5,7 @@ Imported in a notebook alone, because transformers' part needs IPython.
 
 from typing import Any
 
-from transformers.utils.notebook import NotebookProgressBar, NotebookProgressCallback, NotebookTrainingTracker
+from amid_trl._trl import NotebookProgressBar, NotebookProgressCallback, NotebookTrainingTracker
 
 
 # A figure of the training logs and of the evaluation, and the heads of its columns.

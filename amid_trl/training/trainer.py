@@ -24,10 +24,9 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
-from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first
+from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
