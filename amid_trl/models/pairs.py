@@ -43,6 +43,11 @@ def check_adapter(config: Any, role: str) -> None:
             f"the {role} uses a prompt-learning adapter ({type(config).__name__}), whose virtual tokens the loss "
             "would not see; use a weight-based one such as LoRA"
         )
+    if (kind := str(config.peft_type).rpartition(".")[-1]) in OWN_FORWARD:
+        raise ValueError(
+            f"the {role} uses an adapter of the type {kind}, which {OWN_FORWARD[kind]} in a forward of its own, and the "
+            "loss runs the model's; use a weight-based one such as LoRA"
+        )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
             f"the {role} uses an adapter with alora_invocation_tokens, whose offsets in each row the loss does not "
@@ -57,6 +62,12 @@ def check_adapter(config: Any, role: str) -> None:
         )
 
 
+# Adapters that are more than changed weights.
+OWN_FORWARD = {
+    "POLY": "needs the task of each row",
+    "SHADOW": "carries a second state beside the model's",
+    "XLORA": "mixes others by a first pass",
+}
 # They draw, or read what a preparation has left on the model.
 UNREPEATABLE = ("lora_ga", "corda")
 
