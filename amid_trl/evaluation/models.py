@@ -154,9 +154,9 @@ def _loaded(model: Given, role: str, dtype: str, trust_remote_code: bool) -> Pre
         if getattr(causal_lm(loaded), "hf_device_map", None) is None:
             loaded.to(PartialState().device)
         model = cast(PreTrainedModel, loaded)
-    model = text_model(model)
-    check_text_only(model, role)
-    return model
+    alone: PreTrainedModel = text_model(model)
+    check_text_only(alone, role)
+    return alone
 
 
 def model_name(model: Given) -> str:

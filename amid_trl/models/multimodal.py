@@ -82,8 +82,8 @@ def _is_of(adapter: str, whole: PreTrainedModel, kind: type[PreTrainedModel]) ->
 def text_model(model: nn.Module, *, says: bool = True) -> Any:
     """The language model alone of a multimodal one, with the same weights, which is said; any other model as it is.
 
-    In a PeftModel it takes the place of the whole. A ValueError where transformers has no causal LM that is made of what
-    reads text.
+    In a PeftModel it takes the place of the whole. A ValueError where no causal LM is made of what reads
+    its text.
     """
     whole = causal_lm(model)
     text = text_class(whole.config) if isinstance(whole, PreTrainedModel) else None

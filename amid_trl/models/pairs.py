@@ -45,8 +45,8 @@ def check_adapter(config: Any, role: str) -> None:
         )
     if (kind := str(config.peft_type).rpartition(".")[-1]) in OWN_FORWARD:
         raise ValueError(
-            f"the {role} uses an adapter of the type {kind}, which {OWN_FORWARD[kind]} in a forward of its own, and the "
-            "loss runs the model's; use a weight-based one such as LoRA"
+            f"the {role} uses an adapter of the type {kind}, which {OWN_FORWARD[kind]} in a forward of its own, and "
+            "the loss runs the model's; use a weight-based one such as LoRA"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
@@ -57,8 +57,8 @@ def check_adapter(config: Any, role: str) -> None:
     if isinstance(init, str) and (init.startswith("pissa_niter") or init in UNREPEATABLE):
         raise ValueError(
             f"the {role} uses an adapter with init_lora_weights={init!r}, which changes the base in a way that "
-            "loading cannot repeat: saved and loaded it would be another model. Use 'pissa' or 'olora', or, for an adapter "
-            "that has been trained, have PEFT convert it (save_pretrained's path_initial_model_for_weight_conversion)"
+            "loading cannot repeat: saved and loaded it would be another model. Use 'pissa' or 'olora', or, for "
+            "an adapter that has been trained, have PEFT convert it (save_pretrained's path_initial_model_for_weight_conversion)"
         )
 
 

@@ -41,9 +41,10 @@ def renamed_tokens(
     if foreign:
         example = foreign[0]
         files = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
+        places = f"{student_ids.get(example)} and {teacher_ids.get(example)}"
         raise ValueError(
             f"student and teacher need the same tokenizer; {' and '.join(files)} differ in "
-            f"{len(moved) + len(missing)} tokens (for instance {example!r}: id {student_ids.get(example)} and {teacher_ids.get(example)}). TRL's "
+            f"{len(moved) + len(missing)} tokens (for instance {example!r}: id {places}). TRL's "
             "GOLDTrainer is made for different tokenizers."
         )
     renamed = RenamedTokens(names)
