@@ -58,7 +58,7 @@ def check_adapter(config: Any, role: str) -> None:
         raise ValueError(
             f"the {role} uses an adapter with init_lora_weights={init!r}, which changes the base in a way that "
             "loading cannot repeat: saved and loaded it would be another model. Use 'pissa' or 'olora', or, for "
-            "an adapter that has been trained, have PEFT convert it (save_pretrained's path_initial_model_for_weight_conversion)"
+            "an adapter that has been trained, have PEFT convert it (path_initial_model_for_weight_conversion)"
         )
 
 
