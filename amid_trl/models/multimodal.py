@@ -23,11 +23,16 @@ _WHERE = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "l
 _LOADED = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_device_map")
 
 
+def has_text_inside(config: PretrainedConfig) -> bool:
+    """Whether it is of a multimodal model whose language model has a configuration of its own."""
+    return not config.is_encoder_decoder and type(config.get_text_config(decoder=True)) is not type(config)
+
+
 def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The causal LM for the text alone of a multimodal `config`; None where there is none, and for any other."""
-    text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-    if type(text) is type(config):
+    if not has_text_inside(config):
         return None
+    text = config.get_text_config(decoder=True)
     known: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     found = [known[kind] for kind in (type(text), type(config)) if kind in known]
     return next((kind for kind in found if kind.config_class is type(text)), None)
@@ -36,12 +41,12 @@ def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 class TextLoader(NamedTuple):
     """Loads the language model of a multimodal checkpoint as an auto class loads a model: by `from_pretrained`.
 
-    With an `adapter` that was made of the whole model, the whole is given, so that its modules have the names that the
-    adapter knows; but without what it does not need for text.
+    The whole is given, but without what it does not need for text, where transformers has no causal LM for its text,
+    and under an `adapter` that was made of the whole, so that its modules have the names that the adapter knows.
     """
 
     whole: type[PreTrainedModel]
-    text: type[PreTrainedModel]
+    text: type[PreTrainedModel] | None
     adapter: str | None
     says: bool
 
@@ -54,7 +59,9 @@ class TextLoader(NamedTuple):
             name for name in report["missing_keys"] if name.startswith(tuple(f"{path}." for path in kept))
         )
         if missing:
-            raise ValueError(f"{name} lacks weights of its {self.text.__name__}: {', '.join(missing[:4])}")
+            raise ValueError(f"{name} lacks weights of its language model: {', '.join(missing[:4])}")
+        if self.text is None and self.says:
+            logger.warning("%s is multimodal: all but its language model is left out.", name)
         of_whole = self.adapter is not None and _is_of(self.adapter, model, self.text)
         return model if of_whole else text_model(model, says=self.says)
 
@@ -65,13 +72,13 @@ def text_loader(
     """What loads the checkpoint `name` without its towers, and says so; None where that is nothing special."""
     config = AutoConfig.from_pretrained(name, **{key: init_kwargs[key] for key in _WHERE if key in init_kwargs})
     text = text_class(config)
-    whole = getattr(transformers, (config.architectures or [""])[0], None)
-    if text is None or whole is None or whole is text:
+    whole: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    if not has_text_inside(config) or whole is text or not hasattr(whole, "generate"):
         return None
     return TextLoader(whole, text, adapter, says)
 
 
-def _is_of(adapter: str, whole: PreTrainedModel, kind: type[PreTrainedModel]) -> bool:
+def _is_of(adapter: str, whole: PreTrainedModel, kind: type[PreTrainedModel] | None) -> bool:
     file = Path(adapter, "adapter_model.safetensors")
     inside, _ = _text_modules(whole, kind)
     path = next(name for name, module in whole.named_modules() if module is inside)
@@ -149,13 +156,13 @@ def _taken_out(whole: PreTrainedModel, kind: type[PreTrainedModel]) -> PreTraine
     return text
 
 
-def _text_modules(whole: PreTrainedModel, kind: type[PreTrainedModel]) -> tuple[nn.Module, Any]:
+def _text_modules(whole: PreTrainedModel, kind: type[PreTrainedModel] | None) -> tuple[nn.Module, Any]:
     """What reads the text, which may be a causal LM already, and the head behind it."""
     inside = next((module for module in whole.modules() if type(module) is kind), None)
     return inside or whole.get_decoder(), whole.get_output_embeddings()
 
 
-def _without_towers(whole: type[PreTrainedModel], kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _without_towers(whole: type[PreTrainedModel], kind: type[PreTrainedModel] | None) -> type[PreTrainedModel]:
     """The class, but of the modules that read text alone: weights of the others are not even read from the disk."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.models.heads import causal_lm, language_model_head
+from amid_trl.models.multimodal import has_text_inside
 
 
 def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -73,19 +74,17 @@ UNREPEATABLE = ("lora_ga", "corda")
 
 
 def check_text_only(model: nn.Module, role: str) -> None:
-    """Refuse what the loss cannot read: multimodal models, virtual tokens, models without a head."""
+    """Refuse what the loss cannot read or what could not be saved: virtual tokens, towers, models without a head."""
     if is_peft_model(model):
         adapted: Any = model
         for config in adapted.peft_config.values():
             check_adapter(config, role)
     base = causal_lm(model)
-    if (
-        getattr(base.config, "vision_config", None) is not None
-        or getattr(base.config, "audio_config", None) is not None
-    ):
+    towers = any(getattr(base.config, name, None) is not None for name in ("vision_config", "audio_config"))
+    if towers and not (role == "teacher" and has_text_inside(base.config)):
         raise ValueError(
             f"the {role} ({type(base).__name__}) is a multimodal model, and transformers has no causal LM for its "
-            "text alone; AMiDTrainer trains text models"
+            "text alone, as which it would be saved; AMiDTrainer trains text models"
         )
     language_model_head(base)  # a ValueError where there is none that the loss can read
 

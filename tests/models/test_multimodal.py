@@ -159,7 +159,7 @@ def test_a_checkpoint_without_a_weight_of_its_language_model_is_refused(gemma):
     lost = next(name for name in saved if name.endswith("layers.1.mlp.up_proj.weight"))
     del saved[lost]
     save_file(saved, f"{path}/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks weights of its Gemma3ForCausalLM.*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks weights of its language model.*layers\.1\.mlp\.up_proj"):
         load_causal_lm(path, {"dtype": "float32"}, distributed=False)
 
 
@@ -247,12 +247,41 @@ def test_init_student_prunes_the_language_model(tmp_path, gemma):
     assert torch.equal(student.get_input_embeddings().weight, kept)
 
 
-def test_a_family_without_a_causal_lm_for_its_text_is_refused_by_name(train, tmp_path, tokenizer):
-    config = tf.Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
-    )
-    path = save_tiny(tmp_path / "vl", tf.Qwen2VLForConditionalGeneration(config), tokenizer)
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+WITHOUT_CAUSAL_LM = {
+    "qwen2_vl": lambda: tf.Qwen2VLForConditionalGeneration(
+        tf.Qwen2VLConfig(
+            text_config={**TEXT, **MROPE},
+            vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+        )
+    ),
+    "qwen3_vl": lambda: tf.Qwen3VLForConditionalGeneration(
+        tf.Qwen3VLConfig(
+            text_config={**TEXT, **MROPE, "head_dim": 8},
+            vision_config={
+                **{"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
+                "deepstack_visual_indexes": [0],
+            },
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WITHOUT_CAUSAL_LM)
+@pytest.mark.parametrize("form", ["path", "model"])
+def test_a_family_without_a_causal_lm_for_its_text_is_a_teacher(train, tmp_path, tokenizer, family, form):
+    whole = WITHOUT_CAUSAL_LM[family]().eval()
+    path = save_tiny(tmp_path / "vl", whole, tokenizer)
+    trainer = train(teacher_model=str(path) if form == "path" else whole, lmbda=0.5, seq_kd=True)
+    assert bool(towers(weights(trainer.teacher_model))) == (form == "model")
+    torch.testing.assert_close(logits(trainer.teacher_model), logits(whole))
+    batch = next(iter(trainer.get_train_dataloader()))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), dense_loss(trainer, batch))
+    trainer.train()
+
+
+def test_a_family_without_a_causal_lm_for_its_text_is_no_student(train, tmp_path, tokenizer):
+    path = save_tiny(tmp_path / "vl", WITHOUT_CAUSAL_LM["qwen2_vl"](), tokenizer)
     with pytest.raises(ValueError, match=r"the student \(Qwen2VLForConditionalGeneration\) is a multimodal model"):
         train(model=str(path))
 
