@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 # What AutoConfig reads of the arguments of `from_pretrained`.
 _WHERE = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only", "code_revision")
 # What a quantiser and a device map leave on a model, beside its modules.
-_LOADED = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_device_map")
+_LOADED = (
+    *("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"),
+    "hf_device_map",
+)
 
 
 def has_text_inside(config: PretrainedConfig) -> bool:

@@ -40,7 +40,7 @@ def text(config, **more):
 FAMILIES = {
     "gemma3": lambda: tf.Gemma3ForConditionalGeneration(
         tf.Gemma3Config(
-            text_config=text(tf.Gemma3TextConfig, head_dim=8, sliding_window=64),
+            text_config=text(tf.Gemma3TextConfig, hidden_size=64, head_dim=16, sliding_window=64),
             vision_config=tf.SiglipVisionConfig(**VISION),
             mm_tokens_per_image=4,
             **{"image_token_index": 383, "boi_token_index": 382, "eoi_token_index": 381},
@@ -293,3 +293,24 @@ def test_the_tokenizer_beside_the_checkpoint_is_used(tmp_path, gemma, tiny_dir):
     config = AMiDConfig(str(tmp_path / "run"), use_cpu=True, bf16=False, report_to=[], lmbda=0.0)
     trainer = AMiDTrainer(path, str(tiny_dir), config, train_dataset=messages_dataset(4))
     assert trainer.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_checkpoint_is_quantised_while_it_is_loaded(train, tmp_path, gemma, role):
+    bnb = pytest.importorskip("bitsandbytes")
+    path, _ = gemma
+    if role == "teacher":
+        trainer = train(teacher_model=path, teacher_load_in_4bit=True)
+        model = trainer.teacher_model
+    else:
+        settings = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        trainer = train(model=path, quantization_config=settings, peft_config=LoraConfig(**LORA))
+        model = trainer.model.get_base_model()
+    assert sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()) == 14
+    assert model.is_loaded_in_4bit and model.is_quantized
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    if role == "student":
+        assert (tmp_path / "saved" / "quantized_base.json").exists()
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "text_base", dtype="auto")
+        assert base.dtype == torch.float32 and not getattr(base, "is_loaded_in_4bit", False)
