@@ -47,7 +47,7 @@ def merged_model(path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dty
 
 @torch.no_grad()
 def _log_probs(model: Any, row: Tensor) -> Tensor:
-    return model(row).logits[0].float().log_softmax(-1)
+    return model(row).logits[0].double().log_softmax(-1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as tf
+from evaluating import SHORT
 from observe import LORA, dense_loss, weights
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from tiny import messages_dataset, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from amid_trl import cli
+from amid_trl.evaluation.evaluate import evaluate
 from amid_trl.models.loading import load_causal_lm
 from amid_trl.models.multimodal import text_model
 
@@ -245,6 +248,14 @@ def test_init_student_prunes_the_language_model(tmp_path, gemma):
     assert type(student).__name__ == "Gemma3ForCausalLM" and student.config.num_hidden_layers == 1
     kept = text_model(whole).get_input_embeddings().weight
     assert torch.equal(student.get_input_embeddings().weight, kept)
+
+
+def test_an_evaluation_compares_language_models(tmp_path, gemma, tokenizer, rows_file):
+    path, whole = gemma
+    alone = save_tiny(tmp_path / "alone", text_model(whole), tokenizer)
+    settings = replace(SHORT, evaluation_set=rows_file, limit=2, max_new_tokens=4)
+    results = evaluate(path, tmp_path / "out", settings, teacher=str(alone))
+    assert results["metrics"]["kl_pq"] == pytest.approx(0, abs=1e-6)
 
 
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
