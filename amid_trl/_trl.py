@@ -143,7 +143,9 @@ HOOKS = (
     ),
     Hook(f"{_TRAINER}.evaluation_loop", "overridden", "figures of the evaluation set", ("metric_key_prefix",)),
     Hook(f"{_TRAINER}.train", "overridden", "resuming from whole checkpoints, SIGTERM", ("resume_from_checkpoint",)),
-    Hook(f"{_TRAINER}._save", "overridden", "the teacher's adapter is not saved"),
+    Hook(
+        f"{_TRAINER}._save", "overridden", "the teacher's adapter is not saved, the base's record is", ("output_dir",)
+    ),
     Hook(f"{_SFT}._save_checkpoint", "overridden", "a checkpoint is whole, or known not to be", ("model", "trial")),
     Hook(
         f"{_TRAINER}._push_from_checkpoint", "overridden", "only whole checkpoints are pushed", ("checkpoint_folder",)
@@ -231,7 +233,10 @@ HOOKS = (
         ("model", "accelerator", "gather_deepspeed3_params", "gradient_checkpointing_kwargs"),
     ),
     Hook(
-        "trl.trainer.utils.create_model_from_path", "called", "picks architecture and dtype as TRL does", ("model_id",)
+        "trl.trainer.utils.create_model_from_path",
+        "called",
+        "picks architecture and dtype as TRL does",
+        ("model_id", "architecture"),
     ),
     Hook("trl.trainer.utils.global_then_local_main_first", "called", "one process tokenises, the others read it"),
     Hook(

@@ -80,6 +80,17 @@ def without_effect(config: Any, names: Iterable[str], where: str) -> None:
         raise ValueError(f"{', '.join(unread)} has no effect {where}")
 
 
+def loading_kwargs(config: Any, field: str) -> dict[str, Any]:
+    """What a field gives to `from_pretrained`, with `torch_dtype` by its new name; ValueError where both differ."""
+    given = dict(json_dict(getattr(config, field)))
+    if "torch_dtype" in given:
+        old = given.pop("torch_dtype")
+        new = given.setdefault("dtype", old)
+        if str(new).removeprefix("torch.") != str(old).removeprefix("torch."):
+            raise ValueError(f"{field} has dtype={new} and torch_dtype={old}, two names of one thing: give one")
+    return given
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a number and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,13 +1,53 @@
 """The record of a run that teacher, sources and objective build themselves from."""
 
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
 Settings = TypeVar("Settings", covariant=True)
+Rows = TypeVar("Rows")
+
+
+@dataclass(frozen=True)
+class RenamedTokens:
+    """Ids with a name for the student and another for the teacher (None: no name): no text may have them."""
+
+    names: Mapping[int, tuple[str | None, str | None]] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[int]:
+        """In order."""
+        return sorted(self.names)
+
+    def checked(self, rows: Rows) -> Rows:
+        """The prepared rows of a dataset; ValueError where one has such a token. A stream waits for `check`."""
+        if self.names and isinstance(rows, Dataset):
+            for index, row in enumerate(rows.select_columns(["input_ids", "prompt_ids"])):
+                columns: Any = row
+                self._refuse({*columns["input_ids"], *columns["prompt_ids"]}, f"row {index} of a dataset")
+        return rows
+
+    def check(self, input_ids: Tensor) -> None:
+        """ValueError where a text, of any shape, has such a token."""
+        if self.names:
+            self._refuse(set(input_ids.unique().tolist()), "a text of this run")
+
+    def _refuse(self, ids: set[int], where: str) -> None:
+        if found := sorted(self.names.keys() & ids):
+            raise ValueError(
+                f"{where} has a token that means another thing to the teacher: {self.shown(found[:4])}. Student and "
+                "teacher need the same tokenizer for all tokens that occur; TRL's GOLDTrainer is made for others"
+            )
+
+    def shown(self, ids: list[int]) -> str:
+        """Some of them, as a reader knows them."""
+        return ", ".join(f"id {i} ({self.names[i][0]!r}, to the teacher {self.names[i][1]!r})" for i in ids)
 
 
 @dataclass(frozen=True)
@@ -20,6 +60,7 @@ class Run(Generic[Settings]):
         tokenizer: That of both models.
         vocabulary: How many tokens all models and the tokenizer know.
         positions: The longest row, in tokens, that all models read; None without a bound.
+        renamed: Tokens that mean another thing to the teacher, which no text may have.
     """
 
     args: Settings
@@ -27,3 +68,4 @@ class Run(Generic[Settings]):
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     positions: int | None
+    renamed: RenamedTokens = field(default_factory=RenamedTokens)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -21,8 +21,11 @@ from amid_trl.evaluation.settings import EvaluationSettings
 from amid_trl.models.generation import eos_token_ids, sampling_config
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_causal_lm, load_tokenizer
-from amid_trl.models.pairs import check_same_tokenizer, check_text_only, common_positions, common_vocabulary
+from amid_trl.models.multimodal import text_model
+from amid_trl.models.pairs import check_text_only, common_positions, common_vocabulary
+from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.outputs import fingerprint
+from amid_trl.run import RenamedTokens
 
 
 Given = str | PreTrainedModel
@@ -44,6 +47,7 @@ class EvaluationModels:
     student: PreTrainedModel
     teacher: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
+    renamed: RenamedTokens = field(default_factory=RenamedTokens)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -67,7 +71,10 @@ class EvaluationModels:
             max_new_tokens=settings.max_new_tokens,
             eos_token_ids=self.ends,
             pad_token_id=self.pad,
-            padded_ids=range(self.vocabulary, causal_lm(self.student).config.get_text_config().vocab_size),
+            padded_ids=[
+                *self.renamed.ids,
+                *range(self.vocabulary, causal_lm(self.student).config.get_text_config().vocab_size),
+            ],
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=0,
@@ -84,6 +91,7 @@ class EvaluationModels:
             where = f"{examples.name}, row {number}"
             try:
                 row = _row(example, self.tokenizer, template, data, examples.prompt_tokens, max_new_tokens)
+                self.renamed.check(torch.cat([row.prompt, row.context, row.reference]))
             except (ValueError, TemplateError) as error:
                 raise ValueError(f"{where}: {error}") from error
             if not len(row.reference):
@@ -138,8 +146,7 @@ def open_models(
         return EvaluationModels(student, None, tokenizer)
     compared = _loaded(teacher, "teacher", dtype, trust_remote_code)
     other = load_tokenizer(compared, teacher, revision=None, trust_remote_code=trust_remote_code)
-    check_same_tokenizer(tokenizer, other)
-    return EvaluationModels(student, compared, tokenizer)
+    return EvaluationModels(student, compared, tokenizer, renamed_tokens(tokenizer, other))
 
 
 def _loaded(model: Given, role: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -148,8 +155,9 @@ def _loaded(model: Given, role: str, dtype: str, trust_remote_code: bool) -> Pre
         if getattr(causal_lm(loaded), "hf_device_map", None) is None:
             loaded.to(PartialState().device)
         model = cast(PreTrainedModel, loaded)
-    check_text_only(model, role)
-    return model
+    alone: PreTrainedModel = text_model(model)
+    check_text_only(alone, role)
+    return alone
 
 
 def model_name(model: Given) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from amid_trl.fields import loading_kwargs
 from amid_trl.launch import recipes
 from amid_trl.models.names import HUB_NAME
 
@@ -45,12 +46,12 @@ def build_trainer(
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **loading_kwargs(training_args, "model_init_kwargs"),
     }
     # `--dtype` is the student's: the teacher keeps the dtype of its weights unless its own kwargs say otherwise.
     training_args.teacher_model_init_kwargs = {
         "attn_implementation": model_args.attn_implementation,
-        **(training_args.teacher_model_init_kwargs or {}),
+        **loading_kwargs(training_args, "teacher_model_init_kwargs"),
     }
 
     dataset = load_splits(script_args, dataset_args)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from amid_trl.models.layers import parse_layers
 from amid_trl.models.names import check_model_name
@@ -23,10 +24,12 @@ def init_student(argv: Sequence[str]) -> int:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from amid_trl.models.multimodal import text_loader
     from amid_trl.models.pruning import drop_layers
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype="auto", **source)
+    loader: Any = text_loader(args.teacher, source) or AutoModelForCausalLM
+    teacher = loader.from_pretrained(args.teacher, dtype="auto", **source)
     student = drop_layers(teacher, layers)
     student.save_pretrained(args.output_dir)
     AutoTokenizer.from_pretrained(args.teacher, **source).save_pretrained(args.output_dir)
@@ -40,17 +43,23 @@ def merge(argv: Sequence[str]) -> int:
     parser = OneLineParser("amid-trl merge")
     parser.add_argument("adapter", help="path of the adapter")
     parser.add_argument("output_dir", help="where the merged model and its tokenizer are saved")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the merged weights (default: float32)")
     args = parser.parse_args(argv)
     _check_new(args.output_dir)
     check_model_name("adapter", args.adapter)
 
-    from peft import AutoPeftModelForCausalLM
+    import torch
     from transformers import AutoTokenizer
 
-    merged = AutoPeftModelForCausalLM.from_pretrained(args.adapter, dtype="auto").merge_and_unload()
-    merged.save_pretrained(args.output_dir)
-    AutoTokenizer.from_pretrained(args.adapter).save_pretrained(args.output_dir)
-    print(f"{args.output_dir}: merged {args.adapter}")
+    from amid_trl.models.merging import merged_model
+
+    tokenizer = AutoTokenizer.from_pretrained(args.adapter)
+    merged = merged_model(args.adapter, tokenizer, getattr(torch, args.dtype))
+    merged.model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    cost = f"KL(unmerged || merged) {merged.kl:.2g} nats a token"
+    print(f"{args.output_dir}: merged {args.adapter} in {args.dtype}, {cost}")
     return 0
 
 

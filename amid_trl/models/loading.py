@@ -2,16 +2,19 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import DistributedType
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_peft_available
 
 from amid_trl._trl import create_model_from_path
 from amid_trl.models.heads import causal_lm
+from amid_trl.models.multimodal import text_loader, text_model
+from amid_trl.models.quantised import compare_base
 
 
 logger = logging.getLogger(__name__)
@@ -28,20 +31,50 @@ def load_causal_lm(
     """A causal LM from a name or path; an adapter's path gives a PeftModel, whose adapter is kept, not merged.
 
     `init_kwargs` are those of `from_pretrained`, with `dtype` as a torch.dtype or its name. `distributed` runs place
-    the model themselves, so that `device_map` is left out.
+    the model themselves, so that `device_map` is left out. Of a multimodal checkpoint the language model is loaded.
     """
     init_kwargs = dict(init_kwargs)
     if distributed:
         init_kwargs["device_map"] = None
     if not os.path.exists(os.path.join(name, "adapter_config.json")):
-        return create_model_from_path(name, **init_kwargs)
-    if not is_peft_available():
-        raise ImportError(f"{name} is an adapter; install peft to load it")
-    from peft import AutoPeftModelForCausalLM
+        loader: Any = text_loader(name, init_kwargs)
+        return create_model_from_path(name, architecture=loader, **init_kwargs)
+    return load_adapter(name, init_kwargs, trainable=trainable_adapter)
 
+
+def load_adapter(
+    path: str,
+    init_kwargs: dict[str, Any],
+    *,
+    trainable: bool = False,
+    prepared: Callable[[nn.Module], nn.Module] | None = None,
+) -> nn.Module:
+    """An adapter on its base, which is `prepared` before; a warning where the adapter was trained on another one."""
+    if not is_peft_available():
+        raise ImportError(f"{path} is an adapter; install peft to load it")
+    from peft import AutoPeftModelForCausalLM, PeftConfig
+
+    init_kwargs = dict(init_kwargs)
     if isinstance(init_kwargs.get("dtype"), str) and init_kwargs["dtype"] != "auto":
         init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
-    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable_adapter, **init_kwargs)
+    config = PeftConfig.from_pretrained(path)
+    of_text = None
+    if config.base_model_name_or_path:
+        of_text = text_loader(config.base_model_name_or_path, {**init_kwargs, "revision": config.revision}, path)
+
+    class Base:
+        """As AutoPeftModelForCausalLM calls an auto class."""
+
+        @staticmethod
+        def from_pretrained(name: str, **given: Any) -> nn.Module:
+            model = (of_text or AutoModelForCausalLM).from_pretrained(name, **given)
+            return model if prepared is None else prepared(model)
+
+    auto: Any = type("AutoPeftModel", (AutoPeftModelForCausalLM,), {"_target_class": Base})
+    adapted = text_model(auto.from_pretrained(path, is_trainable=trainable, **init_kwargs))
+    if prepared is None:
+        compare_base(path, adapted)
+    return adapted
 
 
 def load_tokenizer(

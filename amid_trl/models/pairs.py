@@ -1,6 +1,5 @@
 """What two models and a tokenizer have in common, and which models cannot be read."""
 
-import logging
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -8,9 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.models.heads import causal_lm, language_model_head
-
-
-logger = logging.getLogger(__name__)
+from amid_trl.models.multimodal import has_text_inside
 
 
 def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -38,54 +35,57 @@ def common_positions(*models: nn.Module | None) -> int | None:
     return min((bound for bound in bounds if bound), default=None)
 
 
-def check_same_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    """Refuse a teacher whose tokenizer gives a token another id: its distribution would be read wrongly.
+def check_adapter(config: Any, role: str) -> None:
+    """Refuse an adapter that the loss would not see, or that is another model when it is loaded again."""
+    from peft import PromptLearningConfig
 
-    Tokens added on one side only (a padding token, chat markers) are legal, and a warning names them.
-    """
-    if teacher_tokenizer is None:
-        return
-    student_ids, teacher_ids = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    teacher_tokens = {i: token for token, i in teacher_ids.items()}
-    moved = [
-        token
-        for token, i in student_ids.items()
-        if teacher_ids.get(token, i) != i or teacher_tokens.get(i, token) != token
-    ]
-    missing = [token for token in student_ids if token not in teacher_ids]
-    with_added: Any = tokenizer  # the base class of all tokenizers does not have it
-    added: dict[str, int] = with_added.get_added_vocab()
-    if moved or any(token not in added for token in missing):
-        example = (moved or missing)[0]
-        names = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
+    if isinstance(config, PromptLearningConfig):
         raise ValueError(
-            f"student and teacher need the same tokenizer; {' and '.join(names)} differ in {len(moved + missing)} "
-            f"tokens (for instance {example!r}: id {student_ids[example]} and {teacher_ids.get(example)}). TRL's "
-            "GOLDTrainer is made for different tokenizers."
+            f"the {role} uses a prompt-learning adapter ({type(config).__name__}), whose virtual tokens the loss "
+            "would not see; use a weight-based one such as LoRA"
         )
-    if missing:
-        logger.warning("The teacher's tokenizer does not know %s; its probability for them is untrained.", missing)
+    if (kind := str(config.peft_type).rpartition(".")[-1]) in OWN_FORWARD:
+        raise ValueError(
+            f"the {role} uses an adapter of the type {kind}, which {OWN_FORWARD[kind]} in a forward of its own, and "
+            "the loss runs the model's; use a weight-based one such as LoRA"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"the {role} uses an adapter with alora_invocation_tokens, whose offsets in each row the loss does not "
+            "give; use LoRA without them"
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and (init.startswith("pissa_niter") or init in UNREPEATABLE):
+        raise ValueError(
+            f"the {role} uses an adapter with init_lora_weights={init!r}, which changes the base in a way that "
+            "loading cannot repeat: saved and loaded it would be another model. Use 'pissa' or 'olora', or, for "
+            "an adapter that has been trained, have PEFT convert it (path_initial_model_for_weight_conversion)"
+        )
+
+
+# Adapters that are more than changed weights.
+OWN_FORWARD = {
+    "POLY": "needs the task of each row",
+    "SHADOW": "carries a second state beside the model's",
+    "XLORA": "mixes others by a first pass",
+}
+# They draw, or read what a preparation has left on the model.
+UNREPEATABLE = ("lora_ga", "corda")
 
 
 def check_text_only(model: nn.Module, role: str) -> None:
-    """Refuse what the loss cannot read: multimodal models, virtual tokens, models without a head."""
+    """Refuse what the loss cannot read or what could not be saved: virtual tokens, towers, models without a head."""
     if is_peft_model(model):
-        from peft import PromptLearningConfig
-
         adapted: Any = model
-        if any(isinstance(config, PromptLearningConfig) for config in adapted.peft_config.values()):
-            raise ValueError(
-                f"the {role} uses a prompt-learning adapter, whose virtual tokens the loss would not see; use a "
-                "weight-based one such as LoRA"
-            )
+        for config in adapted.peft_config.values():
+            check_adapter(config, role)
     base = causal_lm(model)
-    if (
-        getattr(base.config, "vision_config", None) is not None
-        or getattr(base.config, "audio_config", None) is not None
-    ):
-        raise ValueError(f"the {role} ({type(base).__name__}) is a multimodal model; AMiDTrainer trains text models")
+    towers = any(getattr(base.config, name, None) is not None for name in ("vision_config", "audio_config"))
+    if towers and not (role == "teacher" and has_text_inside(base.config)):
+        raise ValueError(
+            f"the {role} ({type(base).__name__}) is a multimodal model, and transformers has no causal LM for its "
+            "text alone, as which it would be saved; AMiDTrainer trains text models"
+        )
     language_model_head(base)  # a ValueError where there is none that the loss can read
 
 

@@ -88,7 +88,7 @@ def writer_config(
     return sampling_config(
         eos_token_ids=eos_token_ids(tokenizer, *others, base.generation_config),
         pad_token_id=cast(int, tokenizer.pad_token_id),
-        padded_ids=range(run.vocabulary, base.config.get_text_config().vocab_size),
+        padded_ids=[*run.renamed.ids, *range(run.vocabulary, base.config.get_text_config().vocab_size)],
         **settings,
     )
 

@@ -14,6 +14,7 @@ from amid_trl._trl import forward_redirection, use_adapter
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import States
 from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.models.quantised import compare_base
 
 
 # The teacher's adapter beside the student's, and what stands for none: then the base itself is the teacher.
@@ -36,6 +37,7 @@ class AdapterTeacher:
                     f"the student has an adapter called {TEACHER_ADAPTER!r}, the name that the teacher's gets"
                 )
             adapted.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
+            compare_base(path, adapted)
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient and dropout; the student's adapter is the active one again afterwards."""

@@ -13,17 +13,29 @@ from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import States
 from amid_trl.models.fsdp import reshard
 from amid_trl.models.heads import backbone_states, causal_lm, language_model_head, trained_states
+from amid_trl.run import RenamedTokens
 
 
 class ModelTeacher:
-    """A teacher in memory, as the engine has wrapped it; `offloaded`, it is on the device for its passes alone."""
+    """A teacher in memory, as the engine has wrapped it; `offloaded`, it is on the device for its passes alone.
 
-    def __init__(self, wrapped: nn.Module, accelerator: Accelerator, *, offloaded: bool = False):
-        self._wrapped, self._accelerator = wrapped, accelerator
+    A text with a token that is `renamed` is refused.
+    """
+
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        accelerator: Accelerator,
+        renamed: RenamedTokens | None = None,
+        *,
+        offloaded: bool = False,
+    ):
+        self._wrapped, self._accelerator, self._renamed = wrapped, accelerator, renamed or RenamedTokens()
         self._at_home = HostWeights(wrapped, accelerator.device) if offloaded else None
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""
+        self._renamed.check(batch["input_ids"][batch["attention_mask"].bool()])
         teacher: Any = self._accelerator.unwrap_model(self._wrapped)
         base = causal_lm(teacher)
         tokens = (batch["input_ids"], batch["attention_mask"])

@@ -6,23 +6,24 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from amid_trl.fields import json_dict
+from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.models.deepspeed import loaded_whole
 from amid_trl.models.loading import is_distributed, load_causal_lm
+from amid_trl.models.multimodal import text_model
 from amid_trl.teacher.fields import LOADING_FIELDS, TeacherFields
 
 
 def load_teacher(teacher: str | nn.Module, args: TeacherFields) -> nn.Module:
     """The teacher from a name or path, in the dtype of its weights unless `teacher_model_init_kwargs` says otherwise.
 
-    An adapter is kept beside its base. A model is passed through.
+    An adapter is kept beside its base. A model is passed through; of a multimodal one the language model.
     """
-    init_kwargs = dict(json_dict(args.teacher_model_init_kwargs))
+    init_kwargs = loading_kwargs(args, "teacher_model_init_kwargs")
     if not isinstance(teacher, str):
         for name in LOADING_FIELDS:
             if getattr(args, name):
                 raise ValueError(f"{name} is for a teacher given by name; teacher_model is a model already")
-        return teacher
+        return text_model(teacher)
     if args.teacher_load_in_8bit or args.teacher_load_in_4bit:
         init_kwargs["quantization_config"] = _quantization(args)
     if args.teacher_offload or args.teacher_deepspeed is not None:

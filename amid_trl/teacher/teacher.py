@@ -36,7 +36,7 @@ def open_teacher(
     A ValueError if it is another one's, or does not know all rows of the prepared datasets.
     """
     if model is not None:
-        return ModelTeacher(model, run.accelerator, offloaded=run.args.teacher_offload)
+        return ModelTeacher(model, run.accelerator, run.renamed, offloaded=run.args.teacher_offload)
     if run.args.teacher_adapter_path is not None:
         return AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
     if run.args.teacher_model_server_url is not None:

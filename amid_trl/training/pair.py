@@ -2,23 +2,36 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from amid_trl.fields import json_dict
-from amid_trl.models.deepspeed import is_sharded
+from amid_trl.fields import json_dict, loading_kwargs
+from amid_trl.models.deepspeed import is_sharded, loaded_whole
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
-from amid_trl.models.pairs import check_same_tokenizer, check_text_only
+from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
+from amid_trl.models.pairs import check_adapter, check_text_only
+from amid_trl.models.quantised import quantisation
+from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.quiet import hide_old_names
+from amid_trl.run import RenamedTokens
 from amid_trl.teacher.loading import load_teacher
 from amid_trl.training.config import AMiDConfig
 
 
 logger = logging.getLogger(__name__)
+
+
+class LoadedPair(NamedTuple):
+    """Both models, the tokenizer of both, and what of it means another thing to the teacher."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    tokenizer: PreTrainedTokenizerBase
+    renamed: RenamedTokens
 
 
 def load_pair(
@@ -28,14 +41,17 @@ def load_pair(
     tokenizer: PreTrainedTokenizerBase | None,
     quantization_config: BitsAndBytesConfig | None,
     *,
-    adapter_follows: bool,
-) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    peft_config: Any,
+) -> LoadedPair:
     """Student, teacher and tokenizer, loaded where they are names, and checked against each other.
 
-    A student's adapter is merged where another follows. The teacher is None where a server, a cache or an adapter of
-    the student's base stands for it.
+    A student's adapter is merged where another follows, that of `peft_config`. The teacher is None where a server, a
+    cache or an adapter of the student's base stands for it.
     """
     hide_old_names()  # PEFT asks by them when it wraps a model
+    adapter_follows = peft_config is not None
+    if adapter_follows:
+        check_adapter(peft_config, "student")
     absent = args.absent_teacher
     if teacher_model is not None and absent:
         raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")
@@ -51,12 +67,12 @@ def load_pair(
         tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
     )
     check_student(student, adapter_follows=adapter_follows)
-    teacher = None
+    teacher, renamed = None, RenamedTokens()
     if teacher_model is not None and not absent:
         teacher = load_teacher(teacher_model, args)
         revision = args.teacher_model_revision
         check_teacher(student, teacher)
-        check_same_tokenizer(
+        renamed = renamed_tokens(
             tokenizer, load_tokenizer(teacher, teacher_model, revision=revision, trust_remote_code=remote)
         )
     if tokenizer.pad_token is None:
@@ -64,7 +80,9 @@ def load_pair(
     if is_peft_model(student) and adapter_follows:
         folder = Path(str(args.output_dir), "merged_base")
         student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)
-    return student, teacher, tokenizer
+    elif is_part(student) and (is_peft_model(student) or adapter_follows):
+        name_text_base(student, tokenizer, Path(str(args.output_dir), "text_base"), saves=args.process_index == 0)
+    return LoadedPair(student, teacher, tokenizer, renamed)
 
 
 def load_student(
@@ -72,13 +90,14 @@ def load_student(
 ) -> nn.Module:
     """The student from a name, the path of a model, or the path of an adapter, which stays trainable.
 
-    A model is passed through. `args` is the trainer's own copy: its `model_init_kwargs` are used up here.
+    A model is passed through; of a multimodal one the language model. `args` is the trainer's own copy: its
+    `model_init_kwargs` are used up here.
     """
     if not isinstance(model, str):
         if quantization_config is not None:
             raise ValueError("quantization_config is for a student given by name; model is a model already")
-        return model
-    init_kwargs = {"trust_remote_code": args.trust_remote_code, **json_dict(args.model_init_kwargs)}
+        return text_model(model)
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **loading_kwargs(args, "model_init_kwargs")}
     if quantization_config is not None:
         if init_kwargs.get("quantization_config") is not None:
             raise ValueError("quantization_config is given twice: as an argument and in args.model_init_kwargs")
@@ -98,6 +117,12 @@ def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
             "peft_config puts a new adapter on an adapter, which has to be merged first, but ZeRO-3 holds its base "
             "in pieces: give the model that `amid-trl merge` writes, or leave peft_config out to train on the adapter"
         )
+    if quantisation(student) is not None:
+        raise ValueError(
+            "peft_config puts a new adapter on an adapter, which has to be merged first, but its base is quantised: "
+            "merging would round the adapter away. Give the model that `amid-trl merge` writes, not quantised, or "
+            "leave peft_config out to train on the adapter"
+        )
     adapted: Any = student
     merged = adapted.merge_and_unload()
     logger.warning("Merged the student's adapter before adding another; the new adapter's base is %s", folder)
@@ -106,6 +131,26 @@ def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
         tokenizer.save_pretrained(folder)
     merged.name_or_path = merged.config._name_or_path = str(folder)
     return merged
+
+
+def name_text_base(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, saves: bool) -> None:
+    """Save the language model that an adapter is trained on, where its checkpoint would be loaded as another model.
+
+    It is what the adapter names as its base: on a multimodal model its weights would find no module, without an error.
+    """
+    base = causal_lm(student)
+    name = base.config._name_or_path
+    loader = text_loader(name, {}, says=False) if name else None
+    if loader is None or loads_as(name) is type(base):
+        return
+    logger.warning("The adapter's base is the language model alone: it is saved in %s", folder)
+    if saves:
+        with loaded_whole():
+            loader.from_pretrained(name, dtype="auto").save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    base.name_or_path = base.config._name_or_path = str(folder)
+    for config in getattr(student, "peft_config", {}).values():
+        config.base_model_name_or_path = str(folder)
 
 
 def checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -122,6 +167,12 @@ def checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
 def check_student(student: nn.Module, *, adapter_follows: bool) -> None:
     """Refuse a student that cannot be trained; it may be frozen now if an adapter follows."""
     check_text_only(student, "student")
+    base = causal_lm(student)
+    if is_part(student) and type(base.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"the student is a {type(base).__name__}, the language model of a multimodal one, which transformers' "
+            "AutoModelForCausalLM would not load again; it can be a teacher"
+        )
     if not adapter_follows and not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "the student has no trainable parameter; load an adapter with is_trainable=True, or pass peft_config"
@@ -131,5 +182,5 @@ def check_student(student: nn.Module, *, adapter_follows: bool) -> None:
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
     """Refuse a teacher that the loss could not read, or that would change with the student."""
     check_text_only(teacher, "teacher")
-    if causal_lm(teacher) is causal_lm(student):
+    if causal_lm(teacher).base_model is causal_lm(student).base_model:
         raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")

@@ -34,6 +34,7 @@ from amid_trl.maths.means import Means
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids, generation_config_of
 from amid_trl.models.pairs import common_positions, common_vocabulary, freeze
+from amid_trl.models.quantised import record_base
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
 from amid_trl.teacher.adapter import student_alone
@@ -117,8 +118,8 @@ class AMiDTrainer(GKDTrainer):
         follow_prompts(args, train_dataset, prepares=data_collator is None, formats=formatting_func is not None)
         check_arguments(args, train_dataset, eval_dataset, compute_metrics, has_collator=data_collator is not None)
         set_seed(args.seed)
-        student, teacher, tokenizer = load_pair(
-            model, teacher_model, args, processing_class, quantization_config, adapter_follows=peft_config is not None
+        student, teacher, tokenizer, self._renamed = load_pair(
+            model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config
         )
         self._student_generation = generation_config_of(student)
         self._positions = common_positions(student, teacher)
@@ -148,7 +149,7 @@ class AMiDTrainer(GKDTrainer):
         prepare_student(self.model, args, self.accelerator)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
-            Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions),
+            Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed),
             self.model,
             lambda: self.model_wrapped,
             self._student_generation,
@@ -184,7 +185,7 @@ class AMiDTrainer(GKDTrainer):
             formatting_func=formatting_func,
         )
         with global_then_local_main_first():
-            rows = prepare_dataset(dataset, processing_class, settings, name=dataset_name)
+            rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -303,9 +304,10 @@ class AMiDTrainer(GKDTrainer):
         finally:
             self._parts.window = Window()
 
-    def _save(self, *args, **kwargs) -> None:
+    def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
         with student_alone(self.model):
-            super()._save(*args, **kwargs)
+            super()._save(output_dir, *args, **kwargs)
+        record_base(self.model, output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = self._get_output_dir(trial=trial)

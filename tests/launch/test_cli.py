@@ -181,6 +181,15 @@ def test_the_teacher_keeps_its_dtype_whatever_the_students_is(tmp_path, tiny_dir
     with pytest.raises(KeyboardInterrupt):
         train.run([*arguments, "--dataset_name", str(data_dir), "--output_dir", str(tmp_path), "--dtype", "float32"])
     assert seen["student"] == "float32" and "dtype" not in seen["teacher"]
+    old = [
+        "--model_init_kwargs",
+        '{"torch_dtype": "bfloat16"}',
+        "--teacher_model_init_kwargs",
+        '{"torch_dtype": "float16"}',
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        train.run([*arguments, "--dataset_name", str(data_dir), "--output_dir", str(tmp_path), *old])
+    assert seen["student"] == "bfloat16" and seen["teacher"]["dtype"] == "float16"
 
 
 def test_mistakes_are_one_line_behind_a_launcher_too(tmp_path, monkeypatch, capsys):

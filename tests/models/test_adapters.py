@@ -1,0 +1,187 @@
+"""Every adapter that PEFT has for causal LMs trains, and is the same model again when it is loaded, or is refused."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from observe import LORA, dense_loss, logged, weights
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from tiny import messages_dataset, save_tiny, tiny_llama
+
+from amid_trl.models.loading import load_causal_lm
+
+
+IDS = torch.arange(3, 9)[None]
+# What a type needs beside, or in place of, the layers that it adapts.
+OWN = {
+    "ADALORA": {"total_step": 6, "tinit": 1, "tfinal": 1},
+    "ADAPTION_PROMPT": {"target_modules": None, "adapter_len": 4, "adapter_layers": 2},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 50},
+    "IA3": {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "MISS": {"r": 4},
+    "OFT": {"oft_block_size": 4, "r": 0},
+    "PSOFT": {"r": 4},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 4},
+    "TRAINABLE_TOKENS": {"target_modules": None, "token_indices": [1, 2]},
+    "VBLORA": {"vector_length": 8, "num_vectors": 16},
+    "WAVEFT": {"n_frequency": 50},
+}
+PROMPTS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+FORWARDS = ("POLY", "SHADOW", "XLORA")
+TYPES = {str(kind).rpartition(".")[-1]: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning:peft")
+
+
+def adapter_of(kind: str, **settings):
+    """An adapter of that type on some layers."""
+    config, own = TYPES[kind], {**OWN.get(kind, {}), **settings}
+    if kind in PROMPTS:
+        own = {} if kind == "CPT" else {"num_virtual_tokens": 4}
+    elif "target_modules" not in own:
+        own["target_modules"] = ["q_proj", "v_proj", "up_proj"]
+    return config(task_type="CAUSAL_LM", **{name: value for name, value in own.items() if value is not None})
+
+
+@pytest.fixture
+def base(tmp_path, tokenizer) -> str:
+    return str(save_tiny(tmp_path / "base", tiny_llama(tokenizer, seed=2), tokenizer))
+
+
+def reloaded(path) -> torch.Tensor:
+    """Its logits after other draws than those that made it."""
+    torch.manual_seed(99)
+    return load_causal_lm(str(path), {"dtype": "float32"}, distributed=False).eval()(IDS).logits.detach()
+
+
+@pytest.mark.parametrize("kind", sorted(set(TYPES) - {*PROMPTS, *FORWARDS}))
+def test_an_adapter_of_any_type_trains_and_is_loaded_as_it_was(train, tmp_path, base, kind):
+    try:
+        config = adapter_of(kind)
+    except ImportError as error:
+        pytest.skip(str(error))
+    settings = {"max_steps": 6, "learning_rate": 5e-2, "per_device_train_batch_size": 8}
+    trainer = train(model=base, peft_config=config, lr_scheduler_type="constant", **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        trainer.model.eval()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), dense_loss(trainer, batch))
+        trainer.model.train()
+    before = weights(trainer.model)
+    trainer.train()
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert trained and all(not torch.equal(before[n], w) for n, w in weights(trainer.model).items() if n in trained)
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+    trainer.save_model(str(tmp_path / "adapter"))
+    torch.testing.assert_close(reloaded(tmp_path / "adapter"), trainer.model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_are_refused(train, kind):
+    with pytest.raises(ValueError, match=rf"the student uses a prompt-learning adapter \({TYPES[kind].__name__}\)"):
+        train(peft_config=adapter_of(kind))
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_an_adapter_with_a_forward_of_its_own_is_refused(train, student, kind):
+    config = adapter_of(
+        kind, **({"adapters": {}, "hidden_size": 32, "target_modules": None} if kind == "XLORA" else {})
+    )
+    with pytest.raises(ValueError, match=f"the student uses an adapter of the type {kind}"):
+        train(peft_config=config)
+
+
+def test_every_type_of_peft_is_known():
+    assert {*PROMPTS, *FORWARDS} <= set(TYPES)
+
+
+def test_offsets_of_an_activated_adapter_are_refused(train, student):
+    activated = LoraConfig(**LORA, alora_invocation_tokens=[5, 6])
+    with pytest.raises(ValueError, match="the student uses an adapter with alora_invocation_tokens"):
+        train(peft_config=activated)
+    with pytest.raises(ValueError, match="the student uses an adapter with alora_invocation_tokens"):
+        train(model=get_peft_model(student, activated))
+
+
+def test_trained_tokens_of_a_tied_head_are_refused_before_training(train, tokenizer):
+    tied = tiny_llama(tokenizer, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"the output embedding of LlamaForCausalLM is a .*must be a plain"):
+        train(model=tied, peft_config=LoraConfig(**LORA, trainable_token_indices=[1, 2]))
+
+
+def test_trained_tokens_of_an_embedding_alone_are_trained(train):
+    trainer = train(peft_config=LoraConfig(**LORA, trainable_token_indices=[1, 2]), learning_rate=1e-2)
+    before = trainer.model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach()
+    trainer.train()
+    after = trainer.model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach()
+    assert (before != after).any(-1).tolist() == [True, True, False]
+
+
+# ---- How LoRA begins ----
+
+INITS = (True, False, "gaussian", "eva", "olora", "pissa", "orthogonal", "mica")
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "bias": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "kasa": {"kasa_config": peft.tuners.lora.config.KasaConfig()},
+    "velora": {"velora_config": peft.tuners.lora.config.VeloraConfig()},
+    "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"init_lora_weights": init} for init in INITS] + list(VARIANTS.values()),
+    ids=[*map(str, INITS), *VARIANTS],
+)
+def test_lora_is_the_same_model_when_it_is_loaded_and_when_it_is_resumed(train, tmp_path, base, settings):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
+
+    def trainer(folder: str):
+        return train(
+            model=base,
+            peft_config=LoraConfig(**LORA, **copy.deepcopy(settings)),
+            output_dir=str(tmp_path / folder),
+            **saving,
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    want = whole.model.eval()(IDS).logits
+    torch.testing.assert_close(reloaded(tmp_path / "whole" / "checkpoint-4"), want)
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    torch.testing.assert_close(resumed.model.eval()(IDS).logits, want)
+    again = train(model=str(tmp_path / "whole" / "checkpoint-4"))
+    torch.testing.assert_close(again.model.eval()(IDS).logits, want)
+
+
+UNREPEATED = ["pissa_niter_4", "corda", "lora_ga"]
+
+
+@pytest.mark.parametrize("init", UNREPEATED)
+def test_a_start_that_loading_does_not_repeat_is_refused(train, init):
+    settings = {"lora_ga_config": peft.LoraGAConfig()} if init == "lora_ga" else {}
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}', which changes the base"):
+        train(peft_config=LoraConfig(**LORA, init_lora_weights=init, **settings))
+
+
+@pytest.mark.parametrize("role", ["model", "teacher_model"])
+def test_a_saved_adapter_with_such_a_start_is_refused(train, tmp_path, base, role):
+    plain = load_causal_lm(base, {"dtype": "float32"}, distributed=False)
+    get_peft_model(plain, LoraConfig(**LORA, init_lora_weights="pissa_niter_4")).save_pretrained(tmp_path / "fast")
+    seeds = []
+    for seed in (1, 2):  # the reason: PEFT draws again
+        torch.manual_seed(seed)
+        seeds.append(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "fast", dtype=torch.float32)(IDS).logits)
+    assert not torch.allclose(*seeds, atol=1e-3)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4'"):
+        train(**{role: str(tmp_path / "fast")}, train_dataset=messages_dataset(2))
