@@ -20,6 +20,7 @@ from amid_trl.evaluation.settings import EvaluationSettings
 from amid_trl.models.generation import eos_token_ids, sampling_config
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_causal_lm, load_tokenizer
+from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.pairs import check_same_tokenizer, check_text_only, common_positions, common_vocabulary
 from amid_trl.outputs import fingerprint
 
@@ -148,6 +149,7 @@ def _loaded(model: Given, role: str, dtype: str, trust_remote_code: bool) -> Pre
             loaded.to(PartialState().device)
         model = cast(PreTrainedModel, loaded)
     check_text_only(model, role)
+    check_own_logits(model, role)
     return model
 
 
