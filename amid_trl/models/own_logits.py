@@ -60,7 +60,12 @@ def check_own_balance(base: PreTrainedModel, top_k: int) -> None:
         try:
             own = base(**inputs).aux_loss
             read = balance_loss(routing(routed_states(base, ids, mask)[1], mask, top_k))
-        except (AttributeError, TypeError, RuntimeError) as error:  # shapes that are no router's, or no logits at all
+        except (
+            AttributeError,
+            IndexError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # shapes that are no router's, or no logits at all
             raise ValueError(_no_balance(base)) from error
     if not torch.allclose(own.float().to(read.device), read, rtol=HALF_PRECISION, atol=0):
         raise ValueError(_no_balance(base))
