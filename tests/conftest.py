@@ -65,7 +65,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(tmp_path, tokenizer, student, teacher):
-    """Build a trainer on tiny models; keyword arguments are AMiDConfig's, or the trainer's own."""
+    """Build a trainer on tiny models; keyword arguments are AMiDConfig's (`...`: not given), or the trainer's own."""
 
     def build(*, model=None, teacher_model=None, has_teacher=True, train_dataset=None, **settings) -> AMiDTrainer:
         own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "quantization_config")
@@ -90,7 +90,7 @@ def train(tmp_path, tokenizer, student, teacher):
         return AMiDTrainer(
             model if model is not None else student,
             teacher_model if teacher_model is not None else teacher if has_teacher else None,
-            AMiDConfig(**{**defaults, **settings}),
+            AMiDConfig(**{name: value for name, value in {**defaults, **settings}.items() if value is not ...}),
             train_dataset=train_dataset if train_dataset is not None else messages_dataset(8),
             processing_class=tokenizer,
             **extra,

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from amid_trl.models.heads import without_router_logits
+
 
 def task_manager(tasks: Sequence[str]) -> Any:
     """lm-eval-harness's index of tasks, after a look that `tasks` are among them or YAML files of their own.
@@ -39,12 +41,13 @@ def run_tasks(
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-    )
+    with without_router_logits(model):
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+        )
     return {
         f"{task}/{figure.removesuffix(',none')}": float(value)
         for task, figures in results["results"].items()

@@ -22,6 +22,7 @@ from amid_trl.models.generation import eos_token_ids, sampling_config
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_causal_lm, load_tokenizer
 from amid_trl.models.multimodal import text_model
+from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.pairs import check_text_only, common_positions, common_vocabulary
 from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.outputs import fingerprint
@@ -157,6 +158,7 @@ def _loaded(model: Given, role: str, dtype: str, trust_remote_code: bool) -> Pre
         model = cast(PreTrainedModel, loaded)
     alone: PreTrainedModel = text_model(model)
     check_text_only(alone, role)
+    check_own_logits(alone, role)
     return alone
 
 

@@ -59,6 +59,32 @@ def _gathered(*tensors: Tensor | None) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(absent) if absent else nullcontext()
 
 
+@contextmanager
+def gathered_as_they_run(model: nn.Module) -> Iterator[None]:
+    """A model that ZeRO-3 has sharded runs within it without an engine: each module gathers its own weights."""
+    if not is_sharded(model):
+        yield
+        return
+    gathered: list[AbstractContextManager] = []
+
+    def gather(module: nn.Module, *_: Any) -> None:
+        gathered.append(_gathered(*module.parameters(recurse=False)))
+        gathered[-1].__enter__()
+
+    def let_go(*_: Any) -> None:
+        gathered.pop().__exit__(None, None, None)
+
+    hooks = [module.register_forward_pre_hook(gather) for module in model.modules()]
+    hooks += [module.register_forward_hook(let_go) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        while gathered:
+            let_go()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether ZeRO-3 holds the model in pieces."""
     return any(hasattr(weight, "ds_tensor") for weight in model.parameters())

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from amid_trl._trl import unwrap_model_for_generation
 from amid_trl.data.batches import pad_rows
-from amid_trl.models.heads import causal_lm, evaluating
+from amid_trl.models.heads import causal_lm, evaluating, without_router_logits
 from amid_trl.quiet import hide_old_names
 
 
@@ -70,7 +70,7 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """
     own, model.generation_config = model.generation_config, config
     try:
-        with evaluating(model):
+        with evaluating(model), without_router_logits(model):
             yield
     finally:
         model.generation_config = own

@@ -21,13 +21,86 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return given.get_base_model() if hasattr(given, "peft_config") and hasattr(given, "get_base_model") else given
 
 
-def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (batch, tokens, dim), with positions that follow the padding on either side."""
-    backbone = model.base_model
+def forward_inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What a forward pass is given: no cache, and positions that follow the padding on either side.
+
+    RoBERTa and its like find their positions by the padding token, and count otherwise.
+    """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
+    embeddings = getattr(getattr(module, "base_model", module), "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):
+        return inputs
+    if "position_ids" in inspect.signature(module.forward).parameters:
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return backbone(**inputs).last_hidden_state
+    return inputs
+
+
+def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states (batch, tokens, dim) that the head's matrix multiplies."""
+    backbone = backbone_of(model)
+    with without_router_logits(model):
+        if backbone is not None:
+            return backbone(**forward_inputs(backbone, input_ids, attention_mask)).last_hidden_state
+        return _states_before_head(model, forward_inputs(model, input_ids, attention_mask))
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module | None:
+    """What the head follows at once; None where weights lie between (BERT), or none is named (Llama 4)."""
+    backbone = model.base_model
+    others = [child for child in model.children() if child not in (backbone, model.get_output_embeddings())]
+    weights = (parameter for child in others for parameter in child.parameters())
+    return None if backbone is model or next(weights, None) is not None else backbone
+
+
+def _states_before_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Those of the model's own forward pass, in which the head hands them on unprojected."""
+    head: Any = model.get_output_embeddings()
+    reader = _Reader(head)
+    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children() if child is head]
+    for parent, name in places:
+        setattr(parent, name, reader)
+    try:
+        model.forward(**inputs)  # not called: an engine's hooks on the whole model are around us already
+    finally:
+        for parent, name in places:
+            setattr(parent, name, head)
+    if reader.seen is None:
+        raise ValueError(f"{type(model).__name__} does not call its output embedding, whose input the loss reads")
+    return reader.seen
+
+
+class _Reader(nn.Module):
+    """In the place of a head for one forward pass; its weights are still asked for their dtype."""
+
+    seen: Tensor | None = None
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.__dict__["head"] = head  # not as a module of its own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["head"], name)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.__dict__["seen"] = hidden
+        return hidden
+
+
+@contextmanager
+def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a mixture of experts computes no load-balancing loss, whatever its configuration says.
+
+    Generation with a cache would compare the router logits of one token with the mask of all.
+    """
+    config: Any = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        yield
+        return
+    config.output_router_logits = False
+    try:
+        yield
+    finally:
+        config.output_router_logits = True
 
 
 def language_model_head(model: PreTrainedModel) -> Head:
@@ -50,15 +123,24 @@ def language_model_head(model: PreTrainedModel) -> Head:
             f"the head of {type(model).__name__} is offloaded, and the loss reads its weight; give "
             "the output embedding a device in device_map"
         )
-    finish = Finish(_logit_scale(config), getattr(config, "final_logit_softcapping", None))
-    return Head(layer.weight, layer.bias, finish)
+    return Head(layer.weight, layer.bias, Finish(_logit_scale(config), _softcap(config)))
 
 
-def _logit_scale(config) -> float:
+def _softcap(config: Any) -> float | None:
+    # Gemma and others; RecurrentGemma; xLSTM.
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return None
+
+
+def _logit_scale(config: Any) -> float:
     # Cohere and MPT; Muse Glimmer; Falcon-H1: three names for one multiplier, None where the model does not scale.
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
+    if getattr(config, "logits_mup_width_multiplier", None) is not None:  # Inkling divides
+        return 1.0 / config.logits_mup_width_multiplier
     # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
     scaling = getattr(config, "logits_scaling", None)
     if scaling is None:

@@ -92,10 +92,3 @@ def check_text_only(model: nn.Module, role: str) -> None:
 def freeze(teacher: nn.Module) -> nn.Module:
     """No gradient, no dropout."""
     return teacher.requires_grad_(False).eval()
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Turn off a student's dropout layers but LoRA's own, which regularise the adapter and were asked for by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from amid_trl.data.batches import Batch, completion_batch, deal_by_length, several_each, window_prompts
 from amid_trl.data.plain_text import PlainText
+from amid_trl.maths.balance import Routing, balance_loss, routing
 from amid_trl.maths.means import Means
 from amid_trl.models.generation import are_clipped
 from amid_trl.run import Run
@@ -29,16 +30,36 @@ WINDOW_MEANS = (
 
 
 @dataclass(frozen=True)
+class Balance:
+    """The load-balancing loss of a window: `weight` · the sum of what its micro-batches contribute.
+
+    `whole` is the routing of the window on all processes, None where it has one micro-batch alone, and `share` 1 / the
+    number of them.
+    """
+
+    top_k: int
+    weight: float
+    whole: Routing | None
+    share: float
+
+    def __call__(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+        """What a micro-batch contributes."""
+        return balance_loss(routing(router_logits, mask, self.top_k), self.whole)
+
+
+@dataclass(frozen=True)
 class Window:
     """The micro-batches of one optimizer step, and what holds for all of them.
 
     A batch holds tensors alone, `plain_text` among them where there is any; the mean cross-entropy of each of these
     counts `plain_weight`. `source` has written the completions; None: there is no window, as in an evaluation.
+    `balance` is there if the experts of a mixture are to be balanced.
     """
 
     source: Source | None = None
     batches: list[Batch] = field(default_factory=list)
     plain_weight: float = 0.0
+    balance: Balance | None = None
 
 
 class Windows:

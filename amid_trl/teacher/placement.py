@@ -7,11 +7,25 @@ from amid_trl._trl import prepare_deepspeed
 from amid_trl.models.deepspeed import inference_engine
 from amid_trl.models.fsdp import shard
 from amid_trl.models.heads import causal_lm
+from amid_trl.models.own_logits import check_own_logits
 from amid_trl.teacher.fields import TeacherFields
 
 
 def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> nn.Module:
-    """The teacher as its engine wraps it; by default it is sharded if the student is, else whole on each device."""
+    """The teacher as its engine wraps it; by default it is sharded if the student is, else whole on each device.
+
+    A ValueError if the loss does not read it as it reads itself: before an engine shards it, else where it lies.
+    """
+    sharded = args.teacher_deepspeed is not None or accelerator.state.deepspeed_plugin is not None
+    if sharded or accelerator.is_fsdp2:
+        check_own_logits(teacher, "teacher")
+        return _placed(teacher, args, accelerator)
+    teacher = _placed(teacher, args, accelerator)
+    check_own_logits(teacher, "teacher")
+    return teacher
+
+
+def _placed(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> nn.Module:
     base = causal_lm(teacher)
     if getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False):
         return teacher  # lies where it was loaded, and cannot be moved

@@ -14,19 +14,23 @@ from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.maths.token_loss import DistillationTokenLoss, cross_entropy
 from amid_trl.models.deepspeed import gathered_head
 from amid_trl.models.heads import backbone_states, causal_lm, whole_head
+from amid_trl.models.routers import routed_states
+from amid_trl.sources.windows import Balance
 
 
 class BatchLoss(NamedTuple):
     """What a forward pass of the student gives: tensors alone, because engines look for tensors in it.
 
     Σ loss; sums over the trained tokens of each row by `row_names`; the student's tokens (rows, tokens - 1), -100
-    where nothing is trained; the mean cross-entropy of the plain text beside them, None without any.
+    where nothing is trained; the mean cross-entropy of the plain text beside them, None without any; what the batch
+    contributes to the window's load-balancing loss, None where that is not asked for.
     """
 
     total: Tensor
     row_sums: Tensor
     predictions: Tensor
     plain_nll: Tensor | None
+    aux_loss: Tensor | None
 
 
 def row_names(token_loss: DistillationTokenLoss) -> tuple[str, ...]:
@@ -41,11 +45,18 @@ def batch_loss(
     token_loss: DistillationTokenLoss,
     vocabulary: int,
     chunk_size: int | None,
+    balance: Balance | None = None,
 ) -> BatchLoss:
     """Run the student and compare; called inside the forward of whatever wraps the student."""
     base = causal_lm(student)
     head = whole_head(base)
-    hidden = backbone_states(base, batch["input_ids"], batch["attention_mask"]).to(head.weight.device)
+    tokens, aux_loss = (batch["input_ids"], batch["attention_mask"]), None
+    if balance is None:
+        hidden = backbone_states(base, *tokens)
+    else:
+        hidden, router_logits = routed_states(base, *tokens)
+        aux_loss = balance(router_logits, batch["attention_mask"])
+    hidden = hidden.to(head.weight.device)
     targets = trained_targets(batch).to(hidden.device)
     trained = targets != UNTRAINED
     states = States(hidden[:, :-1][trained], head.cut(vocabulary))
@@ -61,7 +72,7 @@ def batch_loss(
     plain_nll = None
     if "plain_text" in batch:
         plain_nll = _plain_nll(base, head.cut(vocabulary), batch["plain_text"], chunk_size)
-    return BatchLoss(total, _row_sums(figures, trained, token_loss), predictions, plain_nll)
+    return BatchLoss(total, _row_sums(figures, trained, token_loss), predictions, plain_nll, aux_loss)
 
 
 def _row_sums(figures: Figures, trained: Tensor, token_loss: DistillationTokenLoss) -> Tensor:

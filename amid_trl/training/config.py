@@ -1,6 +1,7 @@
 """AMiDConfig: our fields in front of TRL's."""
 
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -28,6 +29,8 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
     """Our fields in front of TRL's; the text that is shown is made of them below."""
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, *json_fields(GROUPS)]
+
+    asks_for_checkpointing = False  # no field: whether it was asked for in words, and is not the default
 
     def __post_init__(self):
         """The groups' own checks, then what needs torch, or what TRL has made of its fields."""
@@ -63,6 +66,9 @@ def _refusing(init: Callable[..., None]) -> Callable[..., None]:
         if unknown := [name for name in NOT_OURS if name in kwargs]:
             raise ValueError(f"AMiDConfig has no {unknown[0]}: {NOT_OURS[unknown[0]]}")
         init(self, *args, **kwargs)
+        asked = any(kwargs.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
+        # A parser gives all fields, so that none of them says anything.
+        self.asks_for_checkpointing = asked and len(kwargs) < len(dataclasses.fields(self))
 
     return checked
 

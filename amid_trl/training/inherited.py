@@ -16,7 +16,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "padding_free": ((False,), "rows are padded"),
     "truncation_mode": (("keep_start",), "a completion loses its end and a prompt is never cut"),
     "loss_type": (("nll",), "the loss is set by `objective` and `sft_weight`"),
-    "router_aux_loss_coef": ((None, 0.0), "the load-balancing loss of mixture-of-experts models is not computed"),
     "label_smoothing_factor": ((0.0,), "the loss is set by `objective` and `sft_weight`"),
     "torch_compile": ((False,), "the loss runs the model below its head, which a compiled forward would bypass"),
     "enable_jit_checkpoint": ((False,), "SIGTERM saves a checkpoint without it"),
@@ -32,6 +31,8 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 HONOURED = {
     "model_init_kwargs": "loads a student given by name",
     "trust_remote_code": "for student, teacher and tokenizers",
+    "router_aux_loss_coef": "the load-balancing loss of a mixture-of-experts student, of all tokens of a window; with "
+    "None or 0.0 it is not computed",
     "chat_template_path": "by SFTTrainer; a teacher without the tokens that it brings is refused",
     "dataset_text_field": "the column of plain text, of `pretrain_dataset` too",
     "dataset_kwargs": "`skip_prepare_dataset`, beside a collator of your own or for rows of `input_ids` and `labels`; "

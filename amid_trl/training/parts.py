@@ -17,9 +17,11 @@ from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
 from amid_trl.teacher.teacher import Teacher, open_teacher
 from amid_trl.training.answers import ANSWER_MEANS, Answers
+from amid_trl.training.balancing import Balancing
 from amid_trl.training.checkpoints import Stateful
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.evaluated_text import EvaluatedText
+from amid_trl.training.half_precision import UnmovedWeights
 from amid_trl.training.memory import MemoryReport
 from amid_trl.training.nonfinite import NonfiniteLoss
 from amid_trl.training.run_objective import RunObjective
@@ -40,8 +42,10 @@ class Parts:
     train_means: Means
     eval_means: Means
     windows: Windows
+    balancing: Balancing
     nonfinite: NonfiniteLoss
     memory: MemoryReport
+    unmoved: UnmovedWeights
     stop_on_sigterm: StopOnSigterm
     window: Window = field(default_factory=Window)
 
@@ -54,8 +58,13 @@ class Parts:
     @property
     def figures(self) -> dict[str, float]:
         """What moves or grows during a run, for the logs; all processes have to ask."""
-        parts = (self.sources, self.objective, self.nonfinite, self.memory)
+        parts = (self.sources, self.objective, self.nonfinite, self.memory, self.unmoved)
         return {name: value for part in parts for name, value in part.figures.items()}
+
+    def evaluated(self, sft_weight: float) -> dict[str, float]:
+        """What an evaluation has found, and its loss. No reduction: rows were gathered when they were recorded."""
+        means = self.eval_means.pop()
+        return {**means, "loss": means.get("objective", 0.0) + sft_weight * means.get("nll", 0.0)}
 
 
 def open_parts(
@@ -84,7 +93,7 @@ def open_parts(
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
     sources, objective = WindowSources(run), RunObjective(run)
-    train_means = Means((*objective.means, *WINDOW_MEANS), run.accelerator.device)
+    train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss"), run.accelerator.device)
     return Parts(
         teacher,
         writers,
@@ -96,7 +105,9 @@ def open_parts(
         train_means,
         eval_means=Means((*objective.means, *ANSWER_MEANS), run.accelerator.device),
         windows=Windows(run, writers, sources, plain_text, train_means, deals=deals),
+        balancing=Balancing(run, student, wrapped_student),
         nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
         memory=MemoryReport(run, teacher_model),
+        unmoved=UnmovedWeights(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
     )

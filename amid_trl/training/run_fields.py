@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from amid_trl.data.fields import DataFields
-from amid_trl.fields import check_choice, option, without_effect
+from amid_trl.fields import check_choice, check_weights, option, without_effect
 from amid_trl.sources.fields import SourceFields
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.training.inherited import REFUSED
@@ -34,6 +34,8 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
                 raise ValueError(
                     f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted[0]!r}"
                 )
+        if self.router_aux_loss_coef is not None:
+            check_weights(self, "router_aux_loss_coef")
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
         if self.student_shares[1] == 0:
             without_effect(self, ("student_text_objective",), "on a run without student text; set lmbda")

@@ -1,20 +1,76 @@
 """The student as it is trained: what is made of it once TRL and PEFT have wrapped it."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from accelerate import Accelerator
 from torch import nn
 
 from amid_trl.models.deepspeed import announce_head
+from amid_trl.models.dropout import disable_dropout
 from amid_trl.models.fsdp import check_fsdp
-from amid_trl.models.pairs import check_text_only, disable_dropout
+from amid_trl.models.heads import causal_lm
+from amid_trl.models.own_logits import check_own_logits
+from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed
 from amid_trl.training.config import AMiDConfig
 
 
-def prepare_student(student: nn.Module, args: AMiDConfig, accelerator: Accelerator) -> None:
+logger = logging.getLogger(__name__)
+
+
+def follow_student(args: AMiDConfig, student: nn.Module) -> None:
+    """Turn gradient checkpointing off where the student cannot do it; a ValueError if it was asked for in words.
+
+    `args` is the trainer's own copy.
+    """
+    base = causal_lm(student)
+    if not args.gradient_checkpointing or can_checkpoint(base):
+        return
+    if args.asks_for_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing=True is asked for, but transformers' {type(base).__name__} cannot do it; leave "
+            "it out, or set it to False"
+        )
+    logger.warning(
+        "gradient_checkpointing is off: transformers' %s cannot do it. Training takes more memory.",
+        type(base).__name__,
+    )
+    args.gradient_checkpointing = args.activation_checkpointing = False
+
+
+def can_checkpoint(base: Any) -> bool:
+    """Whether transformers can recompute the model's activations: the class says so, and has layers that do."""
+    declared = getattr(base, "supports_gradient_checkpointing", True)
+    return declared and any(hasattr(module, "gradient_checkpointing") for module in base.modules())
+
+
+def prepare_student(student: nn.Module, args: AMiDConfig, accelerator: Accelerator, *, is_mixture: bool) -> None:
     """Turn its dropout off, and tell the engine of its head; a ValueError where it cannot be trained."""
     check_text_only(student, "student")  # again: PEFT has wrapped it since
     keep_weights_as_packed(student)
+    if is_mixture and not args.router_aux_loss_coef:
+        logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
     if args.disable_dropout:
         disable_dropout(student)
     announce_head(student)
     check_fsdp(accelerator, student)
+    check_own_logits(student, "student")
+
+
+# What SFTTrainer sets in the configuration of a mixture of experts, for a loss that is not used here.
+ROUTER_FIELDS = ("output_router_logits", "router_aux_loss_coef")
+
+
+@contextmanager
+def own_router_fields(student: nn.Module) -> Iterator[None]:
+    """Afterwards the student's configuration says of its routers what it said before, and is saved so."""
+    config: Any = causal_lm(student).config.get_text_config()
+    before = {name: getattr(config, name) for name in ROUTER_FIELDS if hasattr(config, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

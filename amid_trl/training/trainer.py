@@ -4,9 +4,9 @@ It is a GKDTrainer to every script that asks, but runs none of GKDTrainer's code
 saving and logging are SFTTrainer's, and what distillation adds lives in the modules that are wired together here.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -47,10 +47,7 @@ from amid_trl.training.config import AMiDConfig, check_arguments, data_settings,
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
-from amid_trl.training.student import prepare_student
-
-
-logger = logging.getLogger(__name__)
+from amid_trl.training.student import follow_student, own_router_fields, prepare_student
 
 
 class AMiDTrainer(GKDTrainer):
@@ -121,22 +118,24 @@ class AMiDTrainer(GKDTrainer):
         student, teacher, tokenizer, self._renamed = load_pair(
             model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config
         )
+        follow_student(args, student)
         self._student_generation = generation_config_of(student)
         self._positions = common_positions(student, teacher)
-        SFTTrainer.__init__(
-            self,
-            cast(Any, student),
-            args=for_sft(args, has_collator=data_collator is not None),
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+        with own_router_fields(student):
+            SFTTrainer.__init__(
+                self,
+                cast(Any, student),
+                args=for_sft(args, has_collator=data_collator is not None),
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
         self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
         if data_collator is None:
@@ -144,9 +143,7 @@ class AMiDTrainer(GKDTrainer):
             self.data_collator = DistillationCollator(*padding)
         self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
         self._loss_shifts_labels = True
-        if self.aux_loss_enabled:
-            logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
-        prepare_student(self.model, args, self.accelerator)
+        prepare_student(self.model, args, self.accelerator, is_mixture=self.aux_loss_enabled)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
             Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed),
@@ -169,12 +166,10 @@ class AMiDTrainer(GKDTrainer):
         self.generation_config = parts.writers["student"].config
         self.objective = parts.objective.current
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
-        self.add_callback(parts.stop_on_sigterm)
-        self.add_callback(parts.memory)
+        for callback in (parts.stop_on_sigterm, parts.memory, parts.unmoved):
+            self.add_callback(callback)
         if is_in_notebook():
-            from amid_trl.training.notebook import show_in_notebook
-
-            show_in_notebook(self)
+            import_module("amid_trl.training.notebook").show_in_notebook(self)
 
     def _prepare_dataset(self, dataset, processing_class: Any, args: Any, packing, formatting_func, dataset_name):
         settings = data_settings(
@@ -200,8 +195,9 @@ class AMiDTrainer(GKDTrainer):
         if self._parts.sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
         self.objective = self._parts.objective.advance(step / steps)
-        self._parts.window = self._parts.windows.window(batches, step, steps, self._prepare_inputs)
-        return self._parts.window.batches, self._get_num_items_in_batch(self._parts.window.batches, device)
+        window = self._parts.balancing(self._parts.windows.window(batches, step, steps, self._prepare_inputs))
+        self._parts.window = window
+        return window.batches, self._get_num_items_in_batch(window.batches, device)
 
     # ---- The loss ----
 
@@ -222,8 +218,9 @@ class AMiDTrainer(GKDTrainer):
         window = self._parts.window if student.training else Window()
         token_loss = self._parts.objective.token_loss(window.source)
         # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
-        in_forward = partial(self._loss, inputs=inputs, teacher=self._parts.teacher(inputs), token_loss=token_loss)
-        total, row_sums, predictions, plain_nll = forward_redirection(model, student, in_forward, student)
+        given = {"inputs": inputs, "teacher": self._parts.teacher(inputs), "token_loss": token_loss}
+        in_forward = partial(self._loss, **given, balance=window.balance)
+        total, row_sums, predictions, plain_nll, aux_loss = forward_redirection(model, student, in_forward, student)
         rows = Figures(row_names(token_loss), row_sums)
         if num_items_in_batch is None:
             loss = total / rows["tokens"].sum().clamp(min=1).to(total)
@@ -233,6 +230,9 @@ class AMiDTrainer(GKDTrainer):
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if plain_nll is not None:
             loss = loss + window.plain_weight * plain_nll
+        if window.balance is not None:
+            loss = loss + window.balance.weight * self.accelerator.num_processes * aux_loss
+            self._parts.train_means.add("aux_loss", aux_loss.detach(), window.balance.share)
         if not student.training:
             self._record_evaluation(rows)
         elif self._parts.nonfinite.found(loss):
@@ -244,9 +244,10 @@ class AMiDTrainer(GKDTrainer):
                 self._parts.train_means.add("pretrain_nll", plain_nll.detach(), 1)
         return (loss, {"predictions": predictions}) if return_outputs else loss
 
-    def _loss(self, student, inputs, teacher, token_loss) -> BatchLoss:
+    def _loss(self, student, inputs, teacher, token_loss, balance) -> BatchLoss:
+        settings = (self.vocabulary, self.args.logits_chunk_size, balance)
         with self.accelerator.autocast():
-            return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, self.args.logits_chunk_size)
+            return batch_loss(student, inputs, teacher, token_loss, *settings)
 
     def _record(self, means: Means, rows: Figures) -> None:
         totals = rows.totals()
@@ -286,10 +287,8 @@ class AMiDTrainer(GKDTrainer):
         self._parts.eval_means.pop()
         with evaluation_alone(self), fsdp_evaluation(self):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._parts.eval_means.pop()  # no reduction: rows were gathered when they were recorded
-        means["loss"] = means.get("objective", 0.0) + self.args.sft_weight * means.get("nll", 0.0)
-        metrics: Any = output.metrics
-        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        figures = self._parts.evaluated(self.args.sft_weight)
+        cast(Any, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
     # ---- Checkpoints ----

@@ -81,7 +81,6 @@ REFUSED_VALUES = {
     "padding_free": True,
     "truncation_mode": "keep_end",
     "loss_type": "dft",
-    "router_aux_loss_coef": 0.1,
     "label_smoothing_factor": 0.1,
     "torch_compile": True,
     "enable_jit_checkpoint": True,
