@@ -34,12 +34,12 @@ HONOURED = {
     "trust_remote_code": "for student, teacher and tokenizers",
     "chat_template_path": "by SFTTrainer; a teacher without the tokens that it brings is refused",
     "dataset_text_field": "the column of plain text, of `pretrain_dataset` too",
-    "dataset_kwargs": "`skip_prepare_dataset`, beside a collator of your own or for rows of `input_ids` and `labels`; any "
-    "other key is refused",
+    "dataset_kwargs": "`skip_prepare_dataset`, beside a collator of your own or for rows of `input_ids` and `labels`; "
+    "any other key is refused",
     "dataset_num_proc": "processes that tokenise",
     "eos_token": "by SFTTrainer; beside it the EOS tokens of the generation config end a turn as well",
-    "max_length": "bounds prompt and completion together, and so do both models' positions; one that leaves no room beside "
-    "`max_new_tokens` bounds the dataset's rows and the prompts alone, as in GKD",
+    "max_length": "bounds prompt and completion together, and so do both models' positions; one that leaves no room "
+    "beside `max_new_tokens` bounds the dataset's rows and the prompts alone, as in GKD",
     "shuffle_dataset": "shuffles the rows once, by `seed`",
     "pad_to_multiple_of": "for rows of the dataset and for those that are written",
     "completion_only_loss": "False trains the prompt of `prompt`/`completion` rows; True is refused on plain text",
