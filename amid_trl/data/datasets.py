@@ -36,7 +36,6 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl import is_conversational
 
 from amid_trl.data.batches import ROW_COLUMNS
 from amid_trl.data.conversations import conversation_row
@@ -218,6 +217,8 @@ def _remedy(columns: list[str], format: Format, settings: DataSettings) -> str:
     """What to do about prompts that nothing answers."""
     if format != "prompt" or "completion" in columns:
         return ""
+    if settings.evaluates and settings.generates:
+        return ". It has prompts without answers, and a teacher's cache knows none of the student's: give it answers"
     if settings.evaluates:
         return (
             ". It has prompts without answers (columns "
@@ -280,7 +281,7 @@ def _row(
         text = settings.formatting_func(example) if settings.formatting_func else example.get(settings.text_field)
         return text_row("", text, tokenizer, settings)
     prompt: Any = example.get("prompt")
-    if format == "prompt" and not (prompt and is_conversational({"prompt": prompt})):
+    if format == "prompt" and not isinstance(prompt, list):
         return text_row(prompt, example.get("completion") or None, tokenizer, settings)
     return conversation_row(example, tokenizer, template, settings)
 

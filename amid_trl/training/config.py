@@ -198,7 +198,8 @@ def data_settings(
                 *(config.max_length, config.max_new_tokens, config.longest_row),
             )
         return writing
-    alone = replace(writing, trains_on_dataset=False)
+    # A cache knows the dataset's text alone.
+    alone = None if config.teacher_cache else replace(writing, trains_on_dataset=False)
     return replace(writing if config.eval_generate else settings, without_answers=alone)
 
 

@@ -211,11 +211,12 @@ PREFERENCES = {"prompt": "Is water wet?", "chosen": " Yes.", "rejected": " No."}
         ({"prompt": "Is water wet?"}, MIXED, r"columns 'prompt'\): set lmbda=1.0.*or seq_kd=True"),
         (PREFERENCES, MIXED, "set lmbda=1.0.*or name the column 'chosen' 'completion' to train on it"),
         ({"prompt": "Is water wet?"}, DataSettings(evaluates=True), "set eval_generate=True"),
+        ({"prompt": "Is water wet?"}, DataSettings(evaluates=True, generates=True), "give it answers"),
     ],
 )
 def test_prompts_that_nobody_answers_come_with_what_to_do(row, settings, remedy, streaming, tokenizer):
     dataset = Dataset.from_list([row])
-    with pytest.raises(ValueError, match=f"nothing to train on.*prompts without answers.*{remedy}"):
+    with pytest.raises(ValueError, match=f"nothing to train on.*without answers.*{remedy}"):
         prepared(dataset.to_iterable_dataset() if streaming else dataset, tokenizer, settings)
 
 

@@ -10,6 +10,7 @@ from chat_templates import (
     LAST_QUESTION,
     MARKED,
     OPENING,
+    OTHER_TEMPLATES,
     by_longest_prefix,
     tokenizer_with,
 )
@@ -204,6 +205,18 @@ def test_each_of_two_answers_in_a_row_is_trained_to_its_end(template):
     for length, expected in ((3, f"Yes.{end}Very.{end}"), (5, f"Yes.{end}Very.{end}No.{end}")):
         (row,) = prepared([{"messages": chat[:length]}], tokenizer)
         assert "".join(trained_spans(row, tokenizer)) == expected
+
+
+@pytest.mark.parametrize("family", OTHER_TEMPLATES)
+def test_templates_of_other_families_show_their_turns(family, tokenizer, caplog):
+    end, template, (before, after) = OTHER_TEMPLATES[family]
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": end})
+    tokenizer.chat_template = template
+    for chat in (CONVERSATION[:2], CONVERSATION, [*CONVERSATION, *CONVERSATION]):
+        (row,) = prepared([{"messages": chat}], tokenizer)
+        said = [message["content"] for message in chat if message["role"] == "assistant"]
+        assert trained_spans(row, tokenizer) == [f"{before}{text}{after}" for text in said]
+    assert not warnings_of(caplog)
 
 
 # Phi-3's way: EOS stands behind the last message alone, here without marks.

@@ -23,6 +23,51 @@ LAST_QUESTION = (
     "{% macro hint(i) %}{% if i == (questions | length - 1) * 2 %}" + HINT + "{% endif %}{% endmacro %}"
 )
 
+# How other families write their turns: the end of a turn, the template, what a turn has around its answer.
+OTHER_TEMPLATES = {
+    "Llama 2": (
+        "</s>",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+        (" ", " </s>"),
+    ),
+    "tools before the last question, as Mistral": (
+        "</s>",
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% if tools and m == asked[-1] %}[TOOLS]{{ tools | tojson }}{% endif %}"
+        "{{ '[INST] ' + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
+        (" ", "</s>"),
+    ),
+    "Zephyr": (
+        "</s>",
+        "{% for m in messages %}\n{{ '<|' + m.role + '|>\n' + m.content + eos_token }}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>\n' }}{% endif %}\n{% endfor %}",
+        ("", "</s>"),
+    ),
+    "a header within the marks, as SmolLM3": (
+        "<|im_end|>",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}",
+        ("", "<|im_end|>"),
+    ),
+    "two marks for a turn": (
+        "<|im_end|>",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ("", "<|im_end|>"),
+    ),
+    "turns with numbers": (
+        "<|im_end|>",
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ loop.index }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {{ messages | length + 1 }}\n{% endif %}",
+        ("", "<|im_end|>"),
+    ),
+}
+
 # ---- TRL's ----
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
