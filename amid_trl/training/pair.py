@@ -70,7 +70,8 @@ def load_pair(
         teacher = load_teacher(teacher_model, args)
         of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": remote}
         check_teacher(student, teacher)
-        renamed = renamed_tokens(tokenizer, load_tokenizer(teacher, teacher_model, **of_teacher))
+        writes = args.generates or args.eval_generate
+        renamed = renamed_tokens(tokenizer, load_tokenizer(teacher, teacher_model, **of_teacher), writes=writes)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
