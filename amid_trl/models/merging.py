@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from amid_trl.models.loading import load_adapter
-from amid_trl.models.pairs import check_text_only
+from amid_trl.models.pairs import check_adapter
 from amid_trl.models.quantised import recorded_base, whole_weights
 
 
@@ -37,7 +37,8 @@ def merged_model(path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dty
         init_kwargs["dtype"] = getattr(torch, record["base_dtype"])
         init_kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(record)
     adapted: Any = load_adapter(path, init_kwargs, prepared=whole_weights).eval()
-    check_text_only(adapted, "model")
+    for config in adapted.peft_config.values():
+        check_adapter(config, "model")
     rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
     before = [_log_probs(adapted, row) for row in rows]
     plain = adapted.merge_and_unload().to(dtype)

@@ -12,12 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def renamed_tokens(
-    tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None, *, writes: bool = True
 ) -> RenamedTokens:
     """The added tokens (special ones) that have another name or another id for the teacher; a warning names them.
 
     Tokens added on one side only (a padding token, chat markers) are legal, and a warning names them too. A ValueError
-    if any other token has another id, or the EOS another name: the teacher's distribution would be read wrongly.
+    if any other token has another id, or, in a run that `writes` text, the EOS another name: its distribution
+    would be read wrongly.
     """
     if teacher_tokenizer is None:
         return RenamedTokens()
@@ -35,7 +36,7 @@ def renamed_tokens(
     foreign = [
         str(ours if ours is not None else theirs)
         for i, (ours, theirs) in names.items()
-        if i == tokenizer.eos_token_id or {ours} - {None, *added} or {theirs} - {None, *teacher_added}
+        if (writes and i == tokenizer.eos_token_id) or {ours} - {None, *added} or {theirs} - {None, *teacher_added}
     ]
     foreign += [token for token in missing if token not in added]
     if foreign:

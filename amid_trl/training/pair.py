@@ -70,18 +70,18 @@ def load_pair(
     teacher, renamed = None, RenamedTokens()
     if teacher_model is not None and not absent:
         teacher = load_teacher(teacher_model, args)
-        revision = args.teacher_model_revision
+        of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": remote}
         check_teacher(student, teacher)
-        renamed = renamed_tokens(
-            tokenizer, load_tokenizer(teacher, teacher_model, revision=revision, trust_remote_code=remote)
-        )
+        writes = args.generates or args.eval_generate
+        renamed = renamed_tokens(tokenizer, load_tokenizer(teacher, teacher_model, **of_teacher), writes=writes)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
         folder = Path(str(args.output_dir), "merged_base")
         student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)
     elif is_part(student) and (is_peft_model(student) or adapter_follows):
-        name_text_base(student, tokenizer, Path(str(args.output_dir), "text_base"), saves=args.process_index == 0)
+        folder = Path(str(args.output_dir), "text_base")
+        name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
     return LoadedPair(student, teacher, tokenizer, renamed)
 
 
@@ -133,24 +133,27 @@ def merge_adapter(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
     return merged
 
 
-def name_text_base(student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, saves: bool) -> None:
+def name_text_base(
+    student: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, revision: str | None, *, saves: bool
+) -> None:
     """Save the language model that an adapter is trained on, where its checkpoint would be loaded as another model.
 
     It is what the adapter names as its base: on a multimodal model its weights would find no module, without an error.
     """
-    base = causal_lm(student)
+    base, adapters = causal_lm(student), getattr(student, "peft_config", {}).values()
     name = base.config._name_or_path
-    loader = text_loader(name, {}, says=False) if name else None
+    where = {"revision": next((config.revision for config in adapters), revision)}
+    loader = text_loader(name, where, says=False) if name else None
     if loader is None or loads_as(name) is type(base):
         return
     logger.warning("The adapter's base is the language model alone: it is saved in %s", folder)
     if saves:
         with loaded_whole():
-            loader.from_pretrained(name, dtype="auto").save_pretrained(folder)
+            loader.from_pretrained(name, dtype="auto", **where).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     base.name_or_path = base.config._name_or_path = str(folder)
-    for config in getattr(student, "peft_config", {}).values():
-        config.base_model_name_or_path = str(folder)
+    for config in adapters:
+        config.base_model_name_or_path, config.revision = str(folder), None
 
 
 def checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

@@ -156,6 +156,16 @@ def test_the_cost_of_merging_is_the_mean_kl_over_the_tokens_of_some_texts(base, 
     assert (merged.kl < 1e-6) == (dtype == torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_an_adapter_of_the_head_is_merged_too(base, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(plain, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = merged_model(str(tmp_path / "adapter"), AutoTokenizer.from_pretrained(base)).model
+    torch.testing.assert_close(log_probs(merged), log_probs(adapted), rtol=1e-4, atol=1e-4)
+
+
 def test_merging_rounds_once_where_it_is_asked_to(base, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = get_peft_model(plain, LoraConfig(**LORA, init_lora_weights=False))

@@ -89,9 +89,14 @@ def test_such_a_token_is_never_written(train, renamed, tokenizer, source):
     assert not any(0 in ids for ids in completions_of(seen.windows[0]))
 
 
-def test_an_end_of_text_with_another_name_is_refused(train, renamed):
+def test_an_end_of_text_with_another_name_is_refused_where_a_text_ends(train, renamed, tokenizer):
+    path = renamed("<|im_end|>", "<|eot|>")
     with pytest.raises(ValueError, match=r"same tokenizer.*<\|im_end\|>"):
-        train(teacher_model=renamed("<|im_end|>", "<|eot|>"))
+        train(teacher_model=path, lmbda=0.5)
+    with pytest.raises(ValueError, match=r"row 0 of a dataset .*'<\|im_end\|>', to the teacher '<\|eot\|>'"):
+        train(teacher_model=path)
+    endless = pretokenised_dataset(tokenizer, 4).map(lambda row: {name: ids[:-1] for name, ids in row.items()})
+    train(teacher_model=path, train_dataset=endless).train()
 
 
 def test_a_word_that_the_teacher_lacks_is_refused_and_an_added_one_with_another_id_is_not(tokenizer):
