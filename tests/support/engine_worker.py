@@ -66,9 +66,8 @@ def save_models(folder: Path) -> None:
     """Everything that a case can name.
 
     A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, a mixture of
-    experts, one that is read wrongly, one of another architecture, and a teacher for all; their vocabularies are padded.
-    Plain text whose blocks are all the same, and
-    some whose blocks differ.
+    experts, one that is read wrongly, one of another architecture, and a teacher for all; their vocabularies are
+    padded. Plain text whose blocks are all the same, and some whose blocks differ.
     """
     tokenizer = tiny_tokenizer()
     for name, tied in (("student", False), ("tied_student", True)):
