@@ -57,7 +57,7 @@ REPORTS = {
 }
 
 # Of which rows the length is said, and which length.
-LENGTHS = {CUT: "tokens", NO_ROOM: "tokens", LONG_PROMPT: "prompt_tokens"}
+MEASURED = {CUT: "tokens", NO_ROOM: "tokens", LONG_PROMPT: "prompt_tokens"}
 
 
 @dataclass
@@ -75,14 +75,14 @@ class Noted:
         self.words = self.words or row["words"]
         if len(self.numbers) < ROWS_NAMED:
             self.numbers.append(number)
-        if note in LENGTHS:
-            self.longest = max(self.longest, row[LENGTHS[note]])
+        if note in MEASURED:
+            self.longest = max(self.longest, row[MEASURED[note]])
 
     def details(self, note: str) -> str:
         """Which rows they are, how long the longest is, and why the first cannot be made."""
         rest = f" and {self.count - len(self.numbers)} more" if self.count > len(self.numbers) else ""
         said = f"row{'s' * (self.count > 1)} {', '.join(map(str, self.numbers))}{rest}"
-        if note in LENGTHS:
+        if note in MEASURED:
             said += f"; the longest has {self.longest} tokens" if self.count > 1 else f", {self.longest} tokens"
         if note == BAD:
             said += f"; the first: {self.words}" if self.count > 1 else f": {self.words}"

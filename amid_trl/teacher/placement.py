@@ -14,29 +14,21 @@ from amid_trl.teacher.fields import TeacherFields
 def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> nn.Module:
     """The teacher as its engine wraps it; by default it is sharded if the student is, else whole on each device.
 
-    A ValueError if the loss does not read it as it reads itself: before an engine shards it, else where it lies.
+    A ValueError if the loss does not read it as it reads itself: asked before an engine takes it, else where it lies.
     """
-    sharded = args.teacher_deepspeed is not None or accelerator.state.deepspeed_plugin is not None
-    if sharded or accelerator.is_fsdp2:
-        check_own_logits(teacher, "teacher")
-        return _placed(teacher, args, accelerator)
-    teacher = _placed(teacher, args, accelerator)
-    check_own_logits(teacher, "teacher")
-    return teacher
-
-
-def _placed(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> nn.Module:
+    deepspeed = accelerator.state.deepspeed_plugin is not None
     base = causal_lm(teacher)
-    if getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False):
-        return teacher  # lies where it was loaded, and cannot be moved
+    stays = getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False)
+    if args.teacher_offload and deepspeed and not stays:
+        raise ValueError("teacher_offload is for runs without DeepSpeed; set teacher_deepspeed with offload_param")
+    if args.teacher_offload and accelerator.is_fsdp2 and not stays:
+        raise ValueError("teacher_offload is for runs without FSDP, which shards the teacher")
+    engine = args.teacher_deepspeed is not None or deepspeed or accelerator.is_fsdp2
+    if not stays and not engine:
+        teacher = teacher.to("cpu" if args.teacher_offload else accelerator.device)
+    check_own_logits(teacher, "teacher")
+    if stays or not engine:
+        return teacher  # lies where it was loaded, and cannot be moved, or where it was put
     if args.teacher_deepspeed is not None:
         return inference_engine(teacher, args.teacher_deepspeed, args.per_device_train_batch_size)
-    if accelerator.state.deepspeed_plugin is not None:
-        if args.teacher_offload:
-            raise ValueError("teacher_offload is for runs without DeepSpeed; set teacher_deepspeed with offload_param")
-        return prepare_deepspeed(teacher, accelerator)
-    if accelerator.is_fsdp2:
-        if args.teacher_offload:
-            raise ValueError("teacher_offload is for runs without FSDP, which shards the teacher")
-        return shard(teacher, accelerator)
-    return teacher.to("cpu" if args.teacher_offload else accelerator.device)
+    return prepare_deepspeed(teacher, accelerator) if deepspeed else shard(teacher, accelerator)

@@ -13,7 +13,8 @@ PRECISION = {"half": {"bf16": True, "evaluates_first": True}}
 @pytest.fixture(scope="module")
 def two(models, tmp_path_factory) -> Runs:
     cases = CASES | engines.MERGED | engines.EVALUATED | engines.RESUMED | engines.BEST | engines.REPLAYED
-    return engines.launch(models, tmp_path_factory.mktemp("fsdp2"), "fsdp2", cases | engines.SKIPPED | PRECISION)
+    cases |= engines.SKIPPED | engines.MISREAD | PRECISION
+    return engines.launch(models, tmp_path_factory.mktemp("fsdp2"), "fsdp2", cases)
 
 
 @pytest.mark.parametrize("case", CASES | engines.MERGED)
@@ -51,6 +52,10 @@ def test_ranks_stop_at_different_lengths(two, case):
 
 def test_a_window_in_which_nothing_is_trained_changes_nothing(two):
     engines.assert_nothing_trained_changes_nothing(two)
+
+
+def test_a_student_that_would_be_read_wrongly_is_refused(two):
+    engines.assert_other_logits_are_refused(two)
 
 
 def test_processes_replay_together(two):

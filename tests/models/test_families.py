@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import REFUSED, all_families, family_model
+from families import NOT_WRITTEN, OWN_LENGTHS, REFUSED, all_families, family_model
 from observe import dense_loss, logged
 from tiny import messages_dataset
 
@@ -30,7 +30,7 @@ FEW = [
 READ = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
     for name in all_families()
-    if name not in REFUSED
+    if name not in REFUSED and name not in OWN_LENGTHS
 ]
 
 
@@ -78,6 +78,8 @@ def test_a_padded_row_is_the_row_alone(train, tokenizer, family):
 @pytest.mark.parametrize("family", READ)
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_two_steps_of_either_source(train, tokenizer, family, lmbda):
+    if lmbda and family in NOT_WRITTEN:
+        pytest.skip("transformers does not generate with it")
     trainer = train(**pair(family, tokenizer), lmbda=lmbda, max_steps=2, gradient_checkpointing=...)
     trainer.train()
     assert len(logged(trainer, "loss")) == 2 and all(map(math.isfinite, logged(trainer, "grad_norm")))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from families import family_model
 from gatherings import watch_writing
 from observe import Windows, completions_of
 from peft import LoraConfig, get_peft_model
@@ -64,9 +65,9 @@ ENGINES = {
 def save_models(folder: Path) -> None:
     """Everything that a case can name.
 
-    A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, one of another
-    architecture, and a teacher for all; their vocabularies are padded. Plain text whose blocks are all the same, and
-    some whose blocks differ.
+    A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, a mixture of
+    experts, one that is read wrongly, one of another architecture, and a teacher for all; their vocabularies are
+    padded. Plain text whose blocks are all the same, and some whose blocks differ.
     """
     tokenizer = tiny_tokenizer()
     for name, tied in (("student", False), ("tied_student", True)):
@@ -81,6 +82,8 @@ def save_models(folder: Path) -> None:
     with torch.no_grad():
         student.model.embed_tokens.weight[tokenizer(" cold")["input_ids"][-1]] = math.nan
     save_tiny(folder / "broken_student", student, tokenizer)
+    save_tiny(folder / "mixture", family_model("mixtral", tokenizer, vocab_size=364), tokenizer)
+    save_tiny(folder / "scaled", family_model("mpt", tokenizer, logit_scale=0.5), tokenizer)
     save_tiny(folder / "gpt2", tiny_gpt2(tokenizer), tokenizer)
     save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
     for name, texts in (("same_text", 40 * [one_block(tokenizer)]), ("text", 4 * CORPUS)):

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-FIGURES = ("loss", "grad_norm", "kl", "nll", "student_entropy", "pretrain_nll", "assistant_lambda")
+FIGURES = ("loss", "grad_norm", "kl", "nll", "student_entropy", "pretrain_nll", "assistant_lambda", "aux_loss")
 FIGURES += ("eval_loss", "eval_kl", "eval_rougeL", "eval_completions/mean_length")
 
 
@@ -39,6 +39,7 @@ TRAINED = {
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
     "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
     "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
+    "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
     "student's text": {"lmbda": 1.0},
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
@@ -122,6 +123,8 @@ REPLAYED = {
         "top_k": 0,
     }
 }
+# A student whose configuration has a scale that transformers' model does not apply.
+MISREAD = {"other logits": {"student": "scaled"}}
 # The student does not survive a word of the fourth row.
 SKIPPED = {"row left out": {"student": "broken_student", "nonfinite_loss": "skip"}}
 # Blocks of text that differ, so that one process cannot read what two read.
@@ -268,6 +271,11 @@ def assert_replays_together(two: Runs) -> None:
                 written += completions
             elif source == "replay":
                 assert all(completion in written for completion in completions)
+
+
+def assert_other_logits_are_refused(two: Runs) -> None:
+    for rank in two.ranks["other logits"]:
+        assert "MptForCausalLM" in rank["refused"] and "logit_scale=0.5" in rank["refused"]
 
 
 def assert_left_out_like_one(two: Runs, one: dict) -> None:

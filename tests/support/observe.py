@@ -22,7 +22,9 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def dense_loss(trainer: AMiDTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean over trained tokens of the objective on the models' own logits."""
     student, teacher = (
-        model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1, : trainer.vocabulary]
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
+            :, :-1, : trainer.vocabulary
+        ]
         for model in (trainer.model, trainer.teacher_model)
     )
     trained = batch["labels"][:, 1:] != -100

@@ -147,7 +147,7 @@ REFUSED = [
     ({"label_smoothing_factor": 0.1}, r"does not support label_smoothing_factor=0.1"),
     ({"torch_compile": True}, r"does not support torch_compile=True"),
     ({"enable_jit_checkpoint": True}, r"does not support enable_jit_checkpoint=True: SIGTERM saves a checkpoint"),
-    ({"router_aux_loss_coef": 0.1}, r"does not support router_aux_loss_coef=0.1"),
+    ({"router_aux_loss_coef": -0.1}, r"router_aux_loss_coef must be a finite number, 0 or more; got -0.1"),
 ]
 
 
