@@ -16,19 +16,21 @@ def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> 
 
     A ValueError if the loss does not read it as it reads itself: asked before an engine takes it, else where it lies.
     """
-    deepspeed = accelerator.state.deepspeed_plugin is not None
+    own = args.teacher_deepspeed is not None
+    deepspeed = not own and accelerator.state.deepspeed_plugin is not None
+    sharded = not own and not deepspeed and accelerator.is_fsdp2
     base = causal_lm(teacher)
     stays = getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False)
-    if args.teacher_offload and deepspeed and not stays:
+    if deepspeed and args.teacher_offload and not stays:
         raise ValueError("teacher_offload is for runs without DeepSpeed; set teacher_deepspeed with offload_param")
-    if args.teacher_offload and accelerator.is_fsdp2 and not stays:
+    if sharded and args.teacher_offload and not stays:
         raise ValueError("teacher_offload is for runs without FSDP, which shards the teacher")
-    engine = args.teacher_deepspeed is not None or deepspeed or accelerator.is_fsdp2
+    engine = own or deepspeed or sharded
     if not stays and not engine:
         teacher = teacher.to("cpu" if args.teacher_offload else accelerator.device)
     check_own_logits(teacher, "teacher")
     if stays or not engine:
         return teacher  # lies where it was loaded, and cannot be moved, or where it was put
-    if args.teacher_deepspeed is not None:
+    if own:
         return inference_engine(teacher, args.teacher_deepspeed, args.per_device_train_batch_size)
     return prepare_deepspeed(teacher, accelerator) if deepspeed else shard(teacher, accelerator)
