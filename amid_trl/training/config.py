@@ -3,18 +3,22 @@
 import copy
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
 from amid_trl.data.datasets import has_prompts_alone
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
 from amid_trl.fields import described, json_dict, json_fields
+from amid_trl.models.heads import causal_lm
 from amid_trl.sources.writers import require_vllm
+from amid_trl.training.build_locks import clear_build_locks
 from amid_trl.training.inherited import NOT_OURS
 from amid_trl.training.objective_fields import check_objective
 from amid_trl.training.run_fields import GROUPS, RunFields
@@ -32,6 +36,8 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
     def __post_init__(self):
         """The groups' own checks, then what needs torch, or what TRL has made of its fields."""
         self._say_it_by_the_new_name()
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            clear_build_locks()  # TRL's checks start DeepSpeed
         super().__post_init__()
         check_objective(self)
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
@@ -165,8 +171,13 @@ def data_settings(
     )
 
 
-def for_sft(args: AMiDConfig, *, has_collator: bool) -> AMiDConfig:
-    """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows."""
+def for_sft(args: AMiDConfig, student: nn.Module, *, has_collator: bool) -> AMiDConfig:
+    """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows.
+
+    transformers writes its `use_cache` into the student's config, with which the student is saved: it stays what it
+    was. Training and generation here say by themselves whether they use the cache.
+    """
+    args.use_cache = args.use_cache or getattr(causal_lm(student).config, "use_cache", True)
     if has_collator:
         args.remove_unused_columns = False
         args.dataset_kwargs = {**json_dict(args.dataset_kwargs), "skip_prepare_dataset": True}

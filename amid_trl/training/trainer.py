@@ -43,6 +43,7 @@ from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
 from amid_trl.training.card import PAPER, complete_card, objective_table
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
 from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, follow_prompts, for_sft, own_copy
+from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
@@ -125,7 +126,7 @@ class AMiDTrainer(GKDTrainer):
         SFTTrainer.__init__(
             self,
             cast(Any, student),
-            args=for_sft(args, has_collator=data_collator is not None),
+            args=for_sft(args, student, has_collator=data_collator is not None),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -145,7 +146,7 @@ class AMiDTrainer(GKDTrainer):
         self._loss_shifts_labels = True
         if self.aux_loss_enabled:
             logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
-        prepare_student(self.model, args, self.accelerator)
+        prepare_student(self.model, args, self.accelerator, tokenizer)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
             Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions),
@@ -181,6 +182,7 @@ class AMiDTrainer(GKDTrainer):
         )
         with global_then_local_main_first():
             rows = prepare_dataset(dataset, processing_class, settings, name=dataset_name)
+            warn_of_endless(rows, processing_class, settings, name=dataset_name)
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
