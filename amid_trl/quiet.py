@@ -12,7 +12,7 @@ LINES = {
     # At each import on a machine without a GPU, whether DeepSpeed is used or not.
     "DeepSpeed": "Setting accelerator to CPU.",
 }
-# TRL 1.16 calls what transformers 5.23 calls activation_checkpointing by its old name.
+# TRL 1.16 and PEFT 0.21 call what transformers 5.23 calls activation_checkpointing by its old name.
 OLD_NAMES = r"`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated"
 
 
@@ -24,5 +24,5 @@ def hide_lines() -> None:
 
 @cache
 def hide_old_names() -> None:
-    """Once, before TRL calls them: a filter set again and again would show other warnings again and again."""
+    """Once, before TRL and PEFT call them: a filter set again and again would show other warnings again and again."""
     warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)

@@ -1,6 +1,7 @@
 """The training script behind `amid-trl train`; also `accelerate launch -m amid_trl train …`."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ def build_trainer(
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Train, save, and push if asked to."""
-    trainer = build_trainer(script_args, training_args, model_args, dataset_args)
+    with before_training():
+        trainer = build_trainer(script_args, training_args, model_args, dataset_args)
     checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
@@ -78,6 +80,19 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     trainer.end()
+
+
+class NotTrained(ValueError):
+    """What is wrong was found before anything was trained: a line says it all."""
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Within it what a user can have got wrong is NotTrained."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise NotTrained(str(error)) from error
 
 
 def require_model(model_args: Any) -> None:
@@ -142,6 +157,19 @@ def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) 
     (work or main)(*parse(argv))
 
 
+def process(command: str, work: Callable[..., None]) -> None:
+    """Be a process that `amid-trl` has started for the command: mistakes are one line, and Ctrl-C is its parent's.
+
+    The parent hands it on as SIGTERM, where a terminal sends it to both.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # before anything else, and for all that is started from here
+    try:
+        run(work=work)
+    except NotTrained as error:
+        print(f"amid-trl {command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def parse(argv: list[str] | None = None) -> list[Any]:
     """The arguments in the classes of `make_parser`; ValueError for unknown ones.
 
@@ -167,4 +195,4 @@ def is_launched() -> bool:
 
 
 if __name__ == "__main__":
-    run()
+    process("train", main)

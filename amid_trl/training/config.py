@@ -17,6 +17,7 @@ from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
 from amid_trl.fields import described, json_dict, json_fields
 from amid_trl.models.heads import causal_lm
+from amid_trl.quiet import hide_old_names
 from amid_trl.sources.writers import require_vllm
 from amid_trl.training.build_locks import clear_build_locks
 from amid_trl.training.inherited import NOT_OURS
@@ -91,6 +92,7 @@ def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
 
     Without a config, the defaults with an output directory named after the model, as TRL does.
     """
+    hide_old_names()
     if config is None:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         return AMiDConfig(f"{name.split('/')[-1] or 'student'}-AMiD")

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -40,7 +39,7 @@ from amid_trl.teacher.adapter import student_alone
 from amid_trl.teacher.placement import place
 from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
-from amid_trl.training.card import PAPER, complete_card, objective_table
+from amid_trl.training.card import PAPER, card_folder, complete_card
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
 from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, follow_prompts, for_sft, own_copy
 from amid_trl.training.ends import warn_of_endless
@@ -300,6 +299,13 @@ class AMiDTrainer(GKDTrainer):
         finally:
             self._parts.window = Window()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, and with the card beside it."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            with card_folder(self.args, output_dir):
+                self.create_model_card()
+
     def _save(self, *args, **kwargs) -> None:
         with student_alone(self.model):
             super()._save(*args, **kwargs)
@@ -340,6 +346,4 @@ class AMiDTrainer(GKDTrainer):
         """TRL's card with both models' names, followed by the objective's settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            teacher: Any = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-            settings = objective_table(self.args, self.objective)
-            complete_card(Path(str(self.args.output_dir), "README.md"), self.model, teacher, settings)
+            complete_card(self)
