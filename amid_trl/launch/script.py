@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from amid_trl.launch import recipes
+from amid_trl.launch.names import unknown_arguments
 from amid_trl.models.names import HUB_NAME
 
 
@@ -175,7 +176,8 @@ def parse(argv: list[str] | None = None) -> list[Any]:
 
     Under a launcher, keys of the YAML file that are the launcher's are passed over.
     """
-    *parsed, from_config, from_flags = make_parser().parse_args_and_config(
+    parser = make_parser()
+    *parsed, from_config, from_flags = parser.parse_args_and_config(
         recipes.resolve(sys.argv[1:] if argv is None else argv),
         return_remaining_strings=True,
         separate_remaining_strings=True,
@@ -185,7 +187,7 @@ def parse(argv: list[str] | None = None) -> list[Any]:
 
         from_config = [flag for flag in unknown_to_launcher(from_config) if flag != "--accelerate_config"]
     if unknown := [*from_config, *from_flags]:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+        raise ValueError(unknown_arguments(unknown, parser._option_string_actions))
     return parsed
 
 

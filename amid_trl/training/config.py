@@ -1,10 +1,11 @@
 """AMiDConfig: our fields in front of TRL's."""
 
 import copy
+import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from amid_trl.models.heads import causal_lm
 from amid_trl.quiet import hide_old_names
 from amid_trl.sources.writers import require_vllm
 from amid_trl.training.build_locks import clear_build_locks
-from amid_trl.training.inherited import NOT_OURS
+from amid_trl.training.inherited import DISTILLATION_DEFAULTS, NOT_OURS
 from amid_trl.training.objective_fields import check_objective
 from amid_trl.training.run_fields import GROUPS, RunFields
 
@@ -54,6 +55,11 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
                 "beta=%s belongs to objective='gkd'; objective=%r does not read it.", self.beta, self.objective
             )
 
+    def check_steps(self) -> None:
+        """Refuse to train for no step: schedules are of a run's progress."""
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
+
     def _say_it_by_the_new_name(self) -> None:
         """TRL's default has gradient_checkpointing, at which transformers advises to say activation_checkpointing."""
         for suffix in ("", "_kwargs"):
@@ -70,8 +76,29 @@ def _refusing(init: Callable[..., None]) -> Callable[..., None]:
         if unknown := [name for name in NOT_OURS if name in kwargs]:
             raise ValueError(f"AMiDConfig has no {unknown[0]}: {NOT_OURS[unknown[0]]}")
         init(self, *args, **kwargs)
+        if kwargs.get("max_completion_length") is not None:  # DistillationConfig's name, which nobody else would use
+            _warn_of_other_defaults(self, kwargs)
 
     return checked
+
+
+def _warn_of_other_defaults(config: AMiDConfig, given: Mapping[str, Any]) -> None:
+    """One line for who has only swapped the names of TRL's stable DistillationTrainer.
+
+    A parser gives every field: there a value that is our default counts as not given.
+    """
+    by_parser = len(given) > len(DISTILLATION_DEFAULTS) and "adam_beta1" in given
+    ours = {field.name: field.default for field in dataclasses.fields(config)}
+    left = [
+        f"{name} {ours[name]} ({theirs} there{', and in its loss too' if name == 'temperature' else ''})"
+        for name, theirs in DISTILLATION_DEFAULTS.items()
+        if (name not in given or by_parser) and getattr(config, name) == ours[name] != theirs
+    ]
+    if left:
+        logger.warning(
+            "max_completion_length is DistillationConfig's name. What was not given has other defaults here: %s.",
+            ", ".join(left),
+        )
 
 
 AMiDConfig.__init__ = _refusing(AMiDConfig.__init__)

@@ -29,7 +29,6 @@ from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_mai
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
-from amid_trl.maths.means import Means
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids, generation_config_of
 from amid_trl.models.pairs import common_positions, common_vocabulary, freeze
@@ -234,7 +233,7 @@ class AMiDTrainer(GKDTrainer):
         elif self._parts.nonfinite.found(loss):
             loss = self._parts.nonfinite.handle(loss, rows, inputs, window.source, self.state.global_step)
         else:
-            self._record(self._parts.train_means, rows)
+            self._parts.record(self._parts.train_means, rows)
             self._parts.objective.add(rows)
             if plain_nll is not None:
                 self._parts.train_means.add("pretrain_nll", plain_nll.detach(), 1)
@@ -244,14 +243,9 @@ class AMiDTrainer(GKDTrainer):
         with self.accelerator.autocast():
             return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, self.args.logits_chunk_size)
 
-    def _record(self, means: Means, rows: Figures) -> None:
-        totals = rows.totals()
-        for name in self._parts.objective.means:
-            means.add(name, totals[name], totals["tokens"])
-
     def _record_evaluation(self, rows: Figures) -> None:
         rows = Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
-        self._record(self._parts.eval_means, rows)
+        self._parts.record(self._parts.eval_means, rows)
         if self.row_recorder is not None:
             self.row_recorder(rows)
 
@@ -291,6 +285,7 @@ class AMiDTrainer(GKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
+        self.args.check_steps()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         forget_evaluation(self)
         try:

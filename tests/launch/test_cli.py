@@ -216,7 +216,7 @@ def test_a_yaml_file_may_hold_the_launchers_keys_but_no_others(tmp_path, monkeyp
     assert len(runs) == 1 and runs[0][1].output_dir == str(tmp_path)
     misspelt = tmp_path / "misspelt.yaml"
     misspelt.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nlmda: 0.5\nnum_processes: 2\n")
-    with pytest.raises(ValueError, match=r"unknown arguments: --lmda$"):
+    with pytest.raises(ValueError, match=r"unknown arguments: --lmda \(did you mean --lmbda\?\)$"):
         train.run(["--config", str(misspelt)])
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -243,7 +243,10 @@ def test_the_teacher_keeps_its_dtype_whatever_the_students_is(tmp_path, tiny_dir
 def test_mistakes_are_one_line_behind_a_launcher_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert cli.main(["train", "--output_dir", str(tmp_path), "--use_cpu", "--lmda", "0.5"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "amid-trl train: unknown arguments: --lmda 0.5"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "amid-trl train: unknown arguments: --lmda 0.5 (did you mean --lmbda?)"
+    )
 
 
 def test_data_that_is_not_there_is_named(tmp_path):

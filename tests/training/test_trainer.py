@@ -381,3 +381,10 @@ def test_logits_processing_is_refused(tmp_path, student, teacher, tokenizer):
             processing_class=tokenizer,
             preprocess_logits_for_metrics=lambda logits, labels: logits,
         )
+
+
+def test_a_run_of_no_step_is_refused_and_its_student_can_be_evaluated(train):
+    trainer = train(max_steps=0, eval_dataset=messages_dataset(2))
+    assert trainer.evaluate()["eval_kl"] > 0
+    with pytest.raises(ValueError, match="max_steps=0 trains nothing"):
+        trainer.train()
