@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19", "ninja"],
-    "vllm": ["vllm<=0.31"],
+    "vllm": ["vllm<0.31"],
     "quantization": ["bitsandbytes>=0.46"],
     "eval": ["rouge-score"],
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn

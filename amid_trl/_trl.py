@@ -143,6 +143,7 @@ HOOKS = (
     ),
     Hook(f"{_TRAINER}.evaluation_loop", "overridden", "figures of the evaluation set", ("metric_key_prefix",)),
     Hook(f"{_TRAINER}.train", "overridden", "resuming from whole checkpoints, SIGTERM", ("resume_from_checkpoint",)),
+    Hook(f"{_TRAINER}.save_model", "overridden", "the card beside the model", ("output_dir", "_internal_call")),
     Hook(
         f"{_TRAINER}._save", "overridden", "the teacher's adapter is not saved, the base's record is", ("output_dir",)
     ),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from amid_trl.parser import OneLineParser
+from amid_trl.quiet import hide_old_names
 
 
 # What each command does, and the function of its folder that does it.
@@ -29,6 +30,7 @@ GO_ON = ("evaluate", "compare")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    hide_old_names()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else None
     if name in LAUNCHED:

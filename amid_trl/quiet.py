@@ -24,5 +24,5 @@ def hide_lines() -> None:
 
 @cache
 def hide_old_names() -> None:
-    """Once, before TRL or PEFT calls them: a filter set again and again would show other warnings again and again."""
+    """Once, before TRL and PEFT call them: a filter set again and again would show other warnings again and again."""
     warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)

@@ -30,6 +30,7 @@ def in_place_of(tmp_path, student, teacher, models, rows_file):
     tensors = {f"{model}_hidden": torch.randn(5, width) for model, width in (("student", 8), ("teacher", 12))}
     heads = {f"{model}_head": torch.nn.Linear(width, 30) for model, width in (("student", 8), ("teacher", 12))}
     return {
+        "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 1": ({**trainer, "prompts": prompt_only_dataset(8)}, config),
         "loss.md 0": ({**tensors, **heads}, {}),

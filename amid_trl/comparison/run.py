@@ -191,4 +191,4 @@ def _write_result(
 
 
 if __name__ == "__main__":
-    train.run(work=main)
+    train.process("compared-run", main)

@@ -17,11 +17,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise ValueError(
             f"a cache is written by a teacher with a model of its own; got {training_args.absent_teacher}"
         )
-    trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
+    with train.before_training():
+        trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)
     trainer.accelerator.print(f"{folder}: {len(TeacherCache(folder))} rows")
     trainer.end()
 
 
 if __name__ == "__main__":
-    train.run(work=main)
+    train.process("cache-teacher", main)

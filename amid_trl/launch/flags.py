@@ -18,6 +18,7 @@ from amid_trl.fields import json_fields
 from amid_trl.launch import accelerate_configs, recipes, script
 from amid_trl.launch.declared import Unread, calls_of, declared_class, names_in, parameters, source_file
 from amid_trl.launch.help import RunParser, run_parser
+from amid_trl.launch.names import unknown_arguments
 from amid_trl.models.names import check_model_name
 from amid_trl.parser import OneLineParser
 from amid_trl.training.inherited import REFUSED
@@ -135,7 +136,11 @@ def check_flags(argv: list[str], command: str) -> Any:
         return None
     _, unknown = launcher.parse_known_args(accelerate_configs.resolve([*from_config, *from_flags]))
     if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+        raise ValueError(
+            unknown_arguments(unknown, [*parser._option_string_actions, *launcher._option_string_actions])
+        )
+    if command == "train" and config.max_steps == 0:
+        raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
     script.require_model(model_args)
     script.require_one_dataset(script_args, dataset_args)
     script.require_dataset_name(script_args.dataset_name)

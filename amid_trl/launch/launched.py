@@ -1,5 +1,6 @@
 """The commands that run under accelerate: parsed here, done by the processes that its launcher starts."""
 
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -8,15 +9,36 @@ from amid_trl.launch import accelerate_configs, flags, recipes, script
 from amid_trl.training.objective_fields import check_objective
 
 
+# What a shell reports of a process that Ctrl-C has ended.
+INTERRUPTED = 128 + signal.SIGINT
+
+
 def launch(command: str, module: str, argv: list[str]) -> int:
     """Start the processes of `module`, or be one of them; the exit status."""
-    if script.is_launched():
-        try:
-            parsed = script.parse(argv)
-        except ValueError as error:
-            return _refuse(command, error)
+    try:
+        return _worked(command, module, argv) if script.is_launched() else _started(command, module, argv)
+    except KeyboardInterrupt:
+        print(f"\namid-trl {command}: stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _worked(command: str, module: str, argv: list[str]) -> int:
+    """Be one of the processes that accelerate or torchrun has started."""
+    try:
+        parsed = script.parse(argv)
+    except ValueError as error:
+        return _refuse(command, error)
+    from amid_trl.training.sigterm import stop_on_ctrl_c
+
+    stop_on_ctrl_c()
+    try:
         import_module(module).main(*parsed)
-        return 0
+    except script.NotTrained as error:
+        return _refuse(command, error)
+    return 0
+
+
+def _started(command: str, module: str, argv: list[str]) -> int:
     try:
         argv = recipes.resolve(argv)
         # Help and most mistakes need no torch, and what an objective's parameters may be nothing else.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,8 @@ from amid_trl._trl import default_config_file, launch_command, launch_command_pa
 
 # From these accelerate takes how many threads a process has, or how many processes MPI has put on a machine.
 THREADS = ("OMP_NUM_THREADS", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+
+STOPPING = "Stopping: a training ends with its step and saves a checkpoint. Ctrl-C again ends it at once."
 
 
 def launch_arguments(launch_args: list[str], module: str, script_args: list[str]) -> Any:
@@ -62,14 +65,41 @@ def unknown_to_launcher(arguments: Iterable[str]) -> list[str]:
 def accelerate_launch(launch_args: list[str], module: str, script_args: list[str]) -> None:
     """Launch the module's processes, and end them on SIGTERM: accelerate would leave a single one to itself.
 
+    The first Ctrl-C is a SIGTERM to them, the second kills them. They are deaf to it (`script.process`): a
+    terminal sends it to a single one as well.
+
     Raises:
+        KeyboardInterrupt: after Ctrl-C, when they have ended.
         subprocess.CalledProcessError: a single process has failed.
         ChildFailedError: one of several has.
         SignalException: SIGTERM ended several.
     """
     args = launch_arguments(launch_args, module, script_args)
-    previous = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in psutil.Process().children()])
+    args.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"  # by torchrun: all but SIGINT
+    interrupts = 0
+
+    def terminate(*_: object) -> None:
+        for child in psutil.Process().children():
+            child.terminate()
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts == 1:
+            print(f"\n{STOPPING}", file=sys.stderr)
+            terminate()
+        else:
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+
+    handlers = {signal.SIGTERM: terminate, signal.SIGINT: interrupt}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         launch_command(args)
+    except Exception as error:
+        if interrupts:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,7 +1,10 @@
-"""Files that a command line may give by a name."""
+"""Names on a command line: of files, and those that there are not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from itertools import islice
+
+from amid_trl.training.inherited import NOT_OURS
 
 
 def with_paths(argv: Sequence[str], flag: str, path_of: Callable[[str], str], path_flag: str) -> list[str]:
@@ -17,3 +20,16 @@ def with_paths(argv: Sequence[str], flag: str, path_of: Callable[[str], str], pa
         else:
             resolved.append(text)
     return resolved
+
+
+def unknown_arguments(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """What is said of them: why TRL has one and we have not, or which `known` flag is like one."""
+    known, hints = [flag for flag in known if flag.startswith("--")], []
+    for flag in (text.split("=")[0] for text in unknown if text.startswith("--")):
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in NOT_OURS:
+            hints.append(f"{flag}: {NOT_OURS[name]}")
+        elif alike := get_close_matches(f"--{name}", known, n=1):
+            hints.append(f"did you mean {alike[0]}?")
+    hint = f" ({', '.join(hints)})" if hints else ""
+    return f"unknown arguments: {' '.join(unknown)}{hint}"

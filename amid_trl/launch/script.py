@@ -1,6 +1,7 @@
 """The training script behind `amid-trl train`; also `accelerate launch -m amid_trl train …`."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 from amid_trl.fields import loading_kwargs
 from amid_trl.launch import recipes
+from amid_trl.launch.names import unknown_arguments
 from amid_trl.models.names import HUB_NAME
 
 
@@ -68,7 +70,8 @@ def build_trainer(
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Train, save, and push if asked to."""
-    trainer = build_trainer(script_args, training_args, model_args, dataset_args)
+    with before_training():
+        trainer = build_trainer(script_args, training_args, model_args, dataset_args)
     checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)  # a flag is text
     trainer.accelerator.print("✅ Training completed.")
@@ -79,6 +82,19 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"🤗 Model pushed to the Hub in https://huggingface.co/{trainer.hub_model_id}.")
     trainer.end()
+
+
+class NotTrained(ValueError):
+    """What is wrong was found before anything was trained: a line says it all."""
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Within it what a user can have got wrong is NotTrained."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise NotTrained(str(error)) from error
 
 
 def require_model(model_args: Any) -> None:
@@ -143,12 +159,26 @@ def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) 
     (work or main)(*parse(argv))
 
 
+def process(command: str, work: Callable[..., None]) -> None:
+    """Be a process that `amid-trl` has started for the command: mistakes are one line, and Ctrl-C is its parent's.
+
+    The parent hands it on as SIGTERM, where a terminal sends it to both.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # before anything else, and for all that is started from here
+    try:
+        run(work=work)
+    except NotTrained as error:
+        print(f"amid-trl {command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def parse(argv: list[str] | None = None) -> list[Any]:
     """The arguments in the classes of `make_parser`; ValueError for unknown ones.
 
     Under a launcher, keys of the YAML file that are the launcher's are passed over.
     """
-    *parsed, from_config, from_flags = make_parser().parse_args_and_config(
+    parser = make_parser()
+    *parsed, from_config, from_flags = parser.parse_args_and_config(
         recipes.resolve(sys.argv[1:] if argv is None else argv),
         return_remaining_strings=True,
         separate_remaining_strings=True,
@@ -158,7 +188,7 @@ def parse(argv: list[str] | None = None) -> list[Any]:
 
         from_config = [flag for flag in unknown_to_launcher(from_config) if flag != "--accelerate_config"]
     if unknown := [*from_config, *from_flags]:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+        raise ValueError(unknown_arguments(unknown, parser._option_string_actions))
     return parsed
 
 
@@ -168,4 +198,4 @@ def is_launched() -> bool:
 
 
 if __name__ == "__main__":
-    run()
+    process("train", main)

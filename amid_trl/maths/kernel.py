@@ -7,6 +7,7 @@ beside its matrix products. Where the vocabulary makes it worth a compilation, t
 import functools
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 
 logger = logging.getLogger(__name__)
+progress = logging.getLogger(f"{__name__}.progress")
 
 # (student logits, teacher logits, *columns) -> (loss per row, figures per row), or without the teacher's logits.
 # Columns are tensors with an entry for every row, such as labels. Compiled only if its attribute `compiles` is true:
@@ -94,6 +96,7 @@ def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], 
         with _LOCK:
             if chosen is not None:
                 return chosen(*tensors)
+            _say_that_it_compiles()
             try:
                 # Traced before it is compiled: one graph that has the gradient in it.
                 graph = make_fx(kernel.plain, tracing_mode="symbolic")(*_few_rows(tensors))
@@ -118,6 +121,12 @@ def _few_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     widths = {width for tensor in tensors for width in tensor.shape[1:]}
     rows = next(rows for rows in itertools.count(3) if rows not in widths)
     return [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
+
+
+@functools.cache
+def _say_that_it_compiles() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        progress.warning("Compiling the loss, once: the first step takes up to a minute longer.")
 
 
 @functools.cache

@@ -15,6 +15,9 @@ class Means:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._sums = torch.zeros(len(names), 2, dtype=dtype, device=device)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum, and the number of things that it sums."""
         self._sums[self._index[name], 0] += total

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from amid_trl._trl import unwrap_model_for_generation
 from amid_trl.data.batches import pad_rows
 from amid_trl.models.heads import causal_lm, evaluating, without_router_logits
+from amid_trl.models.turn_ends import turn_end
 from amid_trl.quiet import hide_old_names
 
 
@@ -22,9 +23,13 @@ def generation_config_of(model: nn.Module) -> GenerationConfig:
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | None) -> list[int]:
-    """Every id that ends a completion: the tokenizer's EOS and those of the generation configs, without repetition."""
+    """Every id that ends a completion, without repetition.
+
+    The tokenizer's EOS, those of the generation configs, and what the chat template writes at the end of a turn.
+    """
     declared = [tokenizer.eos_token_id, *(config.eos_token_id for config in configs if config is not None)]
-    return list(dict.fromkeys(token for ids in declared for token in _listed(ids)))
+    ends = [token for ids in declared for token in _listed(ids)]
+    return list(dict.fromkeys([*ends, *_listed(turn_end(tokenizer, ends))]))
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

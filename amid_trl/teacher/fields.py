@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from amid_trl.fields import JSON, Fields, check_at_least, check_choice, option, without_effect
+from amid_trl.fields import JSON, Fields, check_at_least, check_choice, check_weights, option, without_effect
 
 
 # What loads a teacher by its name.
@@ -47,6 +47,11 @@ class TeacherFields(Fields):
         None,
         "A vLLM server (OpenAI-compatible, with prompt_logprobs) that the teacher runs on, in place of a model in "
         "memory. Its teacher_top_k likeliest tokens are compared, and all others as one.",
+    )
+    teacher_server_patience: float = option(
+        300.0,
+        "Seconds that the server may be silent, counted from its last answer, before the run ends: it may be "
+        "starting, or be started again.",
     )
     teacher_cache: str | None = option(
         None,
@@ -98,12 +103,15 @@ class TeacherFields(Fields):
             if self.seq_kd:
                 raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
         if not self.teacher_is_sparse:
-            without_effect(self, ("teacher_top_k", "teacher_cache_dtype"), "on a teacher in memory")
+            of_others = ("teacher_top_k", "teacher_cache_dtype", "teacher_server_patience")
+            without_effect(self, of_others, "on a teacher in memory")
             return
         if self.teacher_model_server_url is not None:
             others = ("teacher_cache", "teacher_cache_dtype", *MODEL_FIELDS)
             without_effect(self, others, "beside teacher_model_server_url")
+            check_weights(self, "teacher_server_patience")
         else:
+            without_effect(self, ("teacher_server_patience",), "on a teacher's cache")
             check_choice(self, "teacher_cache_dtype", ("float16", "float32"))
         if self.seq_kd:
             raise ValueError("seq_kd=True needs a teacher in memory, which writes the text")

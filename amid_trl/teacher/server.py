@@ -1,8 +1,11 @@
 """A teacher behind HTTP: an OpenAI-compatible server that has vLLM's `prompt_logprobs`."""
 
+import json
 import logging
 import math
 import os
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -45,6 +48,22 @@ ROUNDING = 2.0**-24
 CONNECT = 10.0
 
 
+# The longest pause between two attempts, in seconds.
+LONGEST_PAUSE = 30.0
+
+
+# Tokens of the row that is asked about alone and beside others, and how many likeliest of each.
+COMPANY_TOKENS, COMPANY_TOP_K = 64, 20
+
+
+# The least probability of a token whose difference counts.
+MATTERS = 1e-3
+
+
+# Nats by which one row's answers may differ in other company: more than float32's rounding, less than bfloat16's.
+COMPANY = 1e-3
+
+
 # By how much the listed probabilities may exceed 1, as a sum of rounded numbers.
 EXCESS = 1e-3
 
@@ -54,9 +73,10 @@ class TeacherServer:
 
     The server is asked for its model and for one short row at once: what it cannot do it says before the first step.
 
-    A request has at most `batch_size` rows. If the connection fails or the server is unavailable (HTTP 500, 502, 503,
-    504), it is made `attempts` times in all, `backoff` · (0, 2, 4, 8, …) seconds apart; `timeout` is for one of them.
-    The key of a server that wants one is in the environment, as VLLM_API_KEY.
+    A request has at most `batch_size` rows. Where the connection fails or the server is unavailable (HTTP 500, 502,
+    503, 504) it is made again, at once and then `backoff` · (1, 2, 4, …) seconds later, at most half a minute, until
+    the server has given no sign of life for `patience` seconds. `timeout` is for one attempt. The key of a server that
+    wants one is in the environment, as VLLM_API_KEY.
     """
 
     def __init__(
@@ -67,28 +87,29 @@ class TeacherServer:
         *,
         batch_size: int = 8,
         timeout: float = 600.0,
-        attempts: int = 8,
+        patience: float = 300.0,
         backoff: float = 1.0,
     ):
-        for name, value in {"top_k": top_k, "batch_size": batch_size, "attempts": attempts}.items():
+        for name, value in {"top_k": top_k, "batch_size": batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.url, self.vocabulary = url.rstrip("/").removesuffix("/v1"), vocabulary
         self.top_k = min(top_k, vocabulary)
-        self._batch_size, self._attempts = batch_size, attempts
-        # Unlike requests, urllib3 reads the body as part of the attempt: one that breaks off is repeated too.
-        repeat = urllib3.Retry(
-            attempts - 1, allowed_methods=None, status_forcelist=UNAVAILABLE, backoff_factor=backoff
-        )
+        self._batch_size, self._patience, self._backoff = batch_size, patience, backoff
         key = os.environ.get("VLLM_API_KEY")
         self._http = urllib3.PoolManager(
             maxsize=REQUESTS,
-            retries=repeat,
+            # Repeated by `_response`. Unlike requests, urllib3 reads the body as part of the attempt.
+            retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=3, allowed_methods=None),
             timeout=urllib3.Timeout(connect=min(CONNECT, timeout), read=timeout),
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
-        about = self._ask("GET", "v1/models")["data"][0]
-        self.model: str = about["id"]
+        self._alive = -math.inf  # when it answered last
+        try:
+            about = self._ask("GET", "v1/models")["data"][0]
+            self.model: str = about["id"]
+        except (LookupError, TypeError) as error:
+            raise ValueError(_no_such_server(self.url, "it does not list its models")) from error
         self._positions: int | None = about.get("max_model_len")
         self.log_probs([[0, 0]])
 
@@ -109,6 +130,26 @@ class TeacherServer:
         if answer["tokens"] != list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
             raise ValueError(f"the teacher at {self.url} has another tokenizer than the student")
 
+    def check_company(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn if a row's answers depend on the rows beside it, as those of half precision do."""
+        longest = COMPANY_TOKENS if self._positions is None else min(COMPANY_TOKENS, self._positions - 1)
+        text = tokenizer.decode([*range(0, self.vocabulary, 1 + self.vocabulary // 500)], skip_special_tokens=True)
+        row = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[:longest]
+        if len(row) < 2:
+            return
+        others = [row[start:] + row[:start] for start in range(1, self._batch_size)]
+        k = min(self.top_k, COMPANY_TOP_K)
+        [alone], (among, *_) = self._batch(0, [row], k), self._batch(0, [row, *others], k)
+        difference = _largest_difference(alone, among)
+        if difference > COMPANY:
+            logger.warning(
+                "What the teacher at %s expects of a row depends on the rows beside it, by up to %.2g nats here: it "
+                "computes in half precision, and a run does not repeat itself. `vllm serve … --dtype float32` is "
+                "exact.",
+                self.url,
+                difference,
+            )
+
     def log_probs(self, rows: Sequence[Sequence[int]]) -> list[SparseTeacher]:
         """For every row what the teacher expects after each of its tokens but the last, in float32 on the CPU.
 
@@ -120,37 +161,81 @@ class TeacherServer:
             batches = pool.map(lambda start: self._batch(start, rows[start : start + self._batch_size]), starts)
             return [teacher for batch in batches for teacher in batch]
 
-    def _batch(self, start: int, rows: Sequence[Sequence[int]]) -> list[SparseTeacher]:
+    def _batch(self, start: int, rows: Sequence[Sequence[int]], top_k: int | None = None) -> list[SparseTeacher]:
+        k = top_k or self.top_k
         question = {
             "model": self.model,
             "prompt": [list(row) for row in rows],
             "max_tokens": 1,
             "temperature": 1.0,
-            "prompt_logprobs": self.top_k,
+            "prompt_logprobs": k,
         }
-        choices = self._ask("POST", "v1/completions", question)["choices"]
+        choices = self._ask("POST", "v1/completions", question).get("choices") or []
         if len(choices) != len(rows):
             raise ValueError(f"rows {start} to {start + len(rows) - 1}: {self.url} answered {len(choices)} rows")
-        return [self._row(start + i, row, choice) for i, (row, choice) in enumerate(zip(rows, choices, strict=True))]
+        if "prompt_logprobs" not in choices[0]:
+            raise ValueError(_no_such_server(self.url, "its answers have no prompt_logprobs"))
+        answers = zip(rows, choices, strict=True)
+        return [self._row(start + i, row, choice, k) for i, (row, choice) in enumerate(answers)]
 
-    def _row(self, index: int, row: Sequence[int], choice: Mapping[str, Any]) -> SparseTeacher:
+    def _row(self, index: int, row: Sequence[int], choice: Mapping[str, Any], top_k: int) -> SparseTeacher:
         try:
-            return _sparse(row, choice.get("prompt_logprobs"), self.top_k, self.vocabulary)
+            return _sparse(row, choice.get("prompt_logprobs"), top_k, self.vocabulary)
         except ValueError as error:
             raise ValueError(f"row {index}: {self.url} answered {error}") from error
 
     def _ask(self, method: str, path: str, question: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        url = f"{self.url}/{path}"
-        try:
-            response = self._http.request(method, url, json=question)
-        except urllib3.exceptions.MaxRetryError as error:
-            raise ConnectionError(
-                f"the teacher at {url} did not answer in {self._attempts} attempts ({error.reason}). The run's last "
-                "checkpoint is intact: resume from it when the server is back"
-            ) from error
+        response = self._response(method, f"{self.url}/{path}", question)
         if response.status != 200:
-            raise ValueError(f"the teacher at {url} refuses ({response.status}): {response.data.decode()}")
-        return response.json()
+            text = response.data.decode(errors="replace")
+            raise ValueError(f"the teacher at {self.url}/{path} refuses ({response.status}): {text}")
+        try:
+            return response.json()
+        except json.JSONDecodeError as error:
+            raise ValueError(_no_such_server(self.url, f"what it says to {path} is not JSON")) from error
+
+    def _response(self, method: str, url: str, question: Mapping[str, Any] | None) -> urllib3.BaseHTTPResponse:
+        """The answer, asked for again and again while the server has been silent for less than the patience."""
+        attempts, pause, asked = 1, 0.0, time.monotonic()
+        while True:
+            try:
+                response = self._http.request(method, url, json=question)
+                if response.status not in UNAVAILABLE:
+                    self._alive = time.monotonic()
+                    return response
+                reason: Any = f"HTTP {response.status}"
+            except urllib3.exceptions.MaxRetryError as error:
+                reason = error.reason
+            silent = time.monotonic() - max(asked, self._alive)  # nobody expects an answer between two questions
+            if silent + pause > self._patience:
+                raise ConnectionError(
+                    f"the teacher at {url} did not answer in {attempts} attempts, and was silent for {silent:.0f} s "
+                    f"({reason}). The run's last checkpoint is intact: resume from it when the server is back, or let "
+                    "it wait longer with teacher_server_patience"
+                )
+            if attempts == 2:
+                logger.warning("The teacher at %s does not answer (%s); it is asked again.", url, reason)
+            time.sleep(pause)
+            pause = min(2 * pause or self._backoff, LONGEST_PAUSE)
+            attempts += 1
+
+
+def _no_such_server(url: str, why: str) -> str:
+    return (
+        f"{url} is not a server of the kind that is needed, {why}: the log-probabilities of a prompt's tokens, "
+        "prompt_logprobs, are vLLM's. llama.cpp's server, for one, has none"
+    )
+
+
+def _largest_difference(one: SparseTeacher, other: SparseTeacher) -> float:
+    """Of the log-probabilities that both list, of the tokens that matter: a nat of an unlikely one is of no weight."""
+    largest = 0.0
+    for ids, log_p, others, log_others in zip(one.ids, one.log_p, other.ids, other.log_p, strict=True):
+        there = dict(zip(others.tolist(), log_others.tolist(), strict=True))
+        for token, value in zip(ids.tolist(), log_p.tolist(), strict=True):
+            if value > math.log(MATTERS) and there.get(token, -math.inf) > -math.inf:
+                largest = max(largest, abs(value - there[token]))
+    return largest
 
 
 def _sparse(
@@ -165,20 +250,35 @@ def _sparse(
     ids, log_p = torch.zeros(shape, dtype=torch.long), torch.full(shape, -math.inf, dtype=torch.float64)
     for t in range(shape[0]):
         listed = {int(token): entry["logprob"] for token, entry in (answer[t + 1] or {}).items()}
-        _check(listed, t + 1, row[t + 1], range(top_k, shape[1] + 1), vocabulary)
-        ids[t, : len(listed)] = torch.tensor(list(listed))
-        values = [EXCLUDED if x <= NO_MASS else x for x in listed.values()]
-        log_p[t, : len(listed)] = torch.tensor(values, dtype=torch.float64)
+        _check(listed, t + 1, row[t + 1], range(top_k, top_k + 2))
+        values = _within(listed, vocabulary)
+        ids[t, : len(values)] = torch.tensor(list(values))
+        log_p[t, : len(values)] = torch.tensor(list(values.values()), dtype=torch.float64)
     return SparseTeacher(ids, log_p.float(), _log_tail(log_p, vocabulary))
 
 
-def _check(listed: Mapping[int, float], position: int, token: int, counts: range, vocabulary: int) -> None:
+def _within(listed: Mapping[int, float], vocabulary: int) -> dict[int, float]:
+    """The tokens that there are, with what the model gives to the padding of its head shared out to all of them.
+
+    As the cut of a head in memory, as far as the padding is among the listed.
+    """
+    values = {token: EXCLUDED if x <= NO_MASS else x for token, x in listed.items()}
+    kept = {token: x for token, x in values.items() if token < vocabulary}
+    if len(kept) == len(values):
+        return kept
+    mass = sum(map(math.exp, kept.values()))
+    padding = sum(math.exp(x) for token, x in values.items() if token not in kept)
+    whole = math.log(max(1 - padding, mass, sys.float_info.min))
+    return {token: x - whole if x > EXCLUDED else x for token, x in kept.items()}
+
+
+def _check(listed: Mapping[int, float], position: int, token: int, counts: range) -> None:
     if token not in listed:
         raise ValueError(f"tokens {list(listed)} at position {position} where the row has token {token}")
     if len(listed) not in counts:
         raise ValueError(f"{len(listed)} tokens at position {position} where {counts.start} were asked for")
-    if not 0 <= min(listed) <= max(listed) < vocabulary:
-        raise ValueError(f"tokens {list(listed)} at position {position}, which the vocabulary of {vocabulary} lacks")
+    if min(listed) < 0:
+        raise ValueError(f"tokens {list(listed)} at position {position}")
     if not all(x <= 0 for x in listed.values()):  # nor is a NaN
         raise ValueError(f"log-probabilities {list(listed.values())} at position {position}")
     if (mass := sum(map(math.exp, listed.values()))) > 1 + EXCESS:
@@ -194,8 +294,12 @@ def _log_tail(log_p: Float[Tensor, "tokens k"], vocabulary: int) -> Float[Tensor
 
 def open_server(run: Run[TeacherFields]) -> "ServedTeacher":
     """The teacher of `teacher_model_server_url`; a ValueError if it is another one's, or reads shorter rows."""
-    server = TeacherServer(str(run.args.teacher_model_server_url), run.args.teacher_top_k, run.vocabulary)
-    server.check(run.tokenizer, min((bound for bound in (run.args.max_length, run.positions) if bound), default=None))
+    args = run.args
+    patience = args.teacher_server_patience
+    server = TeacherServer(str(args.teacher_model_server_url), args.teacher_top_k, run.vocabulary, patience=patience)
+    server.check(run.tokenizer, min((bound for bound in (args.max_length, run.positions) if bound), default=None))
+    if run.accelerator.is_main_process:
+        server.check_company(run.tokenizer)
     return ServedTeacher(server)
 
 

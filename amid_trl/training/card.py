@@ -2,7 +2,10 @@
 
 import inspect
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -39,14 +42,33 @@ OPTIONAL_FIELDS = (
 NO_BASE_MODEL = "[None](https://huggingface.co/None)"  # where TRL's card names a student that came from a folder
 
 
-def complete_card(file: Path, student: nn.Module, teacher: nn.Module | None, objective_section: str) -> None:
-    """Add the section to TRL's card, and the names that it lacks: those of the student's folder and of the teacher."""
-    card = file.read_text(encoding="utf-8").replace(NO_BASE_MODEL, f"`{shown_name(student)}`")
+NO_HUB_MODEL = 'model="None"'  # in its quick start, of a student that is not pushed
+
+
+@contextmanager
+def card_folder(args: AMiDConfig, folder: str | None) -> Iterator[None]:
+    """Within it TRL writes its card into the folder, in place of the trainer's own."""
+    before = args.output_dir
+    args.output_dir = before if folder is None else folder
+    try:
+        yield
+    finally:
+        args.output_dir = before
+
+
+def complete_card(trainer: Any) -> None:
+    """Add the objective's settings to TRL's card, and the names that it lacks: of student, folder and teacher."""
+    folder = Path(str(trainer.args.output_dir))
+    file = folder / "README.md"
+    card = file.read_text(encoding="utf-8").replace(NO_BASE_MODEL, f"`{shown_name(trainer.model)}`")
+    card = card.replace(NO_HUB_MODEL, f'model="{folder.resolve().name}"')
     from_teacher = ""
-    if teacher is not None:
+    if trainer.teacher_model is not None:
+        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
         adapted = ", with an adapter" if causal_lm(teacher) is not teacher else ""
         from_teacher = f" Its teacher was `{shown_name(teacher)}`{adapted}."
-    card += f"\n\n## Distillation\n\nTrained with `amid_trl.AMiDTrainer`.{from_teacher}\n\n{objective_section}"
+    card += f"\n\n## Distillation\n\nTrained with `amid_trl.AMiDTrainer`.{from_teacher}"
+    card += f"\n\n{objective_table(trainer.args, trainer.objective)}"
     file.write_text(card, encoding="utf-8")
 
 

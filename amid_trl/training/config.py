@@ -4,19 +4,24 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
 from amid_trl.data.datasets import all_datasets, columns_of, has_prompts_alone, has_turns
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
 from amid_trl.fields import described, json_dict, json_fields
+from amid_trl.models.heads import causal_lm
+from amid_trl.quiet import hide_old_names
 from amid_trl.sources.writers import require_vllm
-from amid_trl.training.inherited import NOT_OURS
+from amid_trl.training.build_locks import clear_build_locks
+from amid_trl.training.inherited import DISTILLATION_DEFAULTS, NOT_OURS
 from amid_trl.training.objective_fields import check_objective
 from amid_trl.training.run_fields import GROUPS, RunFields
 
@@ -35,6 +40,8 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
     def __post_init__(self):
         """The groups' own checks, then what needs torch, or what TRL has made of its fields."""
         self._say_it_by_the_new_name()
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            clear_build_locks()  # TRL's checks start DeepSpeed
         super().__post_init__()
         check_objective(self)
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
@@ -49,6 +56,11 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
             logger.warning(
                 "beta=%s belongs to objective='gkd'; objective=%r does not read it.", self.beta, self.objective
             )
+
+    def check_steps(self) -> None:
+        """Refuse to train for no step: schedules are of a run's progress."""
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
 
     def _say_it_by_the_new_name(self) -> None:
         """TRL's default has gradient_checkpointing, at which transformers advises to say activation_checkpointing."""
@@ -69,8 +81,29 @@ def _refusing(init: Callable[..., None]) -> Callable[..., None]:
         asked = any(kwargs.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
         # A parser gives all fields, so that none of them says anything.
         self.asks_for_checkpointing = asked and len(kwargs) < len(dataclasses.fields(self))
+        if kwargs.get("max_completion_length") is not None:  # DistillationConfig's name, which nobody else would use
+            _warn_of_other_defaults(self, kwargs)
 
     return checked
+
+
+def _warn_of_other_defaults(config: AMiDConfig, given: Mapping[str, Any]) -> None:
+    """One line for who has only swapped the names of TRL's stable DistillationTrainer.
+
+    A parser gives every field: there a value that is our default counts as not given.
+    """
+    by_parser = len(given) > len(DISTILLATION_DEFAULTS) and "adam_beta1" in given
+    ours = {field.name: field.default for field in dataclasses.fields(config)}
+    left = [
+        f"{name} {ours[name]} ({theirs} there{', and in its loss too' if name == 'temperature' else ''})"
+        for name, theirs in DISTILLATION_DEFAULTS.items()
+        if (name not in given or by_parser) and getattr(config, name) == ours[name] != theirs
+    ]
+    if left:
+        logger.warning(
+            "max_completion_length is DistillationConfig's name. What was not given has other defaults here: %s.",
+            ", ".join(left),
+        )
 
 
 AMiDConfig.__init__ = _refusing(AMiDConfig.__init__)
@@ -91,6 +124,7 @@ def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
 
     Without a config, the defaults with an output directory named after the model, as TRL does.
     """
+    hide_old_names()
     if config is None:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         return AMiDConfig(f"{name.split('/')[-1] or 'student'}-AMiD")
@@ -216,12 +250,15 @@ def _prompt_budget(config: AMiDConfig, positions: int | None) -> int | None:
     return min(room, default=None)
 
 
-def for_sft(args: AMiDConfig, *, has_collator: bool) -> AMiDConfig:
+def for_sft(args: AMiDConfig, student: nn.Module, *, has_collator: bool) -> AMiDConfig:
     """`args`, the trainer's own copy, as SFTTrainer has to see it: a collator of one's own gets the raw rows.
 
-    `assistant_only_loss` is what is done anyway; SFTTrainer would look for a chat template that it knows.
+    `assistant_only_loss` is what is done anyway; SFTTrainer would look for a chat template that it knows. transformers
+    writes its `use_cache` into the student's config, with which the student is saved: it stays what it was. Training
+    and generation here say by themselves whether they use the cache.
     """
     args.assistant_only_loss = False
+    args.use_cache = args.use_cache or getattr(causal_lm(student).config, "use_cache", True)
     if has_collator:
         args.remove_unused_columns = False
         args.dataset_kwargs = {**json_dict(args.dataset_kwargs), "skip_prepare_dataset": True}

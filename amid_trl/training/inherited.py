@@ -68,3 +68,12 @@ DISTILLATION_DIFFERS = {
     "log_completions": "printed and written to `output_dir/completions`, not sent to a tracker",
     "vllm_structured_outputs_regex": "refused without `use_vllm`, as all of vLLM's fields that are set are",
 }
+
+# The defaults there that change what is trained, and are others here. `temperature` is the loss's as well there.
+DISTILLATION_DEFAULTS = {
+    "temperature": 1.0,
+    "learning_rate": 1e-6,
+    "disable_dropout": False,
+    "shuffle_dataset": True,
+    "objective": "gkd",
+}

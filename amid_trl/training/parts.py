@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from amid_trl.data.plain_text import PlainText, open_plain_text
+from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.run import Run
 from amid_trl.sources.shares import WindowSources
@@ -48,6 +49,14 @@ class Parts:
     unmoved: UnmovedWeights
     stop_on_sigterm: StopOnSigterm
     window: Window = field(default_factory=Window)
+
+    def record(self, means: Means, rows: Figures) -> None:
+        """Count the figures of some rows, also by who wrote them where the means have names for that."""
+        totals = rows.totals()
+        for name in self.objective.means:
+            for known in (name, f"{name}/{self.window.source}"):
+                if known in means:
+                    means.add(known, totals[name], totals["tokens"])
 
     @property
     def stateful(self) -> tuple[Stateful, ...]:
@@ -93,7 +102,8 @@ def open_parts(
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
     sources, objective = WindowSources(run), RunObjective(run)
-    train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss"), run.accelerator.device)
+    means = (*objective.means, *WINDOW_MEANS, "aux_loss", *_means_of_sources(run.args))
+    train_means = Means(means, run.accelerator.device)
     return Parts(
         teacher,
         writers,
@@ -111,3 +121,12 @@ def open_parts(
         unmoved=UnmovedWeights(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
     )
+
+
+def _means_of_sources(args: AMiDConfig) -> list[str]:
+    """In a run that mixes sources, whose figures one curve would show in turn."""
+    least, most = args.student_shares
+    others = ["teacher" if args.seq_kd else "dataset"] if least < 1 else []
+    students = [] if most == 0 else ["student", "replay"] if args.sampling == "adaptive" else ["student"]
+    sources = [*others, *students]
+    return [f"{name}/{source}" for name in ("objective", "kl") for source in sources] if len(sources) > 1 else []

@@ -1,4 +1,4 @@
-"""A way out on SIGTERM: the step is finished, a checkpoint saved, and all processes leave."""
+"""A way out on SIGTERM, and on Ctrl-C of a command: the step is finished, a checkpoint saved, all processes leave."""
 
 import logging
 import signal
@@ -16,6 +16,15 @@ logger = logging.getLogger(__name__)
 TERMINATED = 128 + signal.SIGTERM
 
 
+# What is listened to. A script, a notebook or a thread gets its KeyboardInterrupt as ever.
+_SIGNALS = {signal.SIGTERM}
+
+
+def stop_on_ctrl_c() -> None:
+    """Have the first Ctrl-C of this process be a SIGTERM while it trains; the second one is a KeyboardInterrupt."""
+    _SIGNALS.add(signal.SIGINT)
+
+
 class StopOnSigterm(TrainerCallback):
     """After SIGTERM on any process all of them finish the step, save a checkpoint and leave.
 
@@ -25,17 +34,21 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._asked = self._stopped = False
+        self._signal: int = signal.SIGTERM
 
     def __enter__(self) -> None:
+        self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+            self._previous = {number: signal.signal(number, self._ask) for number in _SIGNALS}
 
     def __exit__(self, *exception: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _ask(self, signum: int, frame: object) -> None:
-        self._asked = True
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked, self._signal = True, number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
 
     def on_step_end(self, args, state, control, **kwargs):
         """Agree, and stop."""
@@ -53,5 +66,10 @@ class StopOnSigterm(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Leave with this checkpoint, which the end of a run might delete for a better one."""
         if self._stopped:
-            logger.warning("SIGTERM: training has stopped, and the last step has a checkpoint to resume from")
-            raise SystemExit(TERMINATED)
+            if self._accelerator.is_main_process:
+                logger.warning(
+                    "Stopped at step %d; resume with --resume_from_checkpoint true, in Python with "
+                    "train(resume_from_checkpoint=True)",
+                    state.global_step,
+                )
+            raise SystemExit(128 + self._signal)

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from amid_trl.models.deepspeed import announce_head
 from amid_trl.models.dropout import disable_dropout
@@ -16,6 +17,7 @@ from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed
 from amid_trl.training.config import AMiDConfig
+from amid_trl.training.ends import end_where_taught
 
 
 logger = logging.getLogger(__name__)
@@ -47,14 +49,25 @@ def can_checkpoint(base: Any) -> bool:
     return declared and any(hasattr(module, "gradient_checkpointing") for module in base.modules())
 
 
-def prepare_student(student: nn.Module, args: AMiDConfig, accelerator: Accelerator, *, is_mixture: bool) -> None:
-    """Turn its dropout off, and tell the engine of its head; a ValueError where it cannot be trained."""
+def prepare_student(
+    student: nn.Module,
+    args: AMiDConfig,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_mixture: bool,
+) -> None:
+    """Turn its dropout off, have it end where it is taught to, and tell the engine of its head.
+
+    A ValueError where it cannot be trained.
+    """
     check_text_only(student, "student")  # again: PEFT has wrapped it since
     keep_weights_as_packed(student)
     if is_mixture and not args.router_aux_loss_coef:
         logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
     if args.disable_dropout:
         disable_dropout(student)
+    end_where_taught(student, tokenizer, accelerator)
     announce_head(student)
     check_fsdp(accelerator, student)
     check_own_logits(student, "student")

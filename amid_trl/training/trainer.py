@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,7 +29,6 @@ from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_mai
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
-from amid_trl.maths.means import Means
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids, generation_config_of
 from amid_trl.models.pairs import common_positions, common_vocabulary, freeze
@@ -41,9 +39,10 @@ from amid_trl.teacher.adapter import student_alone
 from amid_trl.teacher.placement import place
 from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
-from amid_trl.training.card import PAPER, complete_card, objective_table
+from amid_trl.training.card import PAPER, card_folder, complete_card
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
 from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, follow_prompts, for_sft, own_copy
+from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
@@ -125,7 +124,7 @@ class AMiDTrainer(GKDTrainer):
             SFTTrainer.__init__(
                 self,
                 cast(Any, student),
-                args=for_sft(args, has_collator=data_collator is not None),
+                args=for_sft(args, student, has_collator=data_collator is not None),
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -143,7 +142,7 @@ class AMiDTrainer(GKDTrainer):
             self.data_collator = DistillationCollator(*padding)
         self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
         self._loss_shifts_labels = True
-        prepare_student(self.model, args, self.accelerator, is_mixture=self.aux_loss_enabled)
+        prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
             Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed),
@@ -181,6 +180,7 @@ class AMiDTrainer(GKDTrainer):
         )
         with global_then_local_main_first():
             rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
+            warn_of_endless(rows, processing_class, settings, name=dataset_name)
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -238,7 +238,7 @@ class AMiDTrainer(GKDTrainer):
         elif self._parts.nonfinite.found(loss):
             loss = self._parts.nonfinite.handle(loss, rows, inputs, window.source, self.state.global_step)
         else:
-            self._record(self._parts.train_means, rows)
+            self._parts.record(self._parts.train_means, rows)
             self._parts.objective.add(rows)
             if plain_nll is not None:
                 self._parts.train_means.add("pretrain_nll", plain_nll.detach(), 1)
@@ -249,14 +249,9 @@ class AMiDTrainer(GKDTrainer):
         with self.accelerator.autocast():
             return batch_loss(student, inputs, teacher, token_loss, *settings)
 
-    def _record(self, means: Means, rows: Figures) -> None:
-        totals = rows.totals()
-        for name in self._parts.objective.means:
-            means.add(name, totals[name], totals["tokens"])
-
     def _record_evaluation(self, rows: Figures) -> None:
         rows = Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
-        self._record(self._parts.eval_means, rows)
+        self._parts.record(self._parts.eval_means, rows)
         if self.row_recorder is not None:
             self.row_recorder(rows)
 
@@ -295,6 +290,7 @@ class AMiDTrainer(GKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
+        self.args.check_steps()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         forget_evaluation(self)
         try:
@@ -302,6 +298,13 @@ class AMiDTrainer(GKDTrainer):
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             self._parts.window = Window()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, and with the card beside it."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            with card_folder(self.args, output_dir):
+                self.create_model_card()
 
     def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
         with student_alone(self.model):
@@ -344,6 +347,4 @@ class AMiDTrainer(GKDTrainer):
         """TRL's card with both models' names, followed by the objective's settings."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            teacher: Any = None if self.teacher_model is None else self.accelerator.unwrap_model(self.teacher_model)
-            settings = objective_table(self.args, self.objective)
-            complete_card(Path(str(self.args.output_dir), "README.md"), self.model, teacher, settings)
+            complete_card(self)

@@ -99,30 +99,74 @@ def test_training_is_quiet(student_of):
     assert "Training completed" in said and not unwanted(said)
 
 
-@pytest.mark.parametrize("launch", [["--cpu"], ["--accelerate_config=ddp", "--num_processes=2"]], ids=" ".join)
-def test_sigterm_reaches_the_training_whose_status_comes_back(tmp_path, tiny_dir, data_dir, launch):
+LAUNCHES = [["--cpu"], ["--accelerate_config=ddp", "--num_processes=2"]]
+
+
+def training_command(launch: list[str], tmp_path: Path, tiny_dir: Path, data_dir: Path) -> list[str]:
+    """A training without an end."""
     arguments = [
         *("--model_name_or_path", str(tiny_dir), "--teacher_model_name_or_path", str(tiny_dir)),
         *("--dataset_name", str(data_dir), "--output_dir", str(tmp_path), *SETTINGS),
         *("--max_steps=100000", "--save_strategy=steps", "--save_steps=5", "--save_total_limit=2"),
     ]
-    command = [LAUNCHERS["amid-trl train"][0], "train", *launch, *arguments]
+    return [LAUNCHERS["amid-trl train"][0], "train", *launch, *arguments]
+
+
+def started(command: list[str], checkpoint: Path) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """The command, as a terminal starts it, once the checkpoint is there; and the processes that it has started."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+    process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
     end = time.monotonic() + 120
-    while not (tmp_path / "checkpoint-5" / "trainer_state.json").exists():
+    while not (checkpoint / "trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
-    training = psutil.Process(process.pid).children(recursive=True)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    return not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=" ".join)
+def test_sigterm_reaches_the_training_whose_status_comes_back(tmp_path, tiny_dir, data_dir, launch):
+    command = training_command(launch, tmp_path, tiny_dir, data_dir)
+    process, training = started(command, tmp_path / "checkpoint-5")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "SIGTERM: training has stopped" in said
+    assert process.returncode == 143 and "Stopped at step " in said
     assert "Traceback" not in said and not unwanted(said)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in training)
+    assert are_gone(training)
     last = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
     if launch == ["--cpu"]:
         run(*command, "--resume_from_checkpoint=true", f"--max_steps={last + 1}", "--save_steps=1")
         assert (tmp_path / f"checkpoint-{last + 1}").exists()
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=" ".join)
+def test_the_first_ctrl_c_saves_a_checkpoint(tmp_path, tiny_dir, data_dir, launch):
+    command = training_command(launch, tmp_path, tiny_dir, data_dir)
+    process, training = started(command, tmp_path / "checkpoint-5")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal, which sends it to all that belong to the command
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and are_gone(training)
+    last = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    assert (tmp_path / f"checkpoint-{last}" / "trainer_state.json").exists()
+    assert f"Stopped at step {last}; resume with --resume_from_checkpoint true" in said
+    assert "Traceback" not in said and said.endswith("\namid-trl train: stopped\n")
+
+
+def test_the_second_ctrl_c_ends_at_once(tmp_path, tiny_dir, data_dir):
+    command = training_command(["--cpu"], tmp_path, tiny_dir, data_dir)
+    process, training = started(command, tmp_path / "checkpoint-5")
+    for child in training:
+        child.suspend()  # it will never finish its step
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and are_gone(training)
+    assert "Traceback" not in said and "Stopped at step" not in said
 
 
 @pytest.mark.parametrize(
@@ -142,6 +186,18 @@ def test_a_mistake_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
     assert line.startswith("amid-trl train: ") and message in line
 
 
+def test_what_is_found_before_training_is_one_line(tmp_path, tiny_dir, data_dir):
+    command = [LAUNCHERS["amid-trl train"][0], "train", "--cpu", "--model_name_or_path", str(tiny_dir), *SETTINGS]
+    command += ["--dataset_name", str(data_dir), "--output_dir", str(tmp_path), "--dataset_train_split", "trian"]
+    command += ["--teacher_model_name_or_path", str(tiny_dir)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "amid-trl train: the dataset has no split 'trian' (dataset_train_split); there are train"
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_an_unknown_flag_is_refused_by_name(tmp_path, tiny_dir, data_dir):
     command = [sys.executable, "-m", "amid_trl", "train", "--model_name_or_path", str(tiny_dir), *SETTINGS]
     done = subprocess.run([*command, "--assistant_alfa=1"], env=ENVIRONMENT, capture_output=True, text=True)
@@ -159,7 +215,7 @@ def test_a_yaml_file_may_hold_the_launchers_keys_but_no_others(tmp_path, monkeyp
     assert len(runs) == 1 and runs[0][1].output_dir == str(tmp_path)
     misspelt = tmp_path / "misspelt.yaml"
     misspelt.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nlmda: 0.5\nnum_processes: 2\n")
-    with pytest.raises(ValueError, match=r"unknown arguments: --lmda$"):
+    with pytest.raises(ValueError, match=r"unknown arguments: --lmda \(did you mean --lmbda\?\)$"):
         train.run(["--config", str(misspelt)])
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -195,7 +251,10 @@ def test_the_teacher_keeps_its_dtype_whatever_the_students_is(tmp_path, tiny_dir
 def test_mistakes_are_one_line_behind_a_launcher_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert cli.main(["train", "--output_dir", str(tmp_path), "--use_cpu", "--lmda", "0.5"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "amid-trl train: unknown arguments: --lmda 0.5"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "amid-trl train: unknown arguments: --lmda 0.5 (did you mean --lmbda?)"
+    )
 
 
 def test_data_that_is_not_there_is_named(tmp_path):

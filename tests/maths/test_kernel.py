@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from amid_trl import OBJECTIVES, Objective
+from amid_trl.maths import kernel as kernel_module
 from amid_trl.maths.kernel import Finish, RowKernel, _compiled, _warn_of_plain
 from amid_trl.maths.objective import Term
 from amid_trl.maths.token_loss import DistillationTokenLoss
@@ -144,3 +145,17 @@ def test_one_teacher_dtype_is_not_compiled_for_another(compiling):
         ):
             assert mine.dtype == plain.dtype
             torch.testing.assert_close(mine, plain, rtol=1e-5, atol=2e-6)
+
+
+def test_a_compilation_is_announced_once_and_by_the_first_process(monkeypatch, caplog):
+    kernel_module._say_that_it_compiles.cache_clear()
+    monkeypatch.setenv("RANK", "1")
+    kernel_module._say_that_it_compiles()
+    assert not caplog.records
+    kernel_module._say_that_it_compiles.cache_clear()
+    monkeypatch.delenv("RANK")
+    kernel_module._say_that_it_compiles()
+    kernel_module._say_that_it_compiles()
+    assert [each.getMessage() for each in caplog.records] == [
+        "Compiling the loss, once: the first step takes up to a minute longer."
+    ]

@@ -284,3 +284,24 @@ def test_several_evaluation_sets_are_refused(adaptive):
 def test_an_adaptive_run_needs_an_evaluation_set(adaptive):
     with pytest.raises(ValueError, match="didn't pass an `eval_dataset`"):
         adaptive(eval_dataset=None)
+
+
+def test_a_run_that_mixes_sources_logs_the_figures_of_each(train):
+    trainer = train(lmbda=0.5, sampling_block_size=2, max_steps=4, logging_steps=2, learning_rate=1e-12)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:  # one window of each
+        for name in ("kl", "objective"):
+            low, high = sorted((entry[f"{name}/student"], entry[f"{name}/dataset"]))
+            assert low < entry[name] < high
+    assert logs[0]["kl/student"] != logs[0]["kl/dataset"]
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_run_with_one_source_has_no_figures_of_sources(train, lmbda):
+    trainer = train(lmbda=lmbda)
+    trainer.train()
+    assert not [
+        name for entry in trainer.state.log_history for name in entry if name.startswith(("kl/", "objective/"))
+    ]

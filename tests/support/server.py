@@ -22,8 +22,8 @@ class LogprobServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model, max_logprobs: int = 20, tokenizer=None, max_model_len: int | None = None):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, model, max_logprobs: int = 20, tokenizer=None, max_model_len: int | None = None, port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.max_logprobs = model, max_logprobs
         self.tokenizer, self.max_model_len = tokenizer, max_model_len  # without a tokenizer there is no /tokenize
         self.keys: list[str | None] = []  # what came with the POSTs

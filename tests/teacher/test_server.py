@@ -1,11 +1,12 @@
 """A teacher behind HTTP gives the numbers of the same teacher in memory, and what a bad answer gives has a name."""
 
 import math
+import threading
 import time
 
 import pytest
 import torch
-from server import CUT_SHORT, HANG_UP, serving
+from server import CUT_SHORT, HANG_UP, LogprobServer, serving
 from tiny import tiny_llama, tiny_tokenizer
 
 from amid_trl import OBJECTIVES
@@ -30,7 +31,7 @@ def server(model):
 
 
 def connect(server, top_k: int = 8, vocabulary: int = VOCAB, **settings) -> TeacherServer:
-    return TeacherServer(server.url, top_k, vocabulary, **{"attempts": 3, "backoff": 0.001, **settings})
+    return TeacherServer(server.url, top_k, vocabulary, **{"patience": 5.0, "backoff": 0.001, **settings})
 
 
 @torch.no_grad()
@@ -105,17 +106,16 @@ def test_a_server_that_fails_twice_is_asked_again(model, server, fault):
 
 
 def test_a_server_that_keeps_failing_is_a_connection_error(model, server):
-    teacher = connect(server)
-    server.faults = [503] * 3
-    with pytest.raises(
-        ConnectionError, match=rf"{server.url}/v1/completions .* 3 attempts .*503.* checkpoint is intact"
-    ):
+    teacher = connect(server, patience=0.2, backoff=0.01)
+    server.faults = [503] * 100
+    complaint = rf"{server.url}/v1/completions .* attempts.* silent for 0 s .*503.* checkpoint is intact"
+    with pytest.raises(ConnectionError, match=complaint):
         teacher.log_probs(ROWS[:1])
 
 
 def test_a_server_that_dies_in_the_middle_is_a_connection_error(model):
     with serving(model) as server:
-        teacher = connect(server, batch_size=1)
+        teacher = connect(server, batch_size=1, patience=0.2, backoff=0.05)
 
         def last(choices, prompts):
             server.faults = [HANG_UP] * 100
@@ -124,10 +124,10 @@ def test_a_server_that_dies_in_the_middle_is_a_connection_error(model):
         server.tamper = last
         with pytest.raises(ConnectionError, match="checkpoint is intact"):
             teacher.log_probs(ROWS[:1] * 20)
-    with pytest.raises(ConnectionError, match=r"3 attempts .*refused"):
+    with pytest.raises(ConnectionError, match=r"attempts, .*refused"):
         teacher.log_probs(ROWS)
     with pytest.raises(ConnectionError, match=rf"{server.url}/v1/models"):
-        connect(server)
+        connect(server, patience=0.0)
 
 
 def test_a_server_with_too_small_a_limit_is_refused_at_once_and_in_its_own_words(model):
@@ -202,12 +202,44 @@ def test_an_answer_that_is_not_the_rows_is_refused_with_its_index(model, server,
         connect(server, batch_size=2).log_probs([ROWS[1], ROWS[3], ROWS[0], ROWS[2]])
 
 
-def test_a_token_outside_the_vocabulary_is_refused(server):
-    with pytest.raises(ValueError, match=r"row 0: .* which the vocabulary of 20 lacks"):
-        connect(server, vocabulary=20)
+@pytest.mark.parametrize("top_k", [6, 200])
+def test_padding_among_the_likeliest_is_left_out_and_its_mass_shared_out(model, top_k):
+    """The head has more rows than there are tokens, likely ones here."""
+    vocabulary, rows = 200, [[5, 9, 150, 7], [8, 8, 8, 8, 8, 41]]
+    with serving(model, max_logprobs=VOCAB) as server:
+        teacher = connect(server, top_k=top_k, vocabulary=vocabulary)
+        server_k = server.questions[-1]["prompt_logprobs"]
+        answers = teacher.log_probs(rows)
+    assert server_k == top_k
+    for row, answer in zip(rows, answers, strict=True):
+        whole = in_memory(model, row)
+        left = 0
+        for log_p, ids, values, log_tail in zip(whole, *answer, strict=True):
+            likeliest = {row[1], *log_p.topk(top_k).indices.tolist()}
+            padding = [token for token in likeliest if token >= vocabulary]
+            listed = ids[values > -math.inf]
+            assert max(listed.tolist()) < vocabulary and len(listed) >= top_k - len(padding)
+            want = log_p[listed] - (1 - log_p[padding].exp().sum()).log()
+            torch.testing.assert_close(values[values > -math.inf].double(), want, rtol=1e-5, atol=1e-5)
+            assert values[values > -math.inf].exp().sum() + log_tail.exp() == pytest.approx(1.0, abs=1e-5)
+            left += len(padding)
+        assert left  # or this would test nothing
 
 
-@pytest.mark.parametrize("name", ["top_k", "batch_size", "attempts"])
+def test_where_all_are_listed_the_cut_is_that_of_a_head_in_memory(model):
+    vocabulary, row = 200, ROWS[2]
+    with serving(model, max_logprobs=VOCAB) as server:
+        teacher = connect(server, top_k=vocabulary, vocabulary=vocabulary)
+        teacher.top_k = VOCAB  # as if the server listed all that it has
+        [answer] = teacher.log_probs([row])
+    cut = in_memory(model, row)[:, :vocabulary].log_softmax(-1)
+    for log_p, ids, values in zip(cut, answer.ids, answer.log_p, strict=True):
+        listed = values > -math.inf
+        assert len(set(ids[listed].tolist())) == vocabulary
+        torch.testing.assert_close(values[listed].double(), log_p[ids[listed]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["top_k", "batch_size"])
 def test_zero_is_refused(server, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
         connect(server, **{name: 0})
@@ -258,16 +290,16 @@ def test_the_teacher_is_asked_at_temperature_one(model, server):
 
 def test_requests_are_repeated_later_and_later(model, monkeypatch):
     slept = []
-    monkeypatch.setattr("urllib3.util.retry.time.sleep", slept.append)
+    monkeypatch.setattr("amid_trl.teacher.server.time.sleep", slept.append)
     with serving(model) as server:
         server.faults = [503, 503, 503]
-        connect(server, attempts=4, backoff=0.25)
-    assert slept == [0.5, 1.0]  # the first repetition is at once
+        connect(server, backoff=0.25)
+    assert slept == [0.0, 0.25, 0.5]  # the first repetition is at once
 
 
 def test_an_answer_that_takes_too_long_is_no_answer(model):
     with serving(model) as server:
-        teacher = connect(server, attempts=1, timeout=0.2)
+        teacher = connect(server, patience=0.0, timeout=0.2)
         server.tamper = lambda choices, prompts: time.sleep(1.0) or choices
         with pytest.raises(ConnectionError, match="in 1 attempts"):
             teacher.log_probs(ROWS)
@@ -286,3 +318,76 @@ def test_probabilities_that_sum_to_more_than_one_by_a_percent_are_refused(model,
     server.tamper = more
     with pytest.raises(ValueError, match=r"probabilities that sum to 1\.01"):
         teacher.log_probs(ROWS)
+
+
+def test_the_patience_counts_from_the_last_sign_of_life(model, caplog):
+    """Longer than any single silence here, shorter than all of them together."""
+    with serving(model) as server:
+        teacher = connect(server, patience=1.5, backoff=0.1)
+        started = time.monotonic()
+        for _ in range(6):
+            server.faults = [503] * 3  # 0.3 s of pauses
+            teacher.log_probs(ROWS[:1])
+        assert time.monotonic() - started > 1.5
+    assert "does not answer (HTTP 503); it is asked again" in caplog.text
+
+
+def test_a_server_that_is_still_starting_is_waited_for(model):
+    with serving(model) as server:
+        url = server.url
+    waiting = []
+    thread = threading.Thread(target=lambda: waiting.append(TeacherServer(url, 8, VOCAB, patience=60.0, backoff=0.05)))
+    thread.start()
+    time.sleep(0.5)
+    assert thread.is_alive()
+    with LogprobServer(model, port=server.server_port) as later:
+        serves = threading.Thread(target=later.serve_forever, kwargs={"poll_interval": 0.01})
+        serves.start()
+        thread.join(timeout=60)
+        later.shutdown()
+        serves.join()
+    assert waiting[0].model == "tiny"
+
+
+def test_a_teacher_whose_answers_depend_on_their_company_is_reported(model, server, caplog):
+    teacher = connect(server)
+    teacher.check_company(tiny_tokenizer())
+    assert not caplog.text
+    assert [len(question["prompt"]) for question in server.questions[-2:]] == [1, 8]
+
+    def rounded(choices, prompts):
+        """As in bfloat16: another sum in another batch."""
+        for listed in choices[0]["prompt_logprobs"][1:]:
+            for entry in listed.values():
+                entry["logprob"] -= 0.03 if len(prompts) > 1 else 0.0
+        return choices
+
+    server.tamper = rounded
+    teacher.check_company(tiny_tokenizer())
+    assert "depends on the rows beside it, by up to 0.03 nats" in caplog.text and "--dtype float32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        # One like llama.cpp's, which does not know prompt_logprobs.
+        ({"choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}]}, "no prompt_logprobs"),
+        ({"content": "", "tokens": []}, "answered 0 rows"),
+    ],
+)
+def test_a_server_of_another_kind_is_named(model, server, monkeypatch, answer, complaint):
+    monkeypatch.setattr(
+        TeacherServer,
+        "_ask",
+        lambda self, method, path, question=None: (
+            {"data": [{"id": "llama", "owned_by": "llamacpp"}]} if method == "GET" else answer
+        ),
+    )
+    with pytest.raises(ValueError, match=complaint):
+        connect(server)
+
+
+def test_a_server_that_lists_no_models_is_named(model, server, monkeypatch):
+    monkeypatch.setattr(TeacherServer, "_ask", lambda self, *question: {"models": []})
+    with pytest.raises(ValueError, match="not a server of the kind that is needed, it does not list its models"):
+        connect(server)

@@ -264,6 +264,9 @@ EFFECTS = {
         ("teacher_model_server_url", "teacher_top_k"),
         "teacher/test_absent_teacher.py::test_what_the_server_leaves_out_is_logged_and_kl_is_a_lower_bound",
     ),
+    "teacher_server_patience": (
+        "teacher/test_absent_teacher.py::test_a_server_that_dies_ends_the_run_and_leaves_a_checkpoint_to_resume_from"
+    ),
     "teacher_cache": (
         "teacher/test_absent_teacher.py::"
         "test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding"

@@ -13,10 +13,10 @@ from tiny import (
     text_dataset,
 )
 from transformers import TrainingArguments
-from trl import DistillationConfig, SFTConfig
+from trl import DistillationConfig, SFTConfig, TrlParser
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.training.inherited import DISTILLATION_DIFFERS, HONOURED, NOT_OURS, REFUSED
+from amid_trl.training.inherited import DISTILLATION_DEFAULTS, DISTILLATION_DIFFERS, HONOURED, NOT_OURS, REFUSED
 
 
 # Fields of TrainingArguments that transformers' own code reads, which we call or leave alone. The tests below cover
@@ -343,7 +343,11 @@ def test_a_script_for_distillation_trainer_runs_with_the_two_names_replaced(tmp_
         train_dataset=rows(8),
     )
     said = [record.getMessage() for record in caplog.records if record.name == "amid_trl.training.config"]
-    assert said == ["The training set has prompts without answers: the student writes every window (lmbda=1.0)."]
+    assert said == [
+        "max_completion_length is DistillationConfig's name. What was not given has other defaults here: "
+        "shuffle_dataset False (True there).",
+        "The training set has prompts without answers: the student writes every window (lmbda=1.0).",
+    ]
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["on_policy_share"] for log in logs] == [1.0, 1.0]
@@ -382,3 +386,32 @@ def test_the_teacher_may_write_where_there_are_prompts_alone(train):
 def test_a_stream_of_prompts_is_written_by_the_student(train):
     trainer = train(train_dataset=prompt_only_dataset(4).to_iterable_dataset(), lmbda=0.5)
     assert trainer.args.lmbda == 1.0
+
+
+def test_what_was_not_given_is_named_where_the_names_were_swapped(caplog):
+    AMiDConfig("unused", use_cpu=True, bf16=False, max_completion_length=64, beta=0.5)
+    [said] = [each.getMessage() for each in caplog.records if each.name == "amid_trl.training.config"]
+    assert said.endswith(
+        "temperature 0.9 (1.0 there, and in its loss too), learning_rate 2e-05 (1e-06 there), disable_dropout True "
+        "(False there), shuffle_dataset False (True there), objective amid (gkd there)."
+    )
+
+
+def test_their_defaults_are_those_of_the_installed_version():
+    theirs = {field.name: field.default for field in dataclasses.fields(DistillationConfig)}
+    for name, default in DISTILLATION_DEFAULTS.items():
+        assert name == "objective" or theirs[name] == default
+
+
+def test_nothing_is_said_where_their_name_is_not_used_or_all_is_given(caplog):
+    AMiDConfig("unused", use_cpu=True, bf16=False, max_new_tokens=64)
+    given = {**DISTILLATION_DEFAULTS, "max_completion_length": 64}
+    AMiDConfig("unused", use_cpu=True, bf16=False, **given)
+    assert not [each for each in caplog.records if each.name == "amid_trl.training.config"]
+
+
+def test_a_parsers_defaults_count_as_not_given(caplog):
+    given = ["--output_dir=unused", "--use_cpu", "--bf16=False", "--max_completion_length=64", "--learning_rate=1e-6"]
+    TrlParser(AMiDConfig).parse_args_and_config(given)
+    [said] = [each.getMessage() for each in caplog.records if each.name == "amid_trl.training.config"]
+    assert "temperature 0.9" in said and "learning_rate" not in said

@@ -219,6 +219,10 @@ def test_a_saved_student_loads_and_its_card_states_the_objective(train, tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert all(torch.equal(w, weights(loaded)[name]) for name, w in weights(student).items())
     card = (tmp_path / "run" / "README.md").read_text()
+    assert 'pipeline("text-generation", model="run", ' in card
+    beside = (tmp_path / "student" / "README.md").read_text()
+    assert "| `alpha` | `-3.0` |" in beside and 'pipeline("text-generation", model="student", ' in beside
+    assert trainer.args.output_dir == str(tmp_path / "run")
     for text in (
         "2510.15982",
         "| `objective` | `amid` |",
@@ -394,3 +398,10 @@ def test_logits_processing_is_refused(tmp_path, student, teacher, tokenizer):
             processing_class=tokenizer,
             preprocess_logits_for_metrics=lambda logits, labels: logits,
         )
+
+
+def test_a_run_of_no_step_is_refused_and_its_student_can_be_evaluated(train):
+    trainer = train(max_steps=0, eval_dataset=messages_dataset(2))
+    assert trainer.evaluate()["eval_kl"] > 0
+    with pytest.raises(ValueError, match="max_steps=0 trains nothing"):
+        trainer.train()
