@@ -11,8 +11,8 @@ from torch import nn
 
 # Tried each time: rates of layers, in layers and in configurations that layers read; layers that are left out.
 FEW = ["bert", "blenderbot", "dbrx", "falcon", "gpt2", "gptj", "opt", "persimmon", "seed_oss", "xglm"]
-# Big Bird's attention and Phi-MoE's routers draw in training by design; DiffLlama takes no dropout; Reformer only
-# lengths that its chunks divide.
+# Big Bird's sparse attention and Phi-MoE's routers draw in training by design; DiffLlama takes no dropout; Reformer
+# only lengths that its chunks divide.
 NOT_TRIED = {"big_bird", "diffllama", "phimoe", "reformer"}
 TRIED = [
     name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
