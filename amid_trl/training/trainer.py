@@ -140,8 +140,8 @@ class AMiDTrainer(GKDTrainer):
         if data_collator is None:
             padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
             self.data_collator = DistillationCollator(*padding)
-        self.model_accepts_loss_kwargs = True  # the loss divides by the window's token count, whatever the model takes
-        self._loss_shifts_labels = True
+        # The loss divides by the window's token count, whatever the model takes.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
@@ -195,8 +195,8 @@ class AMiDTrainer(GKDTrainer):
         if self._parts.sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
         self.objective = self._parts.objective.advance(step / steps)
-        window = self._parts.balancing(self._parts.windows.window(batches, step, steps, self._prepare_inputs))
-        self._parts.window = window
+        window = self._parts.windows.window(batches, step, steps, self._prepare_inputs)
+        self._parts.window = window = self._parts.balancing(window)
         return window.batches, self._get_num_items_in_batch(window.batches, device)
 
     # ---- The loss ----
@@ -245,9 +245,9 @@ class AMiDTrainer(GKDTrainer):
         return (loss, {"predictions": predictions}) if return_outputs else loss
 
     def _loss(self, student, inputs, teacher, token_loss, balance) -> BatchLoss:
-        settings = (self.vocabulary, self.args.logits_chunk_size, balance)
         with self.accelerator.autocast():
-            return batch_loss(student, inputs, teacher, token_loss, *settings)
+            size = self.args.logits_chunk_size
+            return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, size, balance)
 
     def _record_evaluation(self, rows: Figures) -> None:
         rows = Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
@@ -259,8 +259,7 @@ class AMiDTrainer(GKDTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss and, where metrics want them, the student's most likely tokens: never logits."""
-        asked: Any = self._prepare_inputs(inputs)
-        inputs = self._parts.evaluated_text(asked)
+        inputs = self._parts.evaluated_text(asked := cast(Any, self._prepare_inputs(inputs)))
         with torch.no_grad():
             loss, outputs = cast(Any, self.compute_loss(model, inputs, return_outputs=True))
         if self._parts.answers is not None:

@@ -99,7 +99,7 @@ def test_training_is_quiet(student_of):
     assert "Training completed" in said and not unwanted(said)
 
 
-LAUNCHES = [["--cpu"], ["--accelerate_config=ddp", "--num_processes=2"]]
+ALONE, TWO = ["--cpu"], ["--accelerate_config=ddp", "--num_processes=2"]
 
 
 def training_command(launch: list[str], tmp_path: Path, tiny_dir: Path, data_dir: Path) -> list[str]:
@@ -127,7 +127,7 @@ def are_gone(processes: list[psutil.Process]) -> bool:
     return not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=" ".join)
+@pytest.mark.parametrize("launch", [pytest.param(ALONE, marks=pytest.mark.slow), TWO], ids=" ".join)
 def test_sigterm_reaches_the_training_whose_status_comes_back(tmp_path, tiny_dir, data_dir, launch):
     command = training_command(launch, tmp_path, tiny_dir, data_dir)
     process, training = started(command, tmp_path / "checkpoint-5")
@@ -137,12 +137,12 @@ def test_sigterm_reaches_the_training_whose_status_comes_back(tmp_path, tiny_dir
     assert "Traceback" not in said and not unwanted(said)
     assert are_gone(training)
     last = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
-    if launch == ["--cpu"]:
+    if launch == ALONE:
         run(*command, "--resume_from_checkpoint=true", f"--max_steps={last + 1}", "--save_steps=1")
         assert (tmp_path / f"checkpoint-{last + 1}").exists()
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=" ".join)
+@pytest.mark.parametrize("launch", [ALONE, pytest.param(TWO, marks=pytest.mark.slow)], ids=" ".join)
 def test_the_first_ctrl_c_saves_a_checkpoint(tmp_path, tiny_dir, data_dir, launch):
     command = training_command(launch, tmp_path, tiny_dir, data_dir)
     process, training = started(command, tmp_path / "checkpoint-5")
@@ -155,8 +155,9 @@ def test_the_first_ctrl_c_saves_a_checkpoint(tmp_path, tiny_dir, data_dir, launc
     assert "Traceback" not in said and said.endswith("\namid-trl train: stopped\n")
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_at_once(tmp_path, tiny_dir, data_dir):
-    command = training_command(["--cpu"], tmp_path, tiny_dir, data_dir)
+    command = training_command(ALONE, tmp_path, tiny_dir, data_dir)
     process, training = started(command, tmp_path / "checkpoint-5")
     for child in training:
         child.suspend()  # it will never finish its step
@@ -186,6 +187,7 @@ def test_a_mistake_is_one_line(flags, message, tmp_path, capsys, monkeypatch):
     assert line.startswith("amid-trl train: ") and message in line
 
 
+@pytest.mark.slow
 def test_what_is_found_before_training_is_one_line(tmp_path, tiny_dir, data_dir):
     command = [LAUNCHERS["amid-trl train"][0], "train", "--cpu", "--model_name_or_path", str(tiny_dir), *SETTINGS]
     command += ["--dataset_name", str(data_dir), "--output_dir", str(tmp_path), "--dataset_train_split", "trian"]

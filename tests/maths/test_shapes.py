@@ -8,7 +8,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from amid_trl import OBJECTIVES
-from amid_trl.maths import assistant, divergences, figures, objective, published, sparse, token_loss
+from amid_trl.maths import assistant, balance, divergences, figures, objective, published, sparse, token_loss
 
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,7 @@ ROWS = torch.zeros(2, dtype=torch.long)
 # A call of each module whose tensors have the wrong shape.
 WRONG = {
     "assistant": lambda: assistant.has_mass("no tensor"),
+    "balance": lambda: balance.routing([THREE], ROWS, 1),
     "divergences": lambda: divergences.kl(THREE, FOUR),
     "figures": lambda: figures.Figures(("kl",), THREE[0]),
     "objective": lambda: objective.entropy(THREE.long()),

@@ -80,7 +80,6 @@ def test_generation_uses_the_cache_without_dropout_and_training_goes_on_after_it
             lengths.append(kwargs.get("input_ids", args[0] if args else None).shape[1])
             training.append(module.training)
 
-    student.transformer.register_forward_pre_hook(watch, with_kwargs=True)
     trainer = train(
         model=student,
         teacher_model=tiny_gpt2(tokenizer, seed=1),
@@ -89,6 +88,7 @@ def test_generation_uses_the_cache_without_dropout_and_training_goes_on_after_it
         gradient_checkpointing=True,
         max_steps=1,
     )
+    student.transformer.register_forward_pre_hook(watch, with_kwargs=True)
     trainer.train()
     assert lengths[1:] == [1] * (len(lengths) - 1) and len(lengths) > 3
     assert not any(training)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from engine_worker import without_shared_memory
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,6 +73,7 @@ def measured(trainer: AMiDTrainer) -> dict:
 
 
 def main(models: Path, output_dir: Path) -> None:
+    without_shared_memory()
     rank, found = int(os.environ["RANK"]), {}
     for engine in ENGINES:
         settings = {} if engine == "ddp" else {"deepspeed": zero(int(engine[-1]))}
