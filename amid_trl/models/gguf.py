@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 # The key, and that its value is a string: a length in 8 bytes and the text follow.
 _KEY = b"tokenizer.ggml.pre" + struct.pack("<I", 8)
+# Names of pre-tokenizers that do split as GPT-2's.
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo"}
 # A file begins with what it says of itself; the weights follow.
 _HEADER_BYTES = 64 * 2**20
 
@@ -29,7 +31,7 @@ def warn_of_gguf(tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrain
     if file is None:
         return
     name = pre_tokenizer_name(file)
-    dropped = name not in (None, "gpt-2") and _splits_as_gpt2(made) and _splits_as_gpt2(tokenizer)
+    dropped = name not in {None, *_AS_GPT2} and _splits_as_gpt2(made) and _splits_as_gpt2(tokenizer)
     if dropped:
         keeps = f"which names its pre-tokenizer {name!r}; transformers drops it and splits text as GPT-2 does"
     else:
