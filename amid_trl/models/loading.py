@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def load_causal_lm(
         init_kwargs["device_map"] = None
     if not os.path.exists(os.path.join(name, "adapter_config.json")):
         loader: Any = text_loader(name, init_kwargs)
+        if init_kwargs.get("gguf_file") is not None:  # TRL would look for a config.json
+            loader = loader or AutoModelForCausalLM
         return create_model_from_path(name, architecture=loader, **init_kwargs)
     return load_adapter(name, init_kwargs, trainable=trainable_adapter)
 
@@ -78,16 +81,25 @@ def load_adapter(
 
 
 def load_tokenizer(
-    model: nn.Module, given: str | nn.Module | None = None, *, revision: str | None, trust_remote_code: bool
+    model: nn.Module,
+    given: str | nn.Module | None = None,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside what was `given` (a name, or the path of an adapter), else beside the model's weights.
 
-    None, with a warning, where neither has one; a model that was never saved has none to look for.
+    One that is made of the model's `gguf_file` only where none lies beside it. None, with a warning, where neither has
+    one; a model that was never saved has none to look for.
     """
     names = [name for name in (given, causal_lm(model).config._name_or_path) if isinstance(name, str) and name]
-    for name in names:
+    sources: list[dict[str, str]] = [{}, *([{"gguf_file": gguf_file}] if gguf_file else [])]
+    for name, source in product(names, sources):
         try:
-            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, **source
+            )
         except (OSError, ValueError) as error:
             logger.info("No tokenizer could be loaded from %s: %s", name, error)
     if names:

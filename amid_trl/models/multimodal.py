@@ -18,7 +18,10 @@ from amid_trl.models.heads import causal_lm
 logger = logging.getLogger(__name__)
 
 # What AutoConfig reads of the arguments of `from_pretrained`.
-_WHERE = ("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only", "code_revision")
+_WHERE = (
+    *("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only", "code_revision"),
+    "gguf_file",
+)
 # What a quantiser and a device map leave on a model, beside its modules.
 _LOADED = (
     *("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"),

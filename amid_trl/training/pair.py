@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTra
 
 from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.models.deepspeed import is_sharded, loaded_whole
+from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
 from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
@@ -63,17 +64,22 @@ def load_pair(
     revision = json_dict(args.model_init_kwargs).get("revision")
     remote = args.trust_remote_code
     student = load_student(model, args, quantization_config)
+    check_student(student, adapter_follows=adapter_follows)
     tokenizer = checked_tokenizer(
         tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
     )
-    check_student(student, adapter_follows=adapter_follows)
+    warn_of_gguf(tokenizer)
     teacher, renamed = None, RenamedTokens()
     if teacher_model is not None and not absent:
         teacher = load_teacher(teacher_model, args)
-        of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": remote}
+        file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
+        of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": remote, "gguf_file": file}
         check_teacher(student, teacher)
         writes = args.generates or args.eval_generate
-        renamed = renamed_tokens(tokenizer, load_tokenizer(teacher, teacher_model, **of_teacher), writes=writes)
+        teacher_tokenizer = load_tokenizer(teacher, teacher_model, **of_teacher)
+        if teacher_tokenizer is not None:
+            warn_of_gguf(tokenizer, teacher_tokenizer)
+        renamed = renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
@@ -171,6 +177,12 @@ def check_student(student: nn.Module, *, adapter_follows: bool) -> None:
     """Refuse a student that cannot be trained; it may be frozen now if an adapter follows."""
     check_text_only(student, "student")
     base = causal_lm(student)
+    if (quantisation(student) or {}).get("quant_method") == "gguf":
+        raise ValueError(
+            "the student is read from a GGUF file, which transformers neither trains nor saves, not under an adapter "
+            "either; it can be a teacher. Give the original checkpoint, or an ordinary one that is made of the file "
+            "as examples/embedded.py does it"
+        )
     if is_part(student) and type(base.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"the student is a {type(base).__name__}, the language model of a multimodal one, which transformers' "
