@@ -146,6 +146,7 @@ def check_arguments(
     has_collator: bool,
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
+    config.check_trained_with()
     if not has_collator:
         for name, dataset in all_datasets(train_dataset, evaluation_set).items():
             _check_columns(config, dataset, name)
