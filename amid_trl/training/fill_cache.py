@@ -55,14 +55,15 @@ def cache_teacher(
 
 def _teacher(trainer: AMiDTrainer, top_k: int) -> tuple[Teacher, str, int]:
     """The teacher, its name, and how many rows it is asked about at a time."""
-    args, model = trainer.args, trainer.teacher_model
+    args = trainer.args
     size = args.per_device_eval_batch_size
     if args.teacher_model_server_url is not None:
         patience = args.teacher_server_patience
         server = TeacherServer(args.teacher_model_server_url, top_k, trainer.vocabulary, patience=patience)
         served = ServedTeacher(server)
         return served, served.model, max(size, REQUESTS * server.batch_size)
-    teacher = ModelTeacher(cast(nn.Module, model), trainer.accelerator, offloaded=args.teacher_offload)
+    model = cast(nn.Module, trainer.teacher_model)
+    teacher = ModelTeacher(model, trainer.accelerator, offloaded=args.teacher_offload)
     return teacher, args.teacher_model_name_or_path or cast(str, causal_lm(model).name_or_path), size
 
 
