@@ -44,10 +44,10 @@ LAUNCHERS_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "
 NAME = re.compile(r"(?!\.)[\w.+=-]+")
 
 
-# Its options: how models are loaded, and all but `lm_eval`, whose figures are not among the metrics.
+# Its options: how models are loaded, and all but those of `lm_eval`, whose figures are not among the metrics.
 EVALUATE_OPTIONS = (
     *("teacher", "dtype", "trust_remote_code"),
-    *(field.name for field in fields(EvaluationSettings) if field.name != "lm_eval"),
+    *(field.name for field in fields(EvaluationSettings) if not field.name.startswith("lm_eval")),
 )
 
 

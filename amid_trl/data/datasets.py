@@ -73,6 +73,10 @@ ACCEPTED_FORMATS = (
 )
 
 
+# Said of preference data, of which the prompts alone are read.
+TAKE_CHOSEN = " To train on its preferred answers, rename_column('chosen', 'completion')."
+
+
 def prepare_dataset(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, settings: DataSettings, *, name: str
 ) -> Dataset | IterableDataset:
@@ -169,9 +173,15 @@ def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
         return "prompt"
     if settings.text_field in columns:
         return "text"
+    preferred = ""
+    if "chosen" in columns:
+        preferred = (
+            ". To train on the preferred answers: rename_column('chosen', 'messages') where they are whole chats, "
+            "dataset_text_field='chosen' where they are text"
+        )
     raise ValueError(
         f"the {name} dataset has the columns {', '.join(map(repr, columns))}; needed are {ACCEPTED_FORMATS} "
-        f"({settings.text_field!r})"
+        f"({settings.text_field!r}){preferred}"
     )
 
 
@@ -224,7 +234,9 @@ def _remedy(columns: list[str], format: Format, settings: DataSettings) -> str:
             ". It has prompts without answers (columns "
             f"{', '.join(map(repr, columns))}): set eval_generate=True, and the student answers them"
         )
-    preferred = ", or name the column 'chosen' 'completion' to train on it" if "chosen" in columns else ""
+    preferred = (
+        ", or name the column 'chosen' 'completion' to train on it (rename_column)" if "chosen" in columns else ""
+    )
     return (
         f". It has prompts without answers (columns {', '.join(map(repr, columns))}): set lmbda=1.0, and the student "
         f"writes all text, or seq_kd=True for the teacher to write what the student does not{preferred}"

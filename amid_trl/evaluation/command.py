@@ -23,6 +23,14 @@ def add_options(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--teacher", help="a model to compare with, for KL, agreement and perplexity")
     evaluate.add_argument("--lm-eval", metavar="TASKS", default="", help="tasks of lm-eval-harness, between commas")
+    evaluate.add_argument(
+        "--lm-eval-chat-template", action="store_true", help="put their questions as a chat, by the model's template"
+    )
+    evaluate.add_argument(
+        "--lm-eval-add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin their text with the BOS token, or do not (default: as the tokenizer has it)",
+    )
     seeds = " ".join(map(str, defaults.seeds))
     evaluate.add_argument(
         "--seeds", type=int, nargs="+", default=defaults.seeds, help=f"of the sampling (default: {seeds})"
@@ -55,6 +63,8 @@ def given_settings(args: argparse.Namespace) -> EvaluationSettings:
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         limit=args.limit,
         lm_eval=tuple(task for task in args.lm_eval.split(",") if task),
+        lm_eval_chat_template=args.lm_eval_chat_template,
+        lm_eval_add_bos=args.lm_eval_add_bos,
     )
 
 

@@ -8,7 +8,6 @@ goes on and ends in the same figures.
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -70,10 +69,11 @@ def evaluate(
         rouge_scorer()
         examples = evaluation_sets.load(settings.evaluation_set, settings.limit)
     models = open_models(model, teacher, tokenizer, dtype, trust_remote_code)
+    asked = harness.tokenizer_of_tasks(models.tokenizer, settings)
     rows = models.encode(examples, settings.max_new_tokens) if examples else []
 
     about: Record = {"model": model_name(model), "weights": weights_fingerprint(models.student), "dtype": dtype}
-    about |= {"teacher": None, **asdict(settings)}
+    about |= {"teacher": None, **settings.record()}
     if teacher is not None and models.teacher is not None:
         about |= {"teacher": model_name(teacher), "teacher_weights": weights_fingerprint(models.teacher)}
     if examples:
@@ -92,8 +92,7 @@ def evaluate(
         results: Record = {"settings": about, "versions": versions(), "date": date}
         results |= _measure(models, examples, rows, settings, folder) if examples else {"metrics": {}, "per_seed": {}}
         if manager is not None:
-            student, limits = causal_lm(models.student), (settings.batch_size, settings.limit)
-            results["metrics"] |= harness.run_tasks(student, models.tokenizer, settings.lm_eval, manager, *limits)
+            results["metrics"] |= harness.run_tasks(causal_lm(models.student), asked, manager, settings)
         folder.finish(results, results_table(results))
         return results
 

@@ -1,11 +1,13 @@
 """Tasks of lm-eval-harness on a model that is in memory; the package is imported when it is used."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from amid_trl.evaluation.settings import EvaluationSettings
 from amid_trl.models.heads import without_router_logits
 
 
@@ -29,24 +31,50 @@ def task_manager(tasks: Sequence[str]) -> Any:
     return manager
 
 
+def tokenizer_of_tasks(tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that puts BOS and a chat's template where the settings want them; ValueError if it cannot.
+
+    lm-eval-harness only switches on and off what a tokenizer adds by itself, and most of those that have a BOS token
+    add none.
+    """
+    if settings.lm_eval_chat_template:
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:
+            raise ValueError(f"lm_eval_chat_template=True, but the tokenizer has no chat template: {error}") from error
+    if not settings.lm_eval_add_bos or _adds_bos(tokenizer):
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    cast(Any, own).add_bos_token = True
+    if not _adds_bos(own):
+        raise ValueError(f"lm_eval_add_bos=True, but the tokenizer puts no BOS before a text: {own.bos_token!r}")
+    return own
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    manager: Any,
-    batch_size: int,
-    limit: int | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manager: Any, settings: EvaluationSettings
 ) -> dict[str, float]:
-    """Every figure of every task, as `task/figure`, in the harness's own units."""
+    """Every figure of every task, as `task/figure`, in the harness's own units, with a `tokenizer_of_tasks`."""
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     with without_router_logits(model):
         results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)),
-            tasks=list(tasks),
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=settings.batch_size,
+                device=str(model.device),
+                add_bos_token=settings.lm_eval_add_bos,
+            ),
+            tasks=list(settings.lm_eval),
             task_manager=manager,
-            limit=limit,
+            limit=settings.limit,
+            apply_chat_template=settings.lm_eval_chat_template,
         )
     return {
         f"{task}/{figure.removesuffix(',none')}": float(value)

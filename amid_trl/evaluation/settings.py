@@ -1,7 +1,14 @@
 """What an evaluation is asked for."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from amid_trl.fields import without_effect
+
+
+# How the tasks in `lm_eval` are put to the model.
+LM_EVAL_OPTIONS = ("lm_eval_chat_template", "lm_eval_add_bos")
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,8 @@ class EvaluationSettings:
         no_repeat_ngram_size: an n-gram of so many tokens is written at most once, 0: as often as it comes.
         limit: only so many rows of the set, and of each task.
         lm_eval: tasks of lm-eval-harness.
+        lm_eval_chat_template: their questions are turns of a chat, by the tokenizer's template.
+        lm_eval_add_bos: whether their text begins with the BOS token; None: as the tokenizer has it.
     """
 
     evaluation_set: str | None = None
@@ -29,11 +38,20 @@ class EvaluationSettings:
     no_repeat_ngram_size: int = 6
     limit: int | None = None
     lm_eval: tuple[str, ...] = ()
+    lm_eval_chat_template: bool = False
+    lm_eval_add_bos: bool | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What is kept beside the results; options of lm-eval-harness at their defaults are not, as before them."""
+        left = [name for name in LM_EVAL_OPTIONS if getattr(self, name) == getattr(type(self), name)]
+        return {name: value for name, value in asdict(self).items() if name not in left}
 
     def __post_init__(self):
         """Refuse what could only fail later."""
         if not self.evaluation_set and not self.lm_eval:
             raise ValueError("nothing to evaluate: name an evaluation_set, or tasks in lm_eval")
+        if not self.lm_eval:
+            without_effect(self, LM_EVAL_OPTIONS, "without tasks in lm_eval")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, at least one; got {list(self.seeds)}")
         for name in ("batch_size", "max_new_tokens", "limit"):

@@ -1,4 +1,4 @@
-"""`amid-trl cache-teacher`: what training would read, written by the teacher in memory."""
+"""`amid-trl cache-teacher`: what training would read, written by the teacher in memory or on a server."""
 
 from typing import Any
 
@@ -13,9 +13,10 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if folder is None:
         raise ValueError(train.NO_CACHE)
     training_args.teacher_cache = None
-    if training_args.absent_teacher is not None:
+    if (adapter := training_args.teacher_adapter_path) is not None:
         raise ValueError(
-            f"a cache is written by a teacher with a model of its own; got {training_args.absent_teacher}"
+            "a cache is written by a teacher with a model of its own, or on a server; got "
+            f"teacher_adapter_path={adapter!r}"
         )
     with train.before_training():
         trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)

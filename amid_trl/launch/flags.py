@@ -139,8 +139,10 @@ def check_flags(argv: list[str], command: str) -> Any:
         raise ValueError(
             unknown_arguments(unknown, [*parser._option_string_actions, *launcher._option_string_actions])
         )
-    if command == "train" and config.max_steps == 0:
-        raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
+    if command == "train":
+        config.check_trained_with()
+        if config.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
     script.require_model(model_args)
     script.require_one_dataset(script_args, dataset_args)
     script.require_dataset_name(script_args.dataset_name)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from amid_trl.fields import json_fields, own_fields
 from amid_trl.launch import recipes
 from amid_trl.launch.declared import Unread
 from amid_trl.parser import OneLineParser
+from amid_trl.training.inherited import DISTILLATION_DIFFERS, GKD_DIFFERS, HONOURED, REFUSED
 from amid_trl.training.run_fields import GROUPS
 
 
@@ -33,9 +35,21 @@ Section = tuple[str, list[str]]  # a heading, and the names of fields
 def run_parser(dataclass_types: Iterable[Any], prog: str | None) -> "RunParser":
     """A parser of the fields of these classes, with `--help-all` beside `--help`."""
     parser = RunParser(dataclass_types, prog=prog, formatter_class=partial(_Formatter, max_help_position=28))
+    say_what_is_done_here(parser)
     all_of_it = {"action": _HelpAll, "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--help-all", "--help_all", help="show all inherited fields as well", **all_of_it)
     return parser
+
+
+def say_what_is_done_here(parser: argparse.ArgumentParser) -> None:
+    """Of inherited fields that mean something of their own here, or are refused, keep the first sentence alone."""
+    ours = {name for group in GROUPS for name in _names(group)}
+    texts = {name: f"Here: {text}." for name, text in {**DISTILLATION_DIFFERS, **GKD_DIFFERS, **HONOURED}.items()}
+    texts |= {name: f"Here it stays at {accepted[0]!r}: {why}." for name, (accepted, why) in REFUSED.items()}
+    for action in parser._actions:
+        if action.dest in texts and action.dest not in ours:
+            first = re.split(r"\.(?:\s|$)", action.help or "")[0]
+            action.help = f"{first}. {texts[action.dest]}" if first else texts[action.dest]
 
 
 class RunParser(OneLineParser, TrlParser):

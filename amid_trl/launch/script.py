@@ -21,13 +21,16 @@ def make_parser(prog: str | None = None) -> Any:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from amid_trl import AMiDConfig
+    from amid_trl.launch.help import say_what_is_done_here
 
     groups: Any = (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(
+    parser = TrlParser(
         groups,
         prog=prog,
         epilog=f"--config reads them from a YAML file, or from a recipe: {', '.join(recipes.names())}",
     )
+    say_what_is_done_here(parser)
+    return parser
 
 
 def build_trainer(

@@ -56,7 +56,7 @@ class TeacherFields(Fields):
     teacher_cache: str | None = option(
         None,
         "A folder written by `amid-trl cache-teacher` with the same settings, in place of a model in memory. For runs "
-        "on the dataset's text.",
+        "on the dataset's text. The command takes it beside teacher_model_server_url too, training does not.",
     )
     teacher_top_k: int = option(
         100, "How many of the teacher's likeliest tokens the server gives, or the cache holds, for each token."
@@ -81,6 +81,14 @@ class TeacherFields(Fields):
         check_at_least(self, 1, "teacher_top_k")
         self._check_places()
         self._check_absent()
+
+    def check_trained_with(self) -> None:
+        """Refuse a server beside a cache: `amid-trl cache-teacher` fills one from the other, training asks one."""
+        if self.teacher_model_server_url is not None and self.teacher_cache is not None:
+            raise ValueError(
+                "teacher_cache has no effect beside teacher_model_server_url: `amid-trl cache-teacher` fills the "
+                "cache from the server; a training that reads the cache leaves teacher_model_server_url out"
+            )
 
     def _check_places(self) -> None:
         chosen = [name for name in PLACES if getattr(self, name) not in (None, False)]
@@ -107,11 +115,13 @@ class TeacherFields(Fields):
             without_effect(self, of_others, "on a teacher in memory")
             return
         if self.teacher_model_server_url is not None:
-            others = ("teacher_cache", "teacher_cache_dtype", *MODEL_FIELDS)
-            without_effect(self, others, "beside teacher_model_server_url")
+            without_effect(self, MODEL_FIELDS, "beside teacher_model_server_url")
             check_weights(self, "teacher_server_patience")
         else:
             without_effect(self, ("teacher_server_patience",), "on a teacher's cache")
+        if self.teacher_cache is not None:
             check_choice(self, "teacher_cache_dtype", ("float16", "float32"))
+        else:
+            without_effect(self, ("teacher_cache_dtype",), "beside teacher_model_server_url")
         if self.seq_kd:
             raise ValueError("seq_kd=True needs a teacher in memory, which writes the text")

@@ -95,7 +95,7 @@ class TeacherServer:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.url, self.vocabulary = url.rstrip("/").removesuffix("/v1"), vocabulary
         self.top_k = min(top_k, vocabulary)
-        self._batch_size, self._patience, self._backoff = batch_size, patience, backoff
+        self.batch_size, self._patience, self._backoff = batch_size, patience, backoff
         key = os.environ.get("VLLM_API_KEY")
         self._http = urllib3.PoolManager(
             maxsize=REQUESTS,
@@ -137,7 +137,7 @@ class TeacherServer:
         row = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[:longest]
         if len(row) < 2:
             return
-        others = [row[start:] + row[:start] for start in range(1, self._batch_size)]
+        others = [row[start:] + row[:start] for start in range(1, self.batch_size)]
         k = min(self.top_k, COMPANY_TOP_K)
         [alone], (among, *_) = self._batch(0, [row], k), self._batch(0, [row, *others], k)
         difference = _largest_difference(alone, among)
@@ -156,9 +156,9 @@ class TeacherServer:
         A position lists the likeliest tokens and the one that follows. ValueError if the server refuses, and with the
         row's index if an answer is not that of the row; ConnectionError if the server stays away.
         """
-        starts = range(0, len(rows), self._batch_size)
+        starts = range(0, len(rows), self.batch_size)
         with ThreadPoolExecutor(REQUESTS) as pool:
-            batches = pool.map(lambda start: self._batch(start, rows[start : start + self._batch_size]), starts)
+            batches = pool.map(lambda start: self._batch(start, rows[start : start + self.batch_size]), starts)
             return [teacher for batch in batches for teacher in batch]
 
     def _batch(self, start: int, rows: Sequence[Sequence[int]], top_k: int | None = None) -> list[SparseTeacher]:
@@ -308,6 +308,11 @@ class ServedTeacher:
 
     def __init__(self, server: TeacherServer):
         self._server = server
+
+    @property
+    def model(self) -> str:
+        """By which name the server lists it."""
+        return self._server.model
 
     def __call__(self, batch: Batch) -> SparseTeacher:
         """The predictions at the trained tokens, rows one after the other."""

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
-from amid_trl.data.datasets import all_datasets, columns_of, has_prompts_alone, has_turns
+from amid_trl.data.datasets import TAKE_CHOSEN, all_datasets, columns_of, has_prompts_alone, has_turns
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
 from amid_trl.fields import described, json_dict, json_fields
@@ -29,6 +29,13 @@ from amid_trl.training.run_fields import GROUPS, RunFields
 logger = logging.getLogger(__name__)
 
 
+# To transformers' words about a machine without a GPU, or with an old one.
+WITHOUT_BF16 = (
+    "TRL computes in bfloat16 by default. Without a GPU add --use_cpu --bf16 False (use_cpu=True, bf16=False); with "
+    "one that has no bfloat16, --bf16 False"
+)
+
+
 @dataclass
 class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVariableOverride]  # see RunFields
     """Our fields in front of TRL's; the text that is shown is made of them below."""
@@ -42,7 +49,12 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
         self._say_it_by_the_new_name()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             clear_build_locks()  # TRL's checks start DeepSpeed
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "support bf16" not in str(error):
+                raise
+            raise ValueError(f"{error} {WITHOUT_BF16}") from error
         check_objective(self)
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
         if unknown := sorted(given.keys() - {"skip_prepare_dataset"}):
@@ -146,6 +158,7 @@ def check_arguments(
     has_collator: bool,
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
+    config.check_trained_with()
     if not has_collator:
         for name, dataset in all_datasets(train_dataset, evaluation_set).items():
             _check_columns(config, dataset, name)
@@ -186,7 +199,10 @@ def follow_prompts(
     if not by_default or config.seq_kd or not prepares or formats or dataset is None:
         return
     if has_prompts_alone(dataset):
-        logger.warning("The training set has prompts without answers: the student writes every window (lmbda=1.0).")
+        preferred = TAKE_CHOSEN if "chosen" in columns_of(dataset) else ""
+        logger.warning(
+            "The training set has prompts without answers: the student writes every window (lmbda=1.0).%s", preferred
+        )
         config.lmbda = 1.0
 
 

@@ -1,4 +1,4 @@
-"""What a teacher in memory expects for every row of a run, written into a folder."""
+"""What a teacher in memory or on a server expects for every row of a run, written into a folder."""
 
 from collections.abc import Iterator
 from typing import Any, Literal, cast
@@ -17,6 +17,8 @@ from amid_trl.models.deepspeed import gathered_head
 from amid_trl.models.heads import causal_lm
 from amid_trl.teacher.cache import CacheAbout, CacheWriter, tokenizer_fingerprint
 from amid_trl.teacher.in_memory import ModelTeacher
+from amid_trl.teacher.server import REQUESTS, ServedTeacher, TeacherServer
+from amid_trl.teacher.teacher import Teacher
 from amid_trl.training.trainer import AMiDTrainer
 
 
@@ -29,10 +31,9 @@ def cache_teacher(
 ) -> None:
     """Write what is missing of the trainer's training and evaluation sets. All processes have to call it."""
     accelerator, top_k = trainer.accelerator, min(top_k, trainer.vocabulary)
-    model = cast(nn.Module, trainer.teacher_model)
-    teacher = ModelTeacher(model, accelerator, offloaded=trainer.args.teacher_offload)
+    teacher, name, size = _teacher(trainer, top_k)
     about = CacheAbout(
-        teacher=trainer.args.teacher_model_name_or_path or cast(str, causal_lm(model).name_or_path),
+        teacher=name,
         revision=trainer.args.teacher_model_revision,
         tokenizer=tokenizer_fingerprint(trainer.processing_class),
         vocabulary=trainer.vocabulary,
@@ -40,7 +41,7 @@ def cache_teacher(
         dtype=dtype,
     )
     with CacheWriter(folder, about, accelerator.process_index) as writer:
-        for batch in tqdm(_batches(trainer), desc="Teacher", disable=not accelerator.is_main_process):
+        for batch in tqdm(_batches(trainer, size), desc="Teacher", disable=not accelerator.is_main_process):
             keys = [row_key(*row) for row in unpadded_rows(batch)]
             missing = len(writer.missing(keys))
             # A teacher that is sharded over the processes needs all of them.
@@ -52,17 +53,31 @@ def cache_teacher(
     accelerator.wait_for_everyone()
 
 
-def _batches(trainer: AMiDTrainer) -> Iterator[Batch]:
+def _teacher(trainer: AMiDTrainer, top_k: int) -> tuple[Teacher, str, int]:
+    """The teacher, its name, and how many rows it is asked about at a time."""
+    args = trainer.args
+    size = args.per_device_eval_batch_size
+    if args.teacher_model_server_url is not None:
+        patience = args.teacher_server_patience
+        server = TeacherServer(args.teacher_model_server_url, top_k, trainer.vocabulary, patience=patience)
+        served = ServedTeacher(server)
+        return served, served.model, max(size, REQUESTS * server.batch_size)
+    model = cast(nn.Module, trainer.teacher_model)
+    teacher = ModelTeacher(model, trainer.accelerator, offloaded=args.teacher_offload)
+    return teacher, args.teacher_model_name_or_path or cast(str, causal_lm(model).name_or_path), size
+
+
+def _batches(trainer: AMiDTrainer, size: int) -> Iterator[Batch]:
     for dataset in all_datasets(trainer.train_dataset, trainer.eval_dataset).values():
-        size = trainer.args.per_device_eval_batch_size
         loader = DataLoader(dataset, batch_size=size, collate_fn=trainer.data_collator)
         yield from trainer.accelerator.prepare_data_loader(loader)
 
 
-def _rows(states: States, batch: Batch, vocabulary: int, top_k: int) -> Iterator[SparseTeacher]:
-    with gathered_head(states.head) as whole:
-        head = whole.cut(vocabulary)
-        chunks = [sparse_top_k(head(hidden), top_k) for hidden in states.hidden.split(CHUNK)]
+def _rows(answer: States | SparseTeacher, batch: Batch, vocabulary: int, top_k: int) -> Iterator[SparseTeacher]:
+    if isinstance(answer, States):
+        with gathered_head(answer.head) as whole:
+            head = whole.cut(vocabulary)
+            chunks = [sparse_top_k(head(hidden), top_k) for hidden in answer.hidden.split(CHUNK)]
+        answer = joined(chunks, torch.device("cpu"))
     trained = (trained_targets(batch) != UNTRAINED).sum(-1).tolist()
-    columns = [column.split(trained) for column in joined(chunks, torch.device("cpu"))]
-    return map(SparseTeacher, *columns)
+    return map(SparseTeacher, *(column.split(trained) for column in answer))

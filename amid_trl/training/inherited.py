@@ -49,6 +49,12 @@ HONOURED = {
     "pad_token": "by SFTTrainer; a collator of your own pads by itself",
 }
 
+# Of GKDConfig's fields those that its help explains otherwise.
+GKD_DIFFERS = {
+    "teacher_model_name_or_path": "has to be given, as this or as the trainer's `teacher_model`, unless a server, a "
+    "cache or an adapter of the student's base stands for it",
+}
+
 # Fields that trl.DistillationConfig has and AMiDConfig has not.
 NOT_OURS = {
     "max_tool_calling_iterations": "no tools are called while the student writes; tool calls in the data are trained",

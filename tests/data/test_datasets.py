@@ -209,7 +209,7 @@ PREFERENCES = {"prompt": "Is water wet?", "chosen": " Yes.", "rejected": " No."}
     ("row", "settings", "remedy"),
     [
         ({"prompt": "Is water wet?"}, MIXED, r"columns 'prompt'\): set lmbda=1.0.*or seq_kd=True"),
-        (PREFERENCES, MIXED, "set lmbda=1.0.*or name the column 'chosen' 'completion' to train on it"),
+        (PREFERENCES, MIXED, "set lmbda=1.0.*or name the column 'chosen' 'completion' to train on it .rename_column."),
         ({"prompt": "Is water wet?"}, DataSettings(evaluates=True), "set eval_generate=True"),
         ({"prompt": "Is water wet?"}, DataSettings(evaluates=True, generates=True), "give it answers"),
     ],
@@ -242,6 +242,21 @@ def test_columns_that_are_kept_stay_beside_the_rows(tokenizer):
 
 
 # ---- Errors ----
+
+
+def test_preferences_without_prompts_come_with_what_to_do(tokenizer):
+    chats = [{"chosen": CONVERSATION[:2], "rejected": CONVERSATION[:2]}]
+    texts = [{"chosen": "Is water wet? Yes.", "rejected": "Is water wet? No."}]
+    for rows in (chats, texts):
+        with pytest.raises(
+            ValueError, match=r"'chosen', 'rejected'; needed are .*rename_column\('chosen', 'messages'\)"
+        ):
+            prepared(rows, tokenizer)
+    renamed = Dataset.from_list(chats).rename_column("chosen", "messages")
+    [row] = prepare_dataset(renamed, tokenizer, DataSettings(), name="train")
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
+    [row] = prepared(texts, tokenizer, DataSettings(text_field="chosen"))
+    assert tokenizer.decode(row["input_ids"]).startswith("Is water wet? Yes.")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])

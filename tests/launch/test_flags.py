@@ -14,6 +14,7 @@ from amid_trl import DIVERGENCES, OBJECTIVES, cli
 from amid_trl._trl import launch_command_parser
 from amid_trl.launch import declared, flags, script
 from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES
+from amid_trl.training.inherited import HONOURED, REFUSED
 from amid_trl.training.objective_fields import check_objective
 
 
@@ -139,6 +140,27 @@ def test_the_options_are_those_of_the_installed_versions(parsers):
         for key, value in theirs.items():
             if key not in UNREAD.get(theirs["dest"], ()):
                 assert light[option][key] == value, f"{option}: {key}"
+
+
+def test_the_help_of_inherited_fields_says_what_is_done_here(parsers):
+    for parser in parsers:
+        texts = {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
+        assert texts["max_length"].startswith("Maximum length of the tokenized sequence. Here: bounds prompt and ")
+        assert "from the left or right" not in texts["max_length"]
+        assert texts["packing"].endswith(
+            "Here it stays at False: rows are padded; packing would need document masks in both models."
+        )
+        assert texts["beta"].endswith(
+            'Here: of `objective="gkd"` alone, where it means the same; any other objective warns that it is not read.'
+        )
+        assert "the same as the model being trained" not in texts["teacher_model_name_or_path"]
+        for name, text in HONOURED.items():
+            assert texts[name].endswith(f"Here: {text}."), name
+        for name, (_, why) in REFUSED.items():
+            assert texts[name].endswith(f": {why}."), name
+        assert texts["learning_rate"] and "Here" not in texts["learning_rate"]
+        assert "Here:" not in texts["max_new_tokens"] + texts["vllm_structured_outputs_regex"]
+        parser.format_help()
 
 
 def test_the_launchers_options_are_those_of_the_installed_version():

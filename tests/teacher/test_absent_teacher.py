@@ -169,6 +169,29 @@ def test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_ro
     assert logged(cached, "teacher_tail_mass") == [0.0] * 3
 
 
+@pytest.mark.parametrize("top_k", [8, VOCABULARY])
+def test_a_cache_that_a_server_has_filled_trains_as_the_server(run, tmp_path, tokenizer, teacher, top_k):
+    settings = {"lmbda": 0.0, "teacher_top_k": top_k}
+    folder = str(tmp_path / "cache")
+    data = {"train_dataset": messages_dataset(8), "eval_dataset": messages_dataset(3)}
+    with serving(teacher, max_logprobs=VOCABULARY) as server:
+        settings["teacher_model_server_url"] = server.url
+        served = run(folder="served", **settings)
+        config = AMiDConfig(str(tmp_path / "caching"), **CONFIG, **settings)
+        trainer = AMiDTrainer(tiny_llama(tokenizer), args=config, processing_class=tokenizer, **data)
+        cache_teacher(trainer, folder, top_k, "float32")
+        asked = len(server.questions)
+        cache_teacher(trainer, folder, top_k, "float32")
+        assert len(server.questions) == asked + 1, "all rows are there: the server is asked who it is, no more"
+    del settings["teacher_model_server_url"]
+    cached = run(folder="cached", teacher_cache=folder, **settings)
+    same_runs(cached, served)
+    assert logged(cached, "teacher_tail_mass") == pytest.approx(logged(served, "teacher_tail_mass"), rel=1e-5)
+    assert json.loads(Path(folder, "teacher.json").read_text())["teacher"] == "tiny", "the name that it lists"
+    with pytest.raises(ValueError, match="written with teacher 'tiny', not 'another'"):
+        run(teacher_cache=folder, teacher_model_name_or_path="another", **settings)
+
+
 def test_padding_of_the_teachers_vocabulary_is_not_cached(run, cache, tokenizer):
     padded = tiny_llama(tokenizer, seed=1, vocab_size=368)
     cached = run(teacher_cache=cache(teacher=padded, dtype="float32"), teacher_top_k=VOCABULARY, lmbda=0.0)
@@ -252,6 +275,27 @@ def test_a_cache_without_the_evaluation_sets_rows_is_refused(tmp_path, tokenizer
         )
 
 
+def test_the_command_fills_a_cache_from_a_server(tmp_path, tokenizer, teacher, monkeypatch, capsys):
+    save_tiny(tmp_path / "student", tiny_llama(tokenizer), tokenizer)
+    messages_dataset(6).to_json(tmp_path / "data" / "train.jsonl")
+    named = {"model_name_or_path": str(tmp_path / "student"), "dataset_name": str(tmp_path / "data")}
+    places = {"output_dir": str(tmp_path / "out"), "teacher_cache": str(tmp_path / "cache")}
+    settings = {name: value for name, value in CONFIG.items() if not name.startswith("eval")}
+    settings |= {**named, **places, "teacher_top_k": 12, "teacher_cache_dtype": "float32", "lmbda": 0.0}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    config = ["--config", str(tmp_path / "run.yaml")]
+    with serving(teacher, tokenizer=tokenizer) as server:
+        url = ["--teacher_model_server_url", server.url]
+        assert cli.main(["train", *config, *url]) == 2
+        assert "teacher_cache has no effect beside teacher_model_server_url" in capsys.readouterr().err
+        assert not (tmp_path / "cache").exists()
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher would
+        assert cli.main(["cache-teacher", *config, *url]) == 0
+    assert f"{tmp_path / 'cache'}: 6 rows" in capsys.readouterr().out
+    assert cli.main(["train", *config]) == 0  # the server is gone
+    assert "teacher_tail_mass" in capsys.readouterr().out
+
+
 def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monkeypatch, capsys):
     save_tiny(tmp_path / "student", tiny_llama(tokenizer), tokenizer)
     save_tiny(tmp_path / "teacher", teacher, tokenizer)
@@ -295,7 +339,11 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monke
             {"teacher_cache": "x", "lmbda": 0.0, "distill_temperature": 2.0},
             "distill_temperature has no effect on a teacher of which only",
         ),
-        ({"teacher_model_server_url": "x", "teacher_cache": "y"}, "teacher_cache has no effect beside"),
+        ({"teacher_model_server_url": "x", "teacher_cache": "y"}, "teacher_cache holds .* set lmbda=0.0"),
+        (
+            {"teacher_model_server_url": "x", "teacher_cache_dtype": "float32"},
+            "teacher_cache_dtype has no effect beside",
+        ),
         (
             {"teacher_model_server_url": "x", "teacher_model_name_or_path": "y"},
             "teacher_model_name_or_path has no effect beside teacher_model_server_url",
@@ -317,9 +365,16 @@ def test_a_folder_that_is_no_cache_is_refused(run, tmp_path):
         run(teacher_cache=str(tmp_path), lmbda=0.0)
 
 
-@pytest.mark.parametrize("absent", ["teacher_model_server_url", "teacher_adapter_path"])
-def test_a_cache_is_not_written_by_a_teacher_without_a_model(tmp_path, absent):
-    config = AMiDConfig(str(tmp_path), **{**CONFIG, "lmbda": 0.0}, **{absent: "elsewhere"})
-    config.teacher_cache = str(tmp_path / "cache")  # as flags give it: refused beside the other on construction
-    with pytest.raises(ValueError, match="a cache is written by a teacher with a model of its own; got elsewhere"):
+def test_a_cache_is_not_written_by_an_adapter_of_the_students_base(tmp_path):
+    config = AMiDConfig(str(tmp_path), **{**CONFIG, "lmbda": 0.0}, teacher_adapter_path="elsewhere")
+    config.teacher_cache = str(tmp_path / "cache")  # refused beside the other on construction
+    with pytest.raises(
+        ValueError, match="with a model of its own, or on a server; got teacher_adapter_path='elsewhere"
+    ):
         main(None, config, None, None)
+
+
+def test_training_is_not_given_a_server_and_a_cache(run, tmp_path):
+    both = {"teacher_model_server_url": "http://somewhere", "teacher_cache": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"teacher_cache has no effect beside .* leaves teacher_model_server_url out"):
+        run(lmbda=0.0, **both)

@@ -157,6 +157,16 @@ def test_what_cannot_work_is_refused_with_its_name_and_value(settings, message):
         config(**settings)
 
 
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"bf16": False, "bf16_full_eval": True}], ids=str)
+def test_without_bfloat16_the_error_says_what_to_add(settings, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"doesn't support bf16.* add --use_cpu --bf16 False \(use_cpu=True, bf16=False\)"
+    ):
+        AMiDConfig("unused", **settings)
+    AMiDConfig("unused", use_cpu=True, bf16=False)
+
+
 @pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
 def test_cutting_prompts_is_refused():
     with pytest.raises(ValueError, match="does not support truncation_mode='keep_end'"):

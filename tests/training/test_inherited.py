@@ -355,6 +355,19 @@ def test_a_script_for_distillation_trainer_runs_with_the_two_names_replaced(tmp_
     assert trainer.lmbda == trainer.args.lmbda == 1.0
 
 
+def test_who_gives_preferences_is_told_how_to_train_on_them(tmp_path, student, teacher, tokenizer, caplog):
+    config = AMiDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    rows = prompt_only_dataset(4)
+    rows = rows.add_column("chosen", ["Yes."] * 4).add_column("rejected", ["No."] * 4)
+    with caplog.at_level("WARNING", logger="amid_trl.training.config"):
+        AMiDTrainer(student, teacher, config, train_dataset=rows, processing_class=tokenizer)
+        assert "To train on its preferred answers, rename_column('chosen', 'completion')." in caplog.text
+        caplog.clear()
+        trained = rows.rename_column("chosen", "completion")
+        trainer = AMiDTrainer(student, teacher, config, train_dataset=trained, processing_class=tokenizer)
+    assert "prompts without answers" not in caplog.text and trainer.args.lmbda == 0.5
+
+
 def test_the_callers_settings_are_left_alone(tmp_path, student, teacher, tokenizer):
     config = AMiDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     rows = prompt_only_dataset(4)
