@@ -31,6 +31,6 @@ def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> 
     check_own_logits(teacher, "teacher")
     if stays or not engine:
         return teacher  # lies where it was loaded, and cannot be moved, or where it was put
-    if own:
+    if args.teacher_deepspeed is not None:
         return inference_engine(teacher, args.teacher_deepspeed, args.per_device_train_batch_size)
     return prepare_deepspeed(teacher, accelerator) if deepspeed else shard(teacher, accelerator)
