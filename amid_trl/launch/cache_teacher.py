@@ -20,7 +20,10 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         )
     with train.before_training():
         trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
-    cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)
+    try:
+        cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)
+    except ConnectionError as error:
+        raise train.NotTrained(f"{error}. {folder} keeps what is written: the same command goes on") from error
     trainer.accelerator.print(f"{folder}: {len(TeacherCache(folder))} rows")
     trainer.end()
 

@@ -210,7 +210,7 @@ class TeacherServer:
             if silent + pause > self._patience:
                 raise ConnectionError(
                     f"the teacher at {url} did not answer in {attempts} attempts, and was silent for {silent:.0f} s "
-                    f"({reason}). The run's last checkpoint is intact: resume from it when the server is back, or let "
+                    f"({reason}). A run's last checkpoint is intact: resume from it when the server is back, or let "
                     "it wait longer with teacher_server_patience"
                 )
             if attempts == 2:

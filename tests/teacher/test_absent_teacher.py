@@ -275,27 +275,6 @@ def test_a_cache_without_the_evaluation_sets_rows_is_refused(tmp_path, tokenizer
         )
 
 
-def test_the_command_fills_a_cache_from_a_server(tmp_path, tokenizer, teacher, monkeypatch, capsys):
-    save_tiny(tmp_path / "student", tiny_llama(tokenizer), tokenizer)
-    messages_dataset(6).to_json(tmp_path / "data" / "train.jsonl")
-    named = {"model_name_or_path": str(tmp_path / "student"), "dataset_name": str(tmp_path / "data")}
-    places = {"output_dir": str(tmp_path / "out"), "teacher_cache": str(tmp_path / "cache")}
-    settings = {name: value for name, value in CONFIG.items() if not name.startswith("eval")}
-    settings |= {**named, **places, "teacher_top_k": 12, "teacher_cache_dtype": "float32", "lmbda": 0.0}
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    config = ["--config", str(tmp_path / "run.yaml")]
-    with serving(teacher, tokenizer=tokenizer) as server:
-        url = ["--teacher_model_server_url", server.url]
-        assert cli.main(["train", *config, *url]) == 2
-        assert "teacher_cache has no effect beside teacher_model_server_url" in capsys.readouterr().err
-        assert not (tmp_path / "cache").exists()
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a launcher would
-        assert cli.main(["cache-teacher", *config, *url]) == 0
-    assert f"{tmp_path / 'cache'}: 6 rows" in capsys.readouterr().out
-    assert cli.main(["train", *config]) == 0  # the server is gone
-    assert "teacher_tail_mass" in capsys.readouterr().out
-
-
 def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monkeypatch, capsys):
     save_tiny(tmp_path / "student", tiny_llama(tokenizer), tokenizer)
     save_tiny(tmp_path / "teacher", teacher, tokenizer)

@@ -1,5 +1,9 @@
 """The fields of AMiDConfig whose effect no other test shows; test_config.py lists which test shows which."""
 
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import messages_dataset, multi_turn_dataset, tiny_llama
@@ -48,6 +52,42 @@ def test_the_chunk_size_bounds_the_projection(build, monkeypatch):
     tokens.clear()
     build(lmbda=0.0).train()
     assert len(tokens) == 2  # one chunk: one projection of each model
+
+
+class Writer:
+    """In the place of TensorBoard's: what transformers' callback writes, by name."""
+
+    def __init__(self, log_dir):
+        self.scalars, self.texts = {}, {}
+        Writer.last = self
+
+    def add_scalar(self, name, value, step):
+        self.scalars.setdefault(name, []).append(value)
+
+    def add_text(self, name, text, step=None):
+        self.texts[name] = text
+
+    def flush(self):
+        """Nothing waits."""
+
+    close = flush
+
+
+def test_figures_and_settings_arrive_in_a_tracker(tmp_path, student, teacher, tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    settings = {"max_steps": 1, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_new_tokens": 4}
+    settings |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "log_completions": True}
+    config = AMiDConfig(str(tmp_path), lmbda=1.0, assistant_alpha=-0.5, report_to="tensorboard", **settings)
+    rows = {"train_dataset": messages_dataset(4), "eval_dataset": messages_dataset(2)}
+    AMiDTrainer(student, teacher, config, processing_class=tokenizer, **rows).train()
+    names = ("objective", "nll", "kl", "top1_agreement", "student_entropy", "teacher_entropy")
+    assert {f"{split}/{name}" for split in ("train", "eval") for name in names} <= set(Writer.last.scalars)
+    others = ("on_policy_share", "completions/mean_length", "completions/clipped_ratio", "memory/student_gib")
+    assert {f"train/{name}" for name in others} <= set(Writer.last.scalars)
+    told = json.loads(Writer.last.texts["args"])
+    assert (told["assistant_alpha"], told["objective"], told["lmbda"]) == (-0.5, "amid", 1.0)
+    assert set(Writer.last.texts) == {"args", "model_config"}, "no table of completions"
 
 
 def test_the_revision_of_the_teacher_is_asked_for(build, tiny_dir, monkeypatch):
