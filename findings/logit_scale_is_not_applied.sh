@@ -35,7 +35,7 @@ alone = Cohere2ForCausalLM(text).eval()
 alone.model.load_state_dict(whole.get_decoder().state_dict())
 alone.lm_head.weight.data = whole.get_output_embeddings().weight.data
 with torch.no_grad():
-    ratio = alone(ids).logits / whole(ids).logits
+    ratio = (alone(ids).logits / whole(ids).logits)[..., 1:]  # the row of the padding token is zero
 print(f"Cohere2 / Aya Vision: {ratio.min():.4f} to {ratio.max():.4f}, logit_scale {text.logit_scale}")
 
 logits = []
