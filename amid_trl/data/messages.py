@@ -94,9 +94,9 @@ def with_json_arguments(messages: list[Message]) -> list[Message]:
 
 
 def object_arguments(messages: list[Message]) -> list[dict[str, Any]]:
-    """The arguments of all tool calls that are objects with a key."""
+    """The arguments of all tool calls that are objects."""
     calls = [call.get("function", call) for message in messages for call in message.get("tool_calls", ())]
-    return [call["arguments"] for call in calls if isinstance(call.get("arguments"), dict) and call["arguments"]]
+    return [call["arguments"] for call in calls if isinstance(call.get("arguments"), dict)]
 
 
 def _in_one_form(message: Message) -> Message:
@@ -131,12 +131,16 @@ def _text(content: Any, role: str) -> Any:
 def _with_arguments(call: dict[str, Any], convert: Any) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _with_arguments(call["function"], convert)}
-    return {**call, "arguments": convert(call["arguments"])} if "arguments" in call else call
+    if "arguments" in call or "name" in call:  # a function without parameters may be called without any
+        return {**call, "arguments": convert(call.get("arguments", {}))}
+    return call
 
 
 def _object_or_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return {}
     try:
         parsed = json.loads(value)
     except json.JSONDecodeError:

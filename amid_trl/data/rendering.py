@@ -48,7 +48,7 @@ class Renderer:
             if not arguments:
                 raise _refusal(error) from error
             return self._with_json(messages, generation_prompt, error)
-        if any(str(values) in rendered.text for values in arguments):
+        if any(values and str(values) in rendered.text for values in arguments):
             return self._with_json(messages, generation_prompt)
         return rendered
 

@@ -52,10 +52,13 @@ def merge(argv: Sequence[str]) -> int:
     import torch
     from transformers import AutoTokenizer
 
+    from amid_trl.models.generation import eos_token_ids
     from amid_trl.models.merging import merged_model
 
     tokenizer = AutoTokenizer.from_pretrained(args.adapter)
     merged = merged_model(args.adapter, tokenizer, getattr(torch, args.dtype))
+    if (generation := merged.model.generation_config) is not None:  # an adapter has none of its own
+        generation.eos_token_id = eos_token_ids(tokenizer, generation) or None
     merged.model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     cost = f"KL(unmerged || merged) {merged.kl:.2g} nats a token"

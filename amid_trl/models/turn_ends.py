@@ -36,7 +36,13 @@ def _behind_answer(tokenizer: PreTrainedTokenizerBase, behind: list[dict[str, An
     for messages in (chat, in_parts):
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, KeyError, AttributeError):
+        except (
+            TemplateError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ValueError,
+        ):  # also: several templates, none default
             continue
         _, found, after = text.rpartition(ANSWER)
         if found:

@@ -33,7 +33,8 @@ def end_where_taught(student: nn.Module, tokenizer: PreTrainedTokenizerBase, acc
     if accelerator.is_main_process:
         logger.warning(
             "The chat template ends a turn with %s, which neither the tokenizer nor the student ends at; now "
-            "generation ends there too, and the student is saved with it in its generation config.",
+            "generation ends there too, and the student is saved with it in its generation config (an adapter by "
+            "`amid-trl merge`).",
             _shown(tokenizer, new),
         )
 

@@ -17,9 +17,14 @@ COLUMNS = {
 }
 
 
-def source_name(share: float) -> str:
-    """Who wrote the text that a line is of, by the share of its windows that the student wrote."""
-    return {0.0: "dataset", 1.0: "student"}.get(share, f"student {share:.0%}")
+def source_name(student: float, replayed: float, *, seq_kd: bool) -> str:
+    """Who wrote the text that a line is of, by the shares of its windows that the student wrote, now and earlier."""
+    other = "teacher" if seq_kd else "dataset"
+    shares = {"student": student, "replay": replayed, other: 1 - student - replayed}
+    written = {name: share for name, share in shares.items() if share > 1e-6}
+    if len(written) == 1:
+        return next(iter(written))
+    return ", ".join(f"{name} {share:.0%}" for name, share in written.items())
 
 
 class NotebookProgress(NotebookProgressCallback):
@@ -39,8 +44,9 @@ class NotebookProgress(NotebookProgressCallback):
         if self.training_tracker is None or "loss" not in logs:
             return
         figures = {column: logs[name] for name, (column, _) in COLUMNS.items() if name in logs}
-        share = logs.get("on_policy_share")
-        self._write(state.global_step, {**figures, **({} if share is None else {"Text of": source_name(share)})})
+        if (share := logs.get("on_policy_share")) is not None:
+            figures["Text of"] = source_name(share, logs.get("replay_share", 0.0), seq_kd=args.seq_kd)
+        self._write(state.global_step, figures)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """What the evaluation found; each of several sets under its own name."""

@@ -111,6 +111,17 @@ def test_arguments_as_json_text_are_trained_as_the_object_that_they_are(template
             assert written in said
 
 
+@pytest.mark.parametrize("template", [name for name in ALL_TEMPLATES if by_longest_prefix(CALLS, name)])
+def test_a_call_without_arguments_is_trained_however_it_is_written(template):
+    tokenizer = tokenizer_with(template)
+    rows, own = [], training_template(tokenizer)
+    for arguments in ({}, "{}", "", None):
+        row, _ = conversation_row(calling("Time?", "clock", arguments), tokenizer, own, DataSettings())
+        rows.append(row)
+        assert any("clock" in text for text in trained_spans(row, tokenizer))
+    assert rows[1:] == rows[:1] * 3
+
+
 def test_a_template_that_writes_arguments_as_they_are_gets_json(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -122,7 +133,7 @@ def test_a_template_that_writes_arguments_as_they_are_gets_json(tokenizer):
         assert trained_spans(row, tokenizer) == ['weather({"city": "Paris"})<|im_end|>']
 
 
-@pytest.mark.parametrize("text", ["Paris", "[1, 2]", "3", "{'city': 'Paris'}", ""])
+@pytest.mark.parametrize("text", ["Paris", "[1, 2]", "3", "{'city': 'Paris'}"])
 def test_text_that_is_no_json_object_stays_as_it_is(text):
     (message,) = as_messages([calling("", "f", text)["messages"][1]])
     assert message["tool_calls"][0]["function"]["arguments"] == text

@@ -367,6 +367,22 @@ def test_merge_gives_the_logits_of_base_and_adapter(tmp_path, tiny_dir):
     torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_merged_student_ends_where_its_template_ends_a_turn(tmp_path):
+    """The base ends texts alone, as base models do."""
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    base = tiny_llama(tokenizer)
+    base.generation_config.eos_token_id = tokenizer.eos_token_id
+    loaded = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "base", base, tokenizer))
+    adapted = get_peft_model(loaded, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id, end]
+
+
 def test_data_is_given_once(tmp_path, tiny_dir, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(ValueError, match="give the data either as dataset_name or as a datasets mixture"):

@@ -75,3 +75,8 @@ def test_no_other_token_ends_a_turn(template):
     tokenizer = base_tokenizer(template)
     assert turn_end(tokenizer, [tokenizer.eos_token_id]) is None
     assert eos_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_several_templates_without_a_default_say_nothing(tokenizer):
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    assert turn_end(tokenizer, []) is None

@@ -95,6 +95,18 @@ def test_a_table_shows_what_the_loss_is_made_of(notebook):
         assert [figures["Validation loss"], figures["Validation KL(p‖q)"]] == expected
 
 
+def test_the_table_says_whose_text_it_was(notebook):
+    names = "[source_name(*shares, seq_kd=seq_kd) for *shares, seq_kd in given]"
+    cell = notebook.run(
+        "from amid_trl.training.notebook import source_name\n"
+        "given = [(0.0, 0.0, False), (1.0, 0.0, True), (0.0, 0.0, True), (0.5, 0.0, True), (0.25, 0.5, False)]\n"
+        f"print(json.dumps({names}))"
+    )
+    assert said(cell) == [
+        "dataset", "student", "teacher", "student 50%, teacher 50%", "student 25%, replay 50%, dataset 25%",
+    ]  # fmt: skip
+
+
 def test_an_evaluation_alone_is_a_table_too(notebook):
     cell = notebook.run("print(json.dumps(trainer_for('alone').evaluate()))")
     [head, row] = table(next(html for html in cell.shown if "Validation" in html))
