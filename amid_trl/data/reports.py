@@ -42,7 +42,7 @@ REPORTS = {
     NO_PROMPT: "{rows} dropped: no prompt to generate from",
     LONG_PROMPT: "{rows} dropped: prompt longer than {settings.prompt_budget} tokens ({settings.budget_is})",
     REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow: a row for each "
-    "answer trains them all; {{% generation %}} markers in the template show where a turn is that still says the same",
+    "answer trains them all, and so do {{% generation %}} markers in the template where the turn itself stays",
     NO_CONTEXT: UNTRAINED_TURN + "the chat template refuses what is before it as a context to answer",
     SAYS_NOTHING: UNTRAINED_TURN + "it says nothing, and the student would learn to end at once",
     CALLS_LEFT_OUT: UNTRAINED_TURN + "the chat template leaves its tool calls out",

@@ -30,6 +30,7 @@ class UnmovedWeights(TrainerCallback):
     def __init__(self, run: Run[AMiDConfig]):
         self._args, self._accelerator = run.args, run.accelerator
         self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._has_stepped = False
 
     def on_train_begin(self, args: Any, state, control, **kwargs):
         """Remember some weights, where the optimizer changes them in half precision."""
@@ -53,10 +54,14 @@ class UnmovedWeights(TrainerCallback):
                 self._args.learning_rate,
             )
 
+    def on_pre_optimizer_step(self, args: Any, state, control, **kwargs):
+        """A warm-up begins with a step of no length, which says nothing."""
+        self._has_stepped |= any(group["lr"] > 0 for group in kwargs["optimizer"].param_groups)
+
     @property
     def figures(self) -> dict[str, float]:
-        """For the first log; all processes have to ask."""
-        if not self._before:
+        """For the first log behind a step; all processes have to ask."""
+        if not self._before or not self._has_stepped:
             return {}
         before, self._before = self._before, []
         sizes = [_here(weight).numel() for weight, _ in before]

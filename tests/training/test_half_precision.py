@@ -37,6 +37,15 @@ def test_it_is_said_of_the_first_log_alone_and_never_of_float32(train, student, 
     assert not logged(trainer, "unmoved_weights") and not caplog.get_records("call")
 
 
+def test_a_warm_up_is_waited_for(train, student):
+    student.bfloat16()
+    trainer = train(learning_rate=1e-2, warmup_steps=1, max_steps=3)
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == 0.0
+    [share] = logged(trainer, "unmoved_weights")
+    assert share < 0.9 and "unmoved_weights" in trainer.state.log_history[1]
+
+
 def test_an_adapter_in_float32_on_a_base_in_bfloat16_is_not_meant(train, student, caplog):
     trainer = train(model=student.bfloat16(), peft_config=LoraConfig(**LORA), learning_rate=1e-6, max_steps=1)
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters() if weight.requires_grad)
