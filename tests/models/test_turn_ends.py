@@ -77,6 +77,23 @@ def test_no_other_token_ends_a_turn(template):
     assert eos_token_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
+SEPARATED = (
+    "{{ bos }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] }}{{ '' if loop.last else end }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("bos", ["", "<|bos|>", "<|system|>Help.<|close|>", "<|close|>"])
+@pytest.mark.parametrize("ends", [["<|close|>"], ["<|close|>", "<|end|>"]])
+def test_what_opens_the_next_question_is_not_the_end_of_an_answer(bos, ends):
+    """The end stands between two messages alone, and the next one's role follows it at once."""
+    set_first = f"{{% set bos, end = {bos!r}, {''.join(ends)!r} %}}"
+    tokenizer = base_tokenizer(set_first + SEPARATED)
+    names = ["<|close|>", "<|user|>", "<|system|>", "<|bos|>"]
+    tokenizer.add_tokens([AddedToken(each, special=True) for each in names])
+    assert turn_end(tokenizer, [tokenizer.eos_token_id]) == tokenizer.convert_tokens_to_ids(ends[-1])
+
+
 def test_several_templates_without_a_default_say_nothing(tokenizer):
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
     assert turn_end(tokenizer, []) is None
