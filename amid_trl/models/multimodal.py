@@ -22,6 +22,18 @@ _WHERE = (
     *("revision", "trust_remote_code", "subfolder", "token", "cache_dir", "local_files_only", "code_revision"),
     "gguf_file",
 )
+# Of text parts that have no causal LM of their own, the model that makes the same of text alone: the axes of their
+# rotary positions count alike where there is no picture.
+_SAME_OF_TEXT = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+}
 # What a quantiser and a device map leave on a model, beside its modules.
 _LOADED = (
     *("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"),
@@ -41,7 +53,23 @@ def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     text = config.get_text_config(decoder=True)
     known: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     found = [known[kind] for kind in (type(text), type(config)) if kind in known]
-    return next((kind for kind in found if kind.config_class is type(text)), None)
+    same: Any = _SAME_OF_TEXT.get(text.model_type)
+    plain = known[transformers.CONFIG_MAPPING[same]] if same else None
+    return next((kind for kind in found if kind.config_class is type(text)), plain)
+
+
+def _text_config(config: PretrainedConfig, kind: type[PreTrainedModel]) -> PretrainedConfig:
+    """The configuration of the text part, as `kind` has it."""
+    text = config.get_text_config(decoder=True)
+    own: Any = kind.config_class
+    if own is type(text):
+        return text
+    given = {name: value for name, value in text.to_dict().items() if name not in ("model_type", "architectures")}
+    rope = {name: value for name, value in given["rope_parameters"].items() if not name.startswith("mrope")}
+    kind_of_rope = rope.get("rope_type", "default").replace("mrope", "default")
+    implied = {"head_dim": text.hidden_size // text.num_attention_heads, "norm_topk_prob": True}
+    implied = {name: value for name, value in implied.items() if hasattr(own, name)}
+    return own(**{**implied, **given, "rope_parameters": {**rope, "rope_type": kind_of_rope}})
 
 
 class TextLoader(NamedTuple):
@@ -134,7 +162,7 @@ _MARK = "_amid_part_of"
 
 def _taken_out(whole: PreTrainedModel, kind: type[PreTrainedModel]) -> PreTrainedModel:
     inside, head = _text_modules(whole, kind)
-    config = whole.config.get_text_config(decoder=True)
+    config: Any = _text_config(whole.config, kind)
     config.tie_word_embeddings = head is not None and head.weight is whole.get_input_embeddings().weight
     config.dtype, config.name_or_path = whole.dtype, whole.name_or_path
     if (quantised := getattr(whole.config, "quantization_config", None)) is not None:
@@ -144,7 +172,8 @@ def _taken_out(whole: PreTrainedModel, kind: type[PreTrainedModel]) -> PreTraine
     else:
         with torch.device("meta"):
             text = kind(config)
-        slots = [name for name, module in text.named_children() if type(module) is type(inside)]
+        kinds = (type(inside), type(text.base_model)) if type(config) is not type(inside.config) else (type(inside),)
+        slots = [name for name, module in text.named_children() if type(module) in kinds]
         if len(slots) != 1 or head is None:
             raise ValueError(
                 f"{type(whole).__name__} is multimodal, and its {type(inside).__name__} is not what a "
@@ -152,6 +181,7 @@ def _taken_out(whole: PreTrainedModel, kind: type[PreTrainedModel]) -> PreTraine
             )
         setattr(text, slots[0], inside)
         text.set_output_embeddings(head)
+        text._no_split_modules = inside._no_split_modules
         text.train(whole.training)
     for name in _LOADED:
         if name in vars(whole):

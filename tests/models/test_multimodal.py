@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,51 @@ FAMILIES = {
         )
     ),
 }
+# Their text parts have no causal LM: another family's makes the same of text.
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+TOWER = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
+BY_ANOTHER = {
+    "qwen2_vl": lambda: tf.Qwen2VLForConditionalGeneration(
+        tf.Qwen2VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
+        )
+    ),
+    "qwen2_5_vl": lambda: tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": ROPE}, vision_config=TOWER)
+    ),
+    "qwen3_vl": lambda: tf.Qwen3VLForConditionalGeneration(
+        tf.Qwen3VLConfig(
+            text_config={**TEXT, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
+            vision_config={**TOWER, "intermediate_size": 32, "deepstack_visual_indexes": [0]},
+            tie_word_embeddings=True,
+        )
+    ),
+    "qwen3_vl_moe": lambda: tf.Qwen3VLMoeForConditionalGeneration(
+        tf.Qwen3VLMoeConfig(
+            text_config={**TEXT, **EXPERTS, "head_dim": 8, "rope_parameters": ROPE},
+            vision_config={**TOWER, "intermediate_size": 32, "deepstack_visual_indexes": [0]},
+        )
+    ),
+    "glm4v": lambda: tf.Glm4vForConditionalGeneration(
+        tf.Glm4vConfig(
+            text_config={**TEXT, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1]}},
+            vision_config={**TOWER, "intermediate_size": 32, "image_size": 28, "patch_size": 14},
+        )
+    ),
+    "glm4v_moe": lambda: tf.Glm4vMoeForConditionalGeneration(
+        tf.Glm4vMoeConfig(
+            text_config={
+                **{**TEXT, "head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+                **{"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1},
+                "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1]},
+            },
+            vision_config={**TOWER, "intermediate_size": 32, "image_size": 28, "patch_size": 14},
+        )
+    ),
+}
+FAMILIES |= BY_ANOTHER
 IDS = torch.arange(3, 15).reshape(2, 6)
 
 
@@ -258,21 +304,14 @@ def test_an_evaluation_compares_language_models(tmp_path, gemma, tokenizer, rows
     assert results["metrics"]["kl_pq"] == pytest.approx(0, abs=1e-6)
 
 
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
 WITHOUT_CAUSAL_LM = {
-    "qwen2_vl": lambda: tf.Qwen2VLForConditionalGeneration(
-        tf.Qwen2VLConfig(
-            text_config={**TEXT, **MROPE},
-            vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
-        )
-    ),
-    "qwen3_vl": lambda: tf.Qwen3VLForConditionalGeneration(
-        tf.Qwen3VLConfig(
-            text_config={**TEXT, **MROPE, "head_dim": 8},
-            vision_config={
-                **{"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
-                "deepstack_visual_indexes": [0],
+    "glm_ocr": lambda: tf.GlmOcrForConditionalGeneration(
+        tf.GlmOcrConfig(
+            text_config={
+                **{**TEXT, "head_dim": 8},
+                "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1]},
             },
+            vision_config={**TOWER, "intermediate_size": 32, "image_size": 28, "patch_size": 14},
         )
     ),
 }
@@ -292,9 +331,24 @@ def test_a_family_without_a_causal_lm_for_its_text_is_a_teacher(train, tmp_path,
 
 
 def test_a_family_without_a_causal_lm_for_its_text_is_no_student(train, tmp_path, tokenizer):
-    path = save_tiny(tmp_path / "vl", WITHOUT_CAUSAL_LM["qwen2_vl"](), tokenizer)
-    with pytest.raises(ValueError, match=r"the student \(Qwen2VLForConditionalGeneration\) is a multimodal model"):
+    path = save_tiny(tmp_path / "vl", WITHOUT_CAUSAL_LM["glm_ocr"](), tokenizer)
+    with pytest.raises(ValueError, match=r"the student \(GlmOcrForConditionalGeneration\) is a multimodal model"):
         train(model=str(path))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("family", BY_ANOTHER)
+def test_a_text_part_trains_as_the_causal_lm_of_another_family(train, tmp_path, tokenizer, family, adapter):
+    path = str(save_tiny(tmp_path / "vl", FAMILIES[family](), tokenizer))
+    peft = LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_proj"]}) if adapter else None
+    trainer = train(model=path, teacher_model=path, lmbda=0.5, max_steps=2, peft_config=peft)
+    batch = next(iter(trainer.get_train_dataloader()))
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), dense_loss(trainer, batch))
+    trainer.train()
+    trainer.save_model()
+    loads: Any = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    again = loads.from_pretrained(trainer.args.output_dir, dtype=torch.float32)
+    torch.testing.assert_close(logits(again.eval()), logits(trainer.model.eval()))
 
 
 def test_the_tokenizer_beside_the_checkpoint_is_used(tmp_path, gemma, tiny_dir):
