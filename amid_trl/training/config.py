@@ -131,7 +131,24 @@ AMiDConfig.__doc__ = f"""
 {described(GROUPS)}"""
 
 
-def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
+def own_arguments(
+    config: AMiDConfig | None,
+    model: Any,
+    train_dataset: Dataset | IterableDataset | None,
+    evaluation_set: Any,
+    *,
+    collator: Callable | None,
+    formatting_func: Callable | None,
+    compute_metrics: Callable | None,
+) -> AMiDConfig:
+    """The arguments of one trainer, its own: what the data decides is set, what cannot be done is refused."""
+    own = _own_copy(config, model)
+    _follow_prompts(own, train_dataset, prepares=collator is None, formats=formatting_func is not None)
+    _check_arguments(own, train_dataset, evaluation_set, compute_metrics, has_collator=collator is not None)
+    return own
+
+
+def _own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
     """A copy that the trainer may change: TRL and transformers write into their arguments while they run.
 
     Without a config, the defaults with an output directory named after the model, as TRL does.
@@ -149,7 +166,26 @@ def own_copy(config: AMiDConfig | None, model: Any) -> AMiDConfig:
     return own
 
 
-def check_arguments(
+def _follow_prompts(
+    config: AMiDConfig, dataset: Dataset | IterableDataset | None, *, prepares: bool, formats: bool
+) -> None:
+    """Where the training set has no answers, all text has to be written: an `lmbda` at its default becomes 1.
+
+    `config` is the trainer's own copy. With `prepares` rows are prepared here; where it `formats`, a function makes
+    text of them.
+    """
+    by_default = config.lmbda == GKDConfig.lmbda and config.lmbda_schedule is None and config.sampling == "mixed"
+    if not by_default or config.seq_kd or not prepares or formats or dataset is None:
+        return
+    if has_prompts_alone(dataset):
+        preferred = TAKE_CHOSEN if "chosen" in columns_of(dataset) else ""
+        logger.warning(
+            "The training set has prompts without answers: the student writes every window (lmbda=1.0).%s", preferred
+        )
+        config.lmbda = 1.0
+
+
+def _check_arguments(
     config: AMiDConfig,
     train_dataset: Any,
     evaluation_set: Any,
@@ -185,25 +221,6 @@ def _check_columns(config: AMiDConfig, dataset: Any, name: str) -> None:
             f"assistant_only_loss=True, but the dataset is not conversational: the {name} dataset has the columns "
             f"{', '.join(map(repr, columns_of(dataset)))}, and no assistant's turns in them"
         )
-
-
-def follow_prompts(
-    config: AMiDConfig, dataset: Dataset | IterableDataset | None, *, prepares: bool, formats: bool
-) -> None:
-    """Where the training set has no answers, all text has to be written: an `lmbda` at its default becomes 1.
-
-    `config` is the trainer's own copy. With `prepares` rows are prepared here; where it `formats`, a function makes
-    text of them.
-    """
-    by_default = config.lmbda == GKDConfig.lmbda and config.lmbda_schedule is None and config.sampling == "mixed"
-    if not by_default or config.seq_kd or not prepares or formats or dataset is None:
-        return
-    if has_prompts_alone(dataset):
-        preferred = TAKE_CHOSEN if "chosen" in columns_of(dataset) else ""
-        logger.warning(
-            "The training set has prompts without answers: the student writes every window (lmbda=1.0).%s", preferred
-        )
-        config.lmbda = 1.0
 
 
 def data_settings(

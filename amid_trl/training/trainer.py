@@ -41,7 +41,7 @@ from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
 from amid_trl.training.card import PAPER, card_folder, complete_card
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
-from amid_trl.training.config import AMiDConfig, check_arguments, data_settings, follow_prompts, for_sft, own_copy
+from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments
 from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
@@ -110,9 +110,8 @@ class AMiDTrainer(GKDTrainer):
     ):
         if preprocess_logits_for_metrics is not None:
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
-        args = own_copy(args, model)
-        follow_prompts(args, train_dataset, prepares=data_collator is None, formats=formatting_func is not None)
-        check_arguments(args, train_dataset, eval_dataset, compute_metrics, has_collator=data_collator is not None)
+        functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics}
+        args = own_arguments(args, model, train_dataset, eval_dataset, collator=data_collator, **functions)
         set_seed(args.seed)
         student, teacher, tokenizer, self._renamed = load_pair(
             model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config
