@@ -4,9 +4,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.data.messages import called_functions, conversation_of, thought_and_answer, tools_of, without_nulls
+from amid_trl.data.messages import (
+    Message,
+    called_functions,
+    conversation_of,
+    thought_and_answer,
+    tools_of,
+    without_nulls,
+)
 from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import (
+    MESSAGE_LEFT_OUT,
     OTHER_CONTEXT,
     SAYS_NOTHING,
     TOOLS_IGNORED,
@@ -62,6 +70,8 @@ def conversation_row(
         [text for text in map(str, map(tokenizer.decode, ends)) if text],
     )
     text = conversation.whole.text
+    if _leaves_out(conversation.messages, text):
+        notes.append(MESSAGE_LEFT_OUT)
     ids, token_ends = tokens_with_ends(tokenizer, text)
     trained: set[int] = set()
     for spans, said in conversation.turns(answers):
@@ -72,6 +82,12 @@ def conversation_row(
     keep = trained if settings.completions_alone or not prompt_turns else set(range(len(ids)))
     labels = [token if i in keep else UNTRAINED for i, token in enumerate(ids)]
     return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, list(dict.fromkeys(notes))
+
+
+def _leaves_out(messages: list[Message], text: str) -> bool:
+    """Whether what is said to the model is nowhere in the text; tools' results are written in other forms."""
+    said = (message["content"] for message in messages if message["role"] not in ("assistant", "tool"))
+    return any(isinstance(content, str) and content.strip() not in text for content in said)
 
 
 def _until_end(positions: list[int], ids: list[int], ends: list[int]) -> list[int]:

@@ -2,7 +2,8 @@
 
 - A key whose value is null, at any depth, is not there: Arrow fills in the keys that a row lacks and another row has.
   In lists nulls stay, because Arrow puts none there.
-- ShareGPT's names (`from`, `value`, `human`, `gpt`) are those of chat templates.
+- ShareGPT's names (`from`, `value`, `human`, `gpt`, `observation`, ...) are those of chat templates, and what it and
+  OpenAI's older API call a `function_call` is a tool call.
 - `content` is a string: parts of text are joined, and where there is none it is empty.
 - The arguments of a tool call are an object, also where they are given as JSON text, as OpenAI's API gives them. Text
   that is no JSON object stays as it is.
@@ -19,7 +20,19 @@ from amid_trl.data.rows import BadRow
 
 Message = dict[str, Any]
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# What other tools call the roles of chat templates. A `function_call` is an assistant's, too.
+OTHER_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+}
+
+# Parts of content that are text, of a chat, and of OpenAI's Responses API; a part without a type may be one.
+TEXT_PARTS = ("text", "input_text", "output_text", None)
 
 # Names under which a message has its reasoning.
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -47,11 +60,8 @@ def as_messages(given: Any) -> list[Message]:
 
 def tools_of(example: dict[str, Any]) -> list[Any] | None:
     """The schemas of the row's tools, given as a list, as JSON text or as a list of JSON texts; None without any."""
-    tools = example.get("tools")
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else without_nulls(tools)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"the tools are no JSON text: {error}") from error
+    tools = _read_json(example.get("tools"), "tools are")
+    tools = tools if isinstance(example.get("tools"), str) else without_nulls(tools)
     return [_object_or_text(tool) for tool in tools] if tools else None
 
 
@@ -100,16 +110,13 @@ def object_arguments(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def _in_one_form(message: Message) -> Message:
+    message = _with_tool_calls(message)
     given = message.get("role")
     if not isinstance(given, str):
         raise BadRow(f"a message has no role: {message!r}")
-    role = SHAREGPT_ROLES.get(given, given)
+    role = OTHER_ROLES.get(given, given)
     message = {**message, "role": role, "content": _text(message.get("content", ""), role)}
-    calls = message.pop("tool_calls", None)
-    try:
-        calls = json.loads(calls) if isinstance(calls, str) and calls else calls
-    except json.JSONDecodeError as error:
-        raise BadRow(f"the tool calls are no JSON text: {error}") from error
+    calls = _read_json(message.pop("tool_calls", None), "tool calls are")
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise BadRow(f"expected a list of tool calls; got {calls!r}")
@@ -117,15 +124,41 @@ def _in_one_form(message: Message) -> Message:
     return message
 
 
+def _with_tool_calls(message: Message) -> Message:
+    """A message whose `function_call`, a key or the role that has it as its content, is a list of tool calls."""
+    if message.get("role") == "function_call":
+        message = {**message, "role": "assistant", "content": "", "function_call": message.get("content", "")}
+    if "function_call" not in message or "tool_calls" in message:
+        return message
+    called = _read_json(message["function_call"], "function call is")
+    rest = {key: value for key, value in message.items() if key != "function_call"}
+    calls = called if isinstance(called, list) else [called] if called else []
+    if not all(isinstance(call, dict) for call in calls):
+        raise BadRow(f"expected a function call with its name and arguments; got {called!r}")
+    functions = [call.get("function", call) for call in calls]
+    return {**rest, "tool_calls": [{"type": "function", "function": function} for function in functions]}
+
+
 def _text(content: Any, role: str) -> Any:
+    if isinstance(content, dict) and isinstance(content.get("text"), str) and role != "tool":
+        content = [content]
     if not isinstance(content, list):
         return content
     parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
-    if all(part.get("type") == "text" and isinstance(part.get("text", ""), str) for part in parts):
-        return "".join(part.get("text", "") for part in parts)
     if role == "tool" and not any("type" in part for part in parts):
         return content  # what a tool gave back, which some templates write as JSON
-    raise BadRow("a message has content other than text; only text is supported")
+    if all(part.get("type") in TEXT_PARTS and isinstance(part.get("text", ""), str) for part in parts):
+        return "".join(part.get("text", "") for part in parts)
+    others = sorted({str(part.get("type")) for part in parts if part.get("type") not in TEXT_PARTS})
+    named = f" (a part of the type {', '.join(map(repr, others))})" if others else ""
+    raise BadRow(f"a message has content other than text{named}; only text is supported")
+
+
+def _read_json(value: Any, what: str) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value
+    except json.JSONDecodeError as error:
+        raise BadRow(f"the {what} no JSON text: {error}") from error
 
 
 def _with_arguments(call: dict[str, Any], convert: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from amid_trl.data.rows import (
     DROPPED,
     EMPTY_THOUGHT,
     LONG_PROMPT,
+    MESSAGE_LEFT_OUT,
     NO_ANSWER,
     NO_CONTEXT,
     NO_PROMPT,
@@ -54,6 +55,8 @@ REPORTS = {
     OTHER_CONTEXT: "{rows} where the prompt rendered for generation is not how the trained row begins, so training "
     "and inference see different contexts",
     TOOLS_IGNORED: "{rows} with tools that the chat template leaves out",
+    MESSAGE_LEFT_OUT: "{rows} with a message before an answer that the chat template leaves out or changes (a system "
+    "prompt, or a role that it does not know)",
 }
 
 # Of which rows the length is said, and which length.

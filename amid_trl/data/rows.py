@@ -32,6 +32,7 @@ EMPTY_THOUGHT = "empty thought"
 OTHER_END = "other end"
 OTHER_CONTEXT = "other context"
 TOOLS_IGNORED = "tools ignored"
+MESSAGE_LEFT_OUT = "message left out"
 
 DROPPED = {BAD, NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT}
 

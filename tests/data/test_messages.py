@@ -6,6 +6,7 @@ import pytest
 from chat_templates import ALL_TEMPLATES, by_longest_prefix, tokenizer_with
 from datasets import Dataset, IterableDataset
 from preparing import CONVERSATION, assistant, prepared, trained_spans, user, warnings_of
+from tiny import CHATML
 from trl.trainer.utils import remove_none_values
 
 from amid_trl.data.conversations import conversation_row
@@ -176,7 +177,21 @@ def test_arrow_fills_in_parts_and_what_is_no_text_is_named(tokenizer, caplog):
     chats = [[{**m, "content": parts(m["content"])} for m in CONVERSATION[:2]], [{"role": "user", "content": image}]]
     (row,) = prepared([{"messages": chat} for chat in chats], tokenizer)
     assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
-    assert "(row 1: a message has content other than text; only text is supported)" in warnings_of(caplog)[0]
+    assert "(row 1: a message has content other than text (a part of the type 'image'); only" in warnings_of(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"text": "Is water wet?"}],
+        [{"type": "input_text", "text": "Is water wet?"}],
+        [{"type": "output_text", "text": "Is water "}, "wet?"],
+        {"type": "text", "text": "Is water wet?"},
+        {"text": "Is water wet?"},
+    ],
+)
+def test_parts_of_text_under_other_names_are_text(content):
+    assert as_messages([{"role": "user", "content": content}]) == [user("Is water wet?")]
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
@@ -195,8 +210,64 @@ def test_content_that_is_null_is_empty(role, tokenizer):
         ({"content": "Hi."}, "a message has no role"),
         ({"role": "assistant", "tool_calls": "[{"}, "the tool calls are no JSON text"),
         ({"role": "assistant", "tool_calls": ["f"]}, "expected a list of tool calls; got"),
+        ({"from": "function_call", "value": "weather in Paris"}, "the function call is no JSON text"),
+        ({"role": "assistant", "function_call": 3}, "expected a function call with its name and arguments; got 3"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "a part of the type 'image_url'"),
     ],
 )
 def test_messages_that_cannot_be_read_say_why(message, words):
     with pytest.raises(BadRow, match=words):
         as_messages([message])
+
+
+# ---- Roles of other tools ----
+
+CALL = {"name": "weather", "arguments": {"city": "Paris"}}
+CALLED = [
+    user("Weather in Paris?"),
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+    {"role": "tool", "content": "Sunny."},
+    assistant("It is sunny."),
+]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("writer", ["gpt", "chatgpt", "bot", "model"])
+def test_sharegpt_calls_functions_and_sees_what_they_say(writer, as_text):
+    tokenizer = tokenizer_with("qwen2_5")
+    said = [
+        {"from": "human", "value": "Weather in Paris?"},
+        {"from": "function_call", "value": json.dumps(CALL) if as_text else json.dumps([CALL])},
+        {"from": "observation", "value": "Sunny."},
+        {"from": writer, "value": "It is sunny."},
+    ]
+    tools = {"tools": TOOLS}
+    (row,) = prepared([{"conversations": said, "tools": json.dumps(TOOLS)}], tokenizer)
+    assert [row] == prepared([{"messages": CALLED, **tools}], tokenizer)
+    assert trained_spans(row, tokenizer) == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
+        "It is sunny.<|im_end|>",
+    ]
+
+
+def test_openais_older_function_call_is_a_tool_call():
+    tokenizer = tokenizer_with("qwen2_5")
+    older = [
+        CALLED[0],
+        {"role": "assistant", "content": None, "function_call": {**CALL, "arguments": json.dumps(CALL["arguments"])}},
+        {"role": "function", "name": "weather", "content": "Sunny."},
+        CALLED[3],
+    ]
+    for rows in ([{"messages": older, "tools": TOOLS}], Dataset.from_list([{"messages": older, "tools": TOOLS}])):
+        assert prepared(rows, tokenizer) == prepared([{"messages": CALLED, "tools": TOOLS}], tokenizer)
+
+
+@pytest.mark.parametrize("role", ["system", "documents"])
+def test_a_message_that_the_template_leaves_out_is_noted(role, tokenizer, caplog):
+    known = "{%- for message in messages if message['role'] in ('user', 'assistant') %}"
+    tokenizer.chat_template = CHATML.replace("{%- for message in messages %}", known)
+    assert known in tokenizer.chat_template
+    chat = [{"role": role, "content": "Water is wet."}, user("Is water wet?"), assistant("Yes.")]
+    (row,) = prepared([{"messages": chat}], tokenizer)
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
+    assert "1 of 1 rows with a message before an answer that the chat template leaves out" in warnings_of(caplog)[0]
