@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import (
     CORPUS,
     QUESTIONS,
+    chat_prompt_only_dataset,
     messages_dataset,
     multi_turn_dataset,
     save_tiny,
@@ -148,11 +149,12 @@ def build(
     lora: dict | None = None,
     rows: int | list[int] = 12,
     silent: list[int] | None = None,
+    asks: bool = False,
     **settings,
 ) -> AMiDTrainer:
     """A trainer for so many `rows`, or these of them; none of the `silent` ones is trained.
 
-    `lora` puts a new adapter on the student.
+    It `asks` in evaluations: prompts alone, which the student answers. `lora` puts a new adapter on the student.
     """
     for name in ("teacher_adapter_path", "pretrain_dataset"):
         if name in settings:
@@ -188,7 +190,7 @@ def build(
         ),
         data_collator=None if silent is None else collate,
         train_dataset=train_dataset,
-        eval_dataset=multi_turn_dataset(5),
+        eval_dataset=chat_prompt_only_dataset(5) if asks else multi_turn_dataset(5),
         peft_config=None if lora is None else LoraConfig(**LORA, **lora),
     )
 

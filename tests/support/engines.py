@@ -40,7 +40,7 @@ TRAINED = {
     "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
     "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
-    "student's text": {"lmbda": 1.0},
+    "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
     "lora, reentrant": {
@@ -55,7 +55,7 @@ TRAINED = {
 # Where every process has all of the weights, this is no different.
 TRAINED_IN_PARTS = {
     # Before any loss, so that the head is first used as a module of its own.
-    "student's text, sharded": {"lmbda": 1.0, "ds3_gather_for_generation": False},
+    "student's text, sharded": {"lmbda": 1.0, "asks": True, "ds3_gather_for_generation": False},
     "adapter": {"student": "tied_adapter"},
     "shared base": {"student": "tied_student", "teacher": None, "lora": {}, "teacher_adapter_path": "tied_adapter"},
 }
