@@ -18,6 +18,7 @@ from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.ends import end_where_taught
+from amid_trl.training.pair import complete_base
 
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def prepare_student(
     if args.disable_dropout:
         disable_dropout(student)
     end_where_taught(student, tokenizer, accelerator)
+    complete_base(student, args)
     announce_head(student)
     check_fsdp(accelerator, student)
     check_own_logits(student, "student")
