@@ -30,9 +30,10 @@ def routing(router_logits: Sequence[Float[Tensor, "..."]], mask: Int[Tensor, "ro
     """The routing of the tokens that the 0/1 mask shows; a layer's logits have an entry for each token of each row."""
     parts: list[Routing] = []
     for logits in router_logits:
-        probabilities = logits.flatten(0, -2).softmax(-1).float()
+        rounded = logits.flatten(0, -2).softmax(-1)  # where two are equal, transformers' choice is of these
+        probabilities = rounded.float()
         shown = mask.flatten().to(probabilities)[:, None]
-        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k).indices, 1.0)
+        chosen = torch.zeros_like(probabilities).scatter(1, rounded.topk(top_k).indices, 1.0)
         parts.append(Routing((chosen * shown).sum(0), (probabilities * shown).sum(0), shown.sum()))
     device = parts[0].chosen.device  # layers may lie on several
     return Routing(

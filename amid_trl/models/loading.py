@@ -1,5 +1,6 @@
 """Models and tokenizers by name, path, or the path of an adapter."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers.utils import is_peft_available
 from amid_trl._trl import create_model_from_path
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.multimodal import text_loader, text_model
+from amid_trl.models.pairs import check_start
 from amid_trl.models.quantised import compare_base
 
 
@@ -61,6 +63,10 @@ def load_adapter(
     if isinstance(init_kwargs.get("dtype"), str) and init_kwargs["dtype"] != "auto":
         init_kwargs["dtype"] = getattr(torch, init_kwargs["dtype"])
     config = PeftConfig.from_pretrained(path)
+    check_start(config, f"adapter {path}")
+    asked, began = init_kwargs.get("dtype"), _dtype_at_start(config)
+    if began is not None:
+        init_kwargs["dtype"] = began
     of_text = None
     if config.base_model_name_or_path:
         of_text = text_loader(config.base_model_name_or_path, {**init_kwargs, "revision": config.revision}, path)
@@ -77,7 +83,29 @@ def load_adapter(
     adapted = text_model(auto.from_pretrained(path, is_trainable=trainable, **init_kwargs))
     if prepared is None:
         compare_base(path, adapted)
-    return adapted
+    return adapted.to(asked) if began is not None and isinstance(asked, torch.dtype) else adapted
+
+
+# PEFT reads no such key of loftq_config, and saves it.
+START_DTYPE = "base_dtype"
+
+
+def note_dtype_at_start(model: nn.Module) -> None:
+    """Have an adapter that LoftQ has begun name the dtype of its base when it is saved.
+
+    PEFT repeats LoftQ when the adapter is loaded, and a base in another dtype has other weights after it.
+    """
+    configs: Any = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        if getattr(config, "init_lora_weights", None) == "loftq":
+            configs[name] = own = copy.copy(config)  # the caller's is left alone
+            dtype = str(causal_lm(model).dtype).removeprefix("torch.")
+            own.loftq_config = {START_DTYPE: dtype, **config.loftq_config}
+
+
+def _dtype_at_start(config: Any) -> torch.dtype | None:
+    noted = (getattr(config, "loftq_config", None) or {}).get(START_DTYPE)
+    return None if noted is None else getattr(torch, noted)
 
 
 def load_tokenizer(

@@ -1,8 +1,9 @@
 """Whether the loss reads a model as the model reads itself: a short row, once, before anything is trained."""
 
 import logging
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,44 +20,58 @@ logger = logging.getLogger(__name__)
 
 # Tokens of the two rows, one beside the other: the shorter one is padded on the right.
 LENGTHS = (8, 5)
-# Of the largest logit: what the same product may differ by. In half precision a cap or a scale is rounded otherwise.
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-5}
-HALF_PRECISION = 0.03
+# What the head is given for each token: its state, nothing, which shows a bias, or a large state, which shows a cap.
+PROBES = ("state", "zero", "large", "state", "state", "zero", "large", "state")
+LARGE = 2.0**14  # more than a large state's largest element
+# What two ways of one product may differ by: each logit, of the largest, and all of them in one direction. In half
+# precision caps and scales are rounded otherwise, but some up and some down.
+TOLERANCES = {torch.float64: (1e-5, 1e-5), torch.float32: (2e-5, 2e-5)}
+HALF_PRECISION = (0.03, 2.0**-7)
 
 
 def check_own_logits(model: nn.Module, role: str, device: torch.device | None = None) -> None:
     """Refuse a model whose own logits are not what the loss makes of its hidden states and its head.
 
     Runs two short rows through the model and through `backbone_states` and `language_model_head`: without gradient and
-    dropout, on `device` (by default the model's). Nothing of the model and no random state is another one afterwards.
-    Where the model itself cannot run here nothing is compared, and the reason is logged at level DEBUG.
+    dropout, on `device` (by default the model's). In the model's own pass its head is given zeros and large states for
+    some tokens (`PROBES`): what the model does behind the head shows there in any precision, and with any weights.
+    Nothing of the model and no random state is another one afterwards. Where the model itself cannot run here nothing
+    is compared, and the reason is logged at level DEBUG.
     """
     base = causal_lm(model)
-    head: Any = base.get_output_embeddings()
-    if any(weight.is_meta and not hasattr(weight, "ds_tensor") for weight in head.parameters()):
+    layer: Any = base.get_output_embeddings()
+    if any(weight.is_meta and not hasattr(weight, "ds_tensor") for weight in layer.parameters()):
         logger.debug("The %s's logits are not compared: its head has no values in this process", role)
         return
     ids, mask = _rows(base, device or base.device)
+    probes = _Probes(ids.shape)
     with torch.no_grad(), _as_it_was(base), gathered_as_they_run(base):
         try:
-            own = _own_logits(base, ids, mask)
+            with probes.given_to(layer), _same_draws(base):
+                own = base(input_ids=ids, attention_mask=mask, use_cache=False).logits
         except Exception as error:  # whatever a kernel or an engine that is not there yet raises
             logger.debug("The %s's logits are not compared: the model does not run here", role, exc_info=error)
             return
         try:
-            read = _read_logits(base, ids, mask)
+            with _same_draws(base):
+                states = backbone_states(base, ids, mask)
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 f"the {role}, a {type(base).__name__}, gives no hidden states that the loss can read: {error}"
             ) from error
-    _compare(base, role, own[mask.bool()], read[mask.bool()][..., : own.shape[-1]].to(own.device))
+        factors = probes.factors
+        with gathered_head(language_model_head(base)) as head:
+            read = head((states if factors is None else states * factors.to(states)).to(head.weight.device))
+    for kind in dict.fromkeys(PROBES):
+        tokens = mask.to(own.device).bool() & torch.tensor([each == kind for each in PROBES], device=own.device)
+        _compare(base, role, own[tokens], read[..., : own.shape[-1]].to(own.device)[tokens], kind)
 
 
 def check_own_balance(base: PreTrainedModel, top_k: int) -> None:
     """Refuse a mixture of experts whose own load-balancing loss is another function of its routers' logits."""
     ids, mask = _rows(base, base.device)
     inputs = {**forward_inputs(base, ids, mask), "output_router_logits": True}
-    with torch.no_grad(), _as_it_was(base), gathered_as_they_run(base):
+    with torch.no_grad(), _as_it_was(base), _same_draws(base), gathered_as_they_run(base):
         try:
             own = base(**inputs).aux_loss
             read = balance_loss(routing(routed_states(base, ids, mask)[1], mask, top_k))
@@ -67,7 +82,7 @@ def check_own_balance(base: PreTrainedModel, top_k: int) -> None:
             RuntimeError,
         ) as error:  # shapes that are no router's, or no logits at all
             raise ValueError(_no_balance(base)) from error
-    if not torch.allclose(own.float().to(read.device), read, rtol=HALF_PRECISION, atol=0):
+    if not torch.allclose(own.float().to(read.device), read, rtol=_tolerances(base)[1], atol=0):
         raise ValueError(_no_balance(base))
 
 
@@ -91,12 +106,11 @@ def _rows(base: PreTrainedModel, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _as_it_was(base: PreTrainedModel) -> Iterator[None]:
-    """Modes, buffers and random state."""
+    """Modes and buffers."""
     modes = [(module, module.training) for module in base.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in base.buffers() if not buffer.is_meta]
-    devices = [base.device] if base.device.type == "cuda" else []
     try:
-        with evaluating(base), torch.random.fork_rng(devices=devices):
+        with evaluating(base):
             yield
     finally:
         for module, training in modes:
@@ -106,31 +120,62 @@ def _as_it_was(base: PreTrainedModel) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _own_logits(base: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    torch.manual_seed(0)  # Reformer draws in evaluation, too
-    return base(input_ids=ids, attention_mask=mask, use_cache=False).logits
+def _same_draws(base: PreTrainedModel) -> AbstractContextManager[None]:
+    """Two passes under it draw the same, as Reformer does in evaluation too, and nothing has been drawn afterwards."""
+    places = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
+    return torch.random.fork_rng(devices=[device for device in places if device.type == "cuda"])
 
 
-def _read_logits(base: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    torch.manual_seed(0)
-    hidden = backbone_states(base, ids, mask)
-    with gathered_head(language_model_head(base)) as head:
-        return head(hidden.to(head.weight.device))
+class _Probes:
+    """Makes a head's inputs zeros and large for some tokens, in one pass of its model."""
+
+    factors: Tensor | None = None  # (tokens, 1), once they have been applied
+
+    def __init__(self, shape: torch.Size):
+        self._shape = shape
+
+    @contextmanager
+    def given_to(self, head: nn.Module) -> Iterator[None]:
+        """Within it the head multiplies them, if the model calls it and for all tokens at once."""
+        hook = head.register_forward_pre_hook(self._multiply)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _multiply(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.factors is not None or not inputs or inputs[0].shape[:2] != self._shape:
+            return None
+        [states, *rest] = inputs
+        # A power of two, which rounds nothing away wherever the model scales.
+        power = math.floor(math.log2(LARGE / states.abs().max().nan_to_num().clamp(1.0, LARGE).item()))
+        factors = {"state": 1.0, "zero": 0.0, "large": 2.0**power}
+        self.factors = states.new_tensor([factors[kind] for kind in PROBES])[:, None]
+        return (states * self.factors, *rest)
 
 
-def _compare(base: PreTrainedModel, role: str, own: Tensor, read: Tensor) -> None:
+def _compare(base: PreTrainedModel, role: str, own: Tensor, read: Tensor, kind: str) -> None:
     own, read = own.float(), read.float()
     largest = own[own.isfinite()].abs().max().item() if own.isfinite().any() else 0.0
-    difference = torch.where(own == read, 0.0, own - read).abs()
-    difference = difference[~(own.isnan() & read.isnan())]
-    worst = difference.max().item() if len(difference) else 0.0
-    if worst <= TOLERANCES.get(base.dtype, HALF_PRECISION) * largest:
+    difference = torch.where(own == read, 0.0, own - read)
+    # In float16 a large state can be too large for the product.
+    kept = read.isfinite() if kind == "large" else ~(own.isnan() & read.isnan())
+    worst = difference[kept].abs().max().item() if kept.any() else 0.0
+    along = (difference * read)[read.isfinite()].sum().abs()
+    for_each, for_all = _tolerances(base)
+    if worst <= for_each * largest and along <= for_all * read[read.isfinite()].square().sum():
         return
     raise ValueError(
         f"the loss multiplies the hidden states of the {role}, a {type(base).__name__}, by its output embedding, and "
         f"the model's own logits are others: by up to {worst:.3g} where the largest is {largest:.3g}. Its head does "
         f"more than that ({_suspects(base)}), so it cannot be distilled here"
     )
+
+
+def _tolerances(base: PreTrainedModel) -> tuple[float, float]:
+    """Those of the coarsest dtype that the model has weights of."""
+    dtypes = {weight.dtype for weight in base.parameters() if weight.dtype.is_floating_point}
+    return max((TOLERANCES.get(dtype, HALF_PRECISION) for dtype in dtypes), default=HALF_PRECISION)
 
 
 def _suspects(base: PreTrainedModel) -> str:

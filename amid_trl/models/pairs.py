@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -54,8 +55,9 @@ def check_adapter(config: Any, role: str) -> None:
             f"the {role} uses an adapter with alora_invocation_tokens, whose offsets in each row the loss does not "
             "give; use LoRA without them"
         )
+    check_start(config, role)
     init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and (init.startswith("pissa_niter") or init in UNREPEATABLE):
+    if isinstance(init, str) and init.startswith(UNREPEATABLE):
         raise ValueError(
             f"the {role} uses an adapter with init_lora_weights={init!r}, which changes the base in a way that "
             "loading cannot repeat: saved and loaded it would be another model. Use 'pissa' or 'olora', or, for "
@@ -70,7 +72,21 @@ OWN_FORWARD = {
     "XLORA": "mixes others by a first pass",
 }
 # They draw, or read what a preparation has left on the model.
-UNREPEATABLE = ("lora_ga", "corda")
+UNREPEATABLE = ("pissa_niter", "lora_ga", "corda")
+
+
+def check_start(config: Any, role: str) -> None:
+    """Refuse an adapter that PEFT could not begin on this machine, nor load, which repeats the beginning."""
+    if getattr(config, "init_lora_weights", None) == "loftq" and not has_device_of_loftq():
+        raise ValueError(
+            f"the {role} uses an adapter with init_lora_weights='loftq', which PEFT computes on a GPU when it is made "
+            "and when it is loaded, and there is none here; 'pissa' and 'olora' need none"
+        )
+
+
+def has_device_of_loftq() -> bool:
+    """PEFT names cuda or xpu in any case."""
+    return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 def check_text_only(model: nn.Module, role: str) -> None:

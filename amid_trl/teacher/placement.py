@@ -15,6 +15,8 @@ def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> 
     """The teacher as its engine wraps it; by default it is sharded if the student is, else whole on each device.
 
     A ValueError if the loss does not read it as it reads itself: asked before an engine takes it, else where it lies.
+    Every process that has weights asks, which takes two passes of two short rows: under ZeRO-3 each has a piece, and
+    with FSDP2's loading by one process only that one can.
     """
     own = args.teacher_deepspeed is not None
     deepspeed = not own and accelerator.state.deepspeed_plugin is not None

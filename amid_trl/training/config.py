@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from trl import DistillationConfig
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
 from amid_trl.data.datasets import TAKE_CHOSEN, all_datasets, columns_of, has_prompts_alone, has_turns
@@ -93,8 +94,7 @@ def _refusing(init: Callable[..., None]) -> Callable[..., None]:
         asked = any(kwargs.get(f"{name}_checkpointing") for name in ("gradient", "activation"))
         # A parser gives all fields, so that none of them says anything.
         self.asks_for_checkpointing = asked and len(kwargs) < len(dataclasses.fields(self))
-        if kwargs.get("max_completion_length") is not None:  # DistillationConfig's name, which nobody else would use
-            _warn_of_other_defaults(self, kwargs)
+        _warn_of_other_defaults(self, kwargs)
 
     return checked
 
@@ -102,20 +102,34 @@ def _refusing(init: Callable[..., None]) -> Callable[..., None]:
 def _warn_of_other_defaults(config: AMiDConfig, given: Mapping[str, Any]) -> None:
     """One line for who has only swapped the names of TRL's stable DistillationTrainer.
 
-    A parser gives every field: there a value that is our default counts as not given.
+    That is who gives fields which DistillationConfig has and GKDConfig has not, and none that it has not; or the name
+    that nobody else would use. A parser gives every field: there a value that is our default counts as not given.
     """
-    by_parser = len(given) > len(DISTILLATION_DEFAULTS) and "adam_beta1" in given
-    ours = {field.name: field.default for field in dataclasses.fields(config)}
+    ours = {field.name: _default(field) for field in dataclasses.fields(config)}
+    by_parser = len(given) == sum(field.init for field in dataclasses.fields(config))
+    words = {name for name, value in given.items() if value is not None and not (by_parser and value == ours[name])}
+    theirs, gkds = ({field.name for field in dataclasses.fields(kind)} for kind in (DistillationConfig, GKDConfig))
+    taken = sorted(words & (theirs - gkds))
+    if not taken or (words - theirs and "max_completion_length" not in words):
+        return
+    words |= {"max_new_tokens"} if "max_completion_length" in words else set()
     left = [
-        f"{name} {ours[name]} ({theirs} there{', and in its loss too' if name == 'temperature' else ''})"
-        for name, theirs in DISTILLATION_DEFAULTS.items()
-        if (name not in given or by_parser) and getattr(config, name) == ours[name] != theirs
+        f"{name} {ours[name]} ({default} there{', and in its loss too' if name == 'temperature' else ''})"
+        for name, default in DISTILLATION_DEFAULTS.items()
+        if name not in words
+        and getattr(config, name) == ours[name] != default
+        and (name != "beta" or config.objective == "gkd")  # which alone reads it
     ]
     if left:
         logger.warning(
-            "max_completion_length is DistillationConfig's name. What was not given has other defaults here: %s.",
+            "If this was a DistillationConfig (%s): what was not given has other defaults here: %s.",
+            ", ".join(taken),
             ", ".join(left),
         )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 AMiDConfig.__init__ = _refusing(AMiDConfig.__init__)

@@ -75,11 +75,15 @@ DISTILLATION_DIFFERS = {
     "vllm_structured_outputs_regex": "refused without `use_vllm`, as all of vLLM's fields that are set are",
 }
 
-# The defaults there that change what is trained, and are others here. `temperature` is the loss's as well there.
+# The defaults there that change what is trained, and are others here. `temperature` is the loss's as well there, the
+# length is called `max_completion_length`, and the student writes everything.
 DISTILLATION_DEFAULTS = {
     "temperature": 1.0,
     "learning_rate": 1e-6,
     "disable_dropout": False,
     "shuffle_dataset": True,
+    "max_new_tokens": 512,
+    "lmbda": 1.0,
     "objective": "gkd",
+    "beta": 1.0,
 }

@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTra
 
 from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.models.deepspeed import is_sharded, loaded_whole
+from amid_trl.models.generation import generation_config_of
 from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
@@ -24,6 +25,10 @@ from amid_trl.training.config import AMiDConfig
 
 
 logger = logging.getLogger(__name__)
+
+
+# Below output_dir: what an adapter is trained on and nobody else has stored.
+MERGED, TEXT = "merged_base", "text_base"
 
 
 class LoadedPair(NamedTuple):
@@ -83,10 +88,10 @@ def load_pair(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
-        folder = Path(str(args.output_dir), "merged_base")
+        folder = Path(str(args.output_dir), MERGED)
         student = merge_adapter(student, tokenizer, folder, saves=args.process_index == 0)
     elif is_part(student) and (is_peft_model(student) or adapter_follows):
-        folder = Path(str(args.output_dir), "text_base")
+        folder = Path(str(args.output_dir), TEXT)
         name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
     return LoadedPair(student, teacher, tokenizer, renamed)
 
@@ -160,6 +165,18 @@ def name_text_base(
     base.name_or_path = base.config._name_or_path = str(folder)
     for config in adapters:
         config.base_model_name_or_path, config.revision = str(folder), None
+
+
+def complete_base(student: nn.Module, args: AMiDConfig) -> None:
+    """Give the base that was saved for an adapter the student's generation config, which may have new ends by now.
+
+    Whoever merges the adapter into it has no other one.
+    """
+    base, config = causal_lm(student), generation_config_of(student)
+    folder = Path(base.name_or_path or "")
+    saved = is_peft_model(student) and folder in [Path(str(args.output_dir), name) for name in (MERGED, TEXT)]
+    if saved and args.process_index == 0 and config is not None:
+        config.save_pretrained(folder)
 
 
 def checked_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

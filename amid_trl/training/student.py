@@ -13,11 +13,13 @@ from amid_trl.models.deepspeed import announce_head
 from amid_trl.models.dropout import disable_dropout
 from amid_trl.models.fsdp import check_fsdp
 from amid_trl.models.heads import causal_lm
+from amid_trl.models.loading import note_dtype_at_start
 from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.ends import end_where_taught
+from amid_trl.training.pair import complete_base
 
 
 logger = logging.getLogger(__name__)
@@ -63,11 +65,13 @@ def prepare_student(
     """
     check_text_only(student, "student")  # again: PEFT has wrapped it since
     keep_weights_as_packed(student)
+    note_dtype_at_start(student)
     if is_mixture and not args.router_aux_loss_coef:
         logger.warning("The load-balancing loss of this mixture-of-experts student is not part of the loss.")
     if args.disable_dropout:
         disable_dropout(student)
     end_where_taught(student, tokenizer, accelerator)
+    complete_base(student, args)
     announce_head(student)
     check_fsdp(accelerator, student)
     check_own_logits(student, "student")

@@ -1,16 +1,18 @@
 """Every adapter that PEFT has for causal LMs trains, and is the same model again when it is loaded, or is refused."""
 
 import copy
+from typing import get_args, get_type_hints
 
 import peft
 import pytest
 import torch
 from observe import LORA, dense_loss, logged, weights
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoftQConfig, LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from tiny import messages_dataset, save_tiny, tiny_llama
+from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 
 from amid_trl.models.loading import load_causal_lm
+from amid_trl.models.merging import merged_model
 
 
 IDS = torch.arange(3, 9)[None]
@@ -143,6 +145,11 @@ VARIANTS = {
     ids=[*map(str, INITS), *VARIANTS],
 )
 def test_lora_is_the_same_model_when_it_is_loaded_and_when_it_is_resumed(train, tmp_path, base, settings):
+    is_the_same_again(train, tmp_path, base, settings)
+
+
+def is_the_same_again(train, tmp_path, base, settings) -> None:
+    """Saved and loaded with other draws, resumed, and trained further it is the same model."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
 
     def trainer(folder: str):
@@ -185,3 +192,66 @@ def test_a_saved_adapter_with_such_a_start_is_refused(train, tmp_path, base, rol
     assert not torch.allclose(*seeds, atol=1e-3)
     with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4'"):
         train(**{role: str(tmp_path / "fast")}, train_dataset=messages_dataset(2))
+
+
+def test_every_start_of_peft_is_known():
+    [literal] = [kind for kind in get_args(get_type_hints(LoraConfig)["init_lora_weights"]) if get_args(kind)]
+    named = {name.replace("[number of iters]", "4") for name in get_args(literal)}
+    assert named <= {*INITS, *UNREPEATED, "loftq"}
+
+
+# ---- LoftQ, which PEFT computes on a GPU, here on the CPU in its place ----
+
+
+def loftq(iterations: int) -> dict:
+    return {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_iter=iterations)}
+
+
+@pytest.fixture
+def loftq_on_cpu(monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    for kind in (torch.Tensor, bnb.nn.Params4bit):
+
+        def to(self, *args, _own=kind.to, **kwargs):
+            return _own(self, *("cpu" if arg == "cuda" else arg for arg in args), **replaced(kwargs))
+
+        monkeypatch.setattr(kind, "to", to)
+    monkeypatch.setattr("amid_trl.models.pairs.has_device_of_loftq", lambda: True)
+
+
+def replaced(kwargs: dict) -> dict:
+    return {name: "cpu" if name == "device" and value == "cuda" else value for name, value in kwargs.items()}
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loftq_is_the_same_model_again(train, tmp_path, base, loftq_on_cpu, iterations):
+    is_the_same_again(train, tmp_path, base, loftq(iterations))
+
+
+def test_loftq_is_repeated_in_the_dtype_in_which_it_began(train, tmp_path, base, loftq_on_cpu):
+    settings = {"model_init_kwargs": {"dtype": "bfloat16"}, "learning_rate": 1e-2}
+    config = LoraConfig(**LORA, **loftq(3))
+    trainer = train(model=base, peft_config=config, **settings)
+    assert config.loftq_config == {"loftq_bits": 4, "loftq_iter": 3}
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    adapted = trainer.model.eval()
+    torch.testing.assert_close(reloaded(tmp_path / "adapter"), adapted.float()(IDS).logits)
+    other = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    assert not torch.allclose(other(IDS).logits, adapted(IDS).logits, atol=0.1)  # the reason
+    merged = merged_model(str(tmp_path / "adapter"), tiny_tokenizer()).model
+    torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="LoftQ has its device")
+@pytest.mark.parametrize("role", ["model", "teacher_model"])
+def test_loftq_is_refused_by_name_where_there_is_no_gpu(train, tmp_path, base, role):
+    config = LoraConfig(**LORA, **loftq(1))
+    with pytest.raises(
+        ValueError, match="the student uses an adapter with init_lora_weights='loftq', which PEFT comp"
+    ):
+        train(model=base, peft_config=config)
+    config.base_model_name_or_path = base
+    config.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="init_lora_weights='loftq', which PEFT computes on a GPU"):
+        train(**{role: str(tmp_path / "adapter")})

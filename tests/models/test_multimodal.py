@@ -262,6 +262,14 @@ def test_an_adapter_names_a_base_that_everybody_loads_as_the_language_model(trai
     torch.testing.assert_close(logits(merged), want, rtol=1e-4, atol=1e-4)
 
 
+def test_that_base_ends_where_training_teaches(train, tmp_path, gemma, tokenizer):
+    tokenizer.eos_token = "<|endoftext|>"
+    tf.GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(gemma[0])
+    train(model=gemma[0], peft_config=LoraConfig(**LORA), processing_class=tokenizer)
+    saved = tf.GenerationConfig.from_pretrained(tmp_path / "run" / "text_base")
+    assert saved.eos_token_id == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
 def test_an_adapter_that_was_made_of_the_whole_model_is_read(train, tmp_path, gemma):
     path, whole = gemma
     # Both towers have layers of these names; the pattern is one of the whole's names.

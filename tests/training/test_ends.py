@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from observe import LORA
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tiny import CHATML, messages_dataset, prompt_completion_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig
 
@@ -69,6 +71,16 @@ def test_the_saved_student_ends_there_and_a_line_says_so(train, tmp_path, tokeni
     assert saved.eos_token_id == [tokenizer.eos_token_id, end]
     [said] = [each.getMessage() for each in caplog.records if each.name == "amid_trl.training.ends"]
     assert said.startswith("The chat template ends a turn with '<|im_end|>'")
+
+
+@pytest.mark.parametrize("settings", [{}, {"eos_token": "<|im_end|>"}])
+def test_the_base_that_is_saved_for_an_adapter_ends_there(train, tmp_path, student, end, settings):
+    adapted = get_peft_model(student, LoraConfig(**{**LORA, "init_lora_weights": False}))
+    trainer = train(model=adapted, peft_config=LoraConfig(**LORA), **settings)
+    trainer.save_model(str(tmp_path / "adapter"))
+    merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").merge_and_unload()
+    assert merged.config._name_or_path == str(tmp_path / "run" / "merged_base")
+    assert end in merged.generation_config.eos_token_id
 
 
 def test_nothing_is_said_or_changed_where_the_eos_ends_a_turn(train, tmp_path, tokenizer, caplog):

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from trl import DistillationConfig, SFTConfig, TrlParser
 
 from amid_trl import AMiDConfig, AMiDTrainer
+from amid_trl._trl import GKDConfig
 from amid_trl.training.inherited import DISTILLATION_DEFAULTS, DISTILLATION_DIFFERS, HONOURED, NOT_OURS, REFUSED
 
 
@@ -344,8 +345,9 @@ def test_a_script_for_distillation_trainer_runs_with_the_two_names_replaced(tmp_
     )
     said = [record.getMessage() for record in caplog.records if record.name == "amid_trl.training.config"]
     assert said == [
-        "max_completion_length is DistillationConfig's name. What was not given has other defaults here: "
-        "shuffle_dataset False (True there).",
+        "If this was a DistillationConfig (log_completions, max_completion_length, num_completions_to_print, top_k, "
+        "top_p): what was not given has other defaults here: shuffle_dataset False (True there), "
+        "lmbda 0.5 (1.0 there).",
         "The training set has prompts without answers: the student writes every window (lmbda=1.0).",
     ]
     trainer.train()
@@ -401,26 +403,63 @@ def test_a_stream_of_prompts_is_written_by_the_student(train):
     assert trainer.args.lmbda == 1.0
 
 
-def test_what_was_not_given_is_named_where_the_names_were_swapped(caplog):
-    AMiDConfig("unused", use_cpu=True, bf16=False, max_completion_length=64, beta=0.5)
-    [said] = [each.getMessage() for each in caplog.records if each.name == "amid_trl.training.config"]
-    assert said.endswith(
-        "temperature 0.9 (1.0 there, and in its loss too), learning_rate 2e-05 (1e-06 there), disable_dropout True "
-        "(False there), shuffle_dataset False (True there), objective amid (gkd there)."
+LEFT = {
+    "temperature": "temperature 0.9 (1.0 there, and in its loss too)",
+    "learning_rate": "learning_rate 2e-05 (1e-06 there)",
+    "disable_dropout": "disable_dropout True (False there)",
+    "shuffle_dataset": "shuffle_dataset False (True there)",
+    "max_new_tokens": "max_new_tokens 128 (512 there)",
+    "lmbda": "lmbda 0.5 (1.0 there)",
+    "objective": "objective amid (gkd there)",
+}
+
+
+def told_of_defaults(caplog, **given) -> list[str]:
+    """What a config that is made of these fields says of DistillationConfig's defaults."""
+    AMiDConfig("unused", use_cpu=True, bf16=False, **given)
+    said = [each.getMessage() for each in caplog.records if "If this was a DistillationConfig" in each.getMessage()]
+    caplog.clear()
+    return said
+
+
+@pytest.mark.parametrize("name", sorted(DISTILLATION - names(GKDConfig) - set(NOT_OURS)))
+def test_what_was_not_given_is_named_with_any_name_that_gkd_has_not(caplog, name):
+    engine = {"use_vllm": True} if name.startswith("vllm") else {}
+    engine |= {"vllm_mode": "server"} if name.startswith(("vllm_server", "vllm_group")) else {}
+    used, left = engine | {name: GIVEN[name]}, dict(LEFT)
+    if name == "max_completion_length":
+        del left["max_new_tokens"]
+    want = (
+        f"If this was a DistillationConfig ({', '.join(sorted(used))}): what was not given has other defaults here: "
     )
+    assert told_of_defaults(caplog, **used) == [want + ", ".join(left.values()) + "."]
+    given = {**used, "learning_rate": 1e-5, "temperature": 1.0, "beta": 1.0}
+    [left.pop(name) for name in ("learning_rate", "temperature")]
+    assert told_of_defaults(caplog, **given) == [want + ", ".join(left.values()) + "."]
+
+
+def test_beta_is_named_where_it_is_read(caplog):
+    [said] = told_of_defaults(caplog, max_completion_length=64, objective="gkd")
+    assert said.endswith("lmbda 0.5 (1.0 there), beta 0.5 (1.0 there).")
 
 
 def test_their_defaults_are_those_of_the_installed_version():
     theirs = {field.name: field.default for field in dataclasses.fields(DistillationConfig)}
-    for name, default in DISTILLATION_DEFAULTS.items():
-        assert name == "objective" or theirs[name] == default
+    theirs |= {"max_new_tokens": theirs["max_completion_length"], "lmbda": 1.0, "objective": "gkd"}
+    assert {name: theirs[name] for name in DISTILLATION_DEFAULTS} == DISTILLATION_DEFAULTS
 
 
-def test_nothing_is_said_where_their_name_is_not_used_or_all_is_given(caplog):
-    AMiDConfig("unused", use_cpu=True, bf16=False, max_new_tokens=64)
-    given = {**DISTILLATION_DEFAULTS, "max_completion_length": 64}
-    AMiDConfig("unused", use_cpu=True, bf16=False, **given)
-    assert not [each for each in caplog.records if each.name == "amid_trl.training.config"]
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"learning_rate": 1e-5, "temperature": 0.7},  # anybody's names
+        {"max_new_tokens": 64, "top_p": 0.9},  # names that DistillationConfig has not
+        {"objective": "amid", "log_completions": True},
+        {**DISTILLATION_DEFAULTS, "max_new_tokens": 64, "max_completion_length": 64},
+    ],
+)
+def test_nothing_is_said_where_no_names_were_swapped_or_all_is_given(caplog, given):
+    assert told_of_defaults(caplog, **given) == []
 
 
 def test_a_parsers_defaults_count_as_not_given(caplog):
@@ -428,3 +467,7 @@ def test_a_parsers_defaults_count_as_not_given(caplog):
     TrlParser(AMiDConfig).parse_args_and_config(given)
     [said] = [each.getMessage() for each in caplog.records if each.name == "amid_trl.training.config"]
     assert "temperature 0.9" in said and "learning_rate" not in said
+    caplog.clear()
+    TrlParser(AMiDConfig).parse_args_and_config([*given[:3], "--top_p=0.9", "--max_new_tokens=64"])
+    TrlParser(AMiDConfig).parse_args_and_config(given[:3])
+    assert not [each for each in caplog.records if each.name == "amid_trl.training.config"]
