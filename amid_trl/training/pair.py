@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.models.deepspeed import is_sharded, loaded_whole
@@ -15,7 +21,7 @@ from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
 from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
-from amid_trl.models.pairs import check_adapter, check_text_only
+from amid_trl.models.pairs import check_adapter, check_text_only, common_positions
 from amid_trl.models.quantised import quantisation
 from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.quiet import hide_old_names
@@ -32,12 +38,20 @@ MERGED, TEXT = "merged_base", "text_base"
 
 
 class LoadedPair(NamedTuple):
-    """Both models, the tokenizer of both, and what of it means another thing to the teacher."""
+    """Both models and the tokenizer of both.
+
+    Attributes:
+        renamed: tokens that mean another thing to the teacher.
+        positions: the longest sequence that both have positions for; None if they declare no bound.
+        generation: how the student's checkpoint says that it generates.
+    """
 
     student: nn.Module
     teacher: nn.Module | None
     tokenizer: PreTrainedTokenizerBase
     renamed: RenamedTokens
+    positions: int | None
+    generation: GenerationConfig
 
 
 def load_pair(
@@ -52,8 +66,10 @@ def load_pair(
     """Student, teacher and tokenizer, loaded where they are names, and checked against each other.
 
     A student's adapter is merged where another follows, that of `peft_config`. The teacher is None where a server, a
-    cache or an adapter of the student's base stands for it.
+    cache or an adapter of the student's base stands for it. What is drawn is drawn by `args.seed`; `args` is the
+    trainer's own copy, and does not ask for what the student cannot do.
     """
+    set_seed(args.seed)
     hide_old_names()  # PEFT asks by them when it wraps a model
     adapter_follows = peft_config is not None
     if adapter_follows:
@@ -70,6 +86,7 @@ def load_pair(
     remote = args.trust_remote_code
     student = load_student(model, args, quantization_config)
     check_student(student, adapter_follows=adapter_follows)
+    _follow_student(args, student)
     tokenizer = checked_tokenizer(
         tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
     )
@@ -93,7 +110,8 @@ def load_pair(
     elif is_part(student) and (is_peft_model(student) or adapter_follows):
         folder = Path(str(args.output_dir), TEXT)
         name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
-    return LoadedPair(student, teacher, tokenizer, renamed)
+    positions = common_positions(student, teacher)
+    return LoadedPair(student, teacher, tokenizer, renamed, positions, generation_config_of(student))
 
 
 def load_student(
@@ -209,6 +227,32 @@ def check_student(student: nn.Module, *, adapter_follows: bool) -> None:
         raise ValueError(
             "the student has no trainable parameter; load an adapter with is_trainable=True, or pass peft_config"
         )
+
+
+def _follow_student(args: AMiDConfig, student: nn.Module) -> None:
+    """Turn gradient checkpointing off where the student cannot do it; a ValueError if it was asked for in words.
+
+    `args` is the trainer's own copy.
+    """
+    base = causal_lm(student)
+    if not args.gradient_checkpointing or _can_checkpoint(base):
+        return
+    if args.asks_for_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing=True is asked for, but transformers' {type(base).__name__} cannot do it; leave "
+            "it out, or set it to False"
+        )
+    logger.warning(
+        "gradient_checkpointing is off: transformers' %s cannot do it. Training takes more memory.",
+        type(base).__name__,
+    )
+    args.gradient_checkpointing = args.activation_checkpointing = False
+
+
+def _can_checkpoint(base: Any) -> bool:
+    """Whether transformers can recompute the model's activations: the class says so, and has layers that do."""
+    declared = getattr(base, "supports_gradient_checkpointing", True)
+    return declared and any(hasattr(module, "gradient_checkpointing") for module in base.modules())
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:

@@ -25,32 +25,6 @@ from amid_trl.training.pair import complete_base
 logger = logging.getLogger(__name__)
 
 
-def follow_student(args: AMiDConfig, student: nn.Module) -> None:
-    """Turn gradient checkpointing off where the student cannot do it; a ValueError if it was asked for in words.
-
-    `args` is the trainer's own copy.
-    """
-    base = causal_lm(student)
-    if not args.gradient_checkpointing or can_checkpoint(base):
-        return
-    if args.asks_for_checkpointing:
-        raise ValueError(
-            f"gradient_checkpointing=True is asked for, but transformers' {type(base).__name__} cannot do it; leave "
-            "it out, or set it to False"
-        )
-    logger.warning(
-        "gradient_checkpointing is off: transformers' %s cannot do it. Training takes more memory.",
-        type(base).__name__,
-    )
-    args.gradient_checkpointing = args.activation_checkpointing = False
-
-
-def can_checkpoint(base: Any) -> bool:
-    """Whether transformers can recompute the model's activations: the class says so, and has layers that do."""
-    declared = getattr(base, "supports_gradient_checkpointing", True)
-    return declared and any(hasattr(module, "gradient_checkpointing") for module in base.modules())
-
-
 def prepare_student(
     student: nn.Module,
     args: AMiDConfig,

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
@@ -30,8 +29,8 @@ from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
-from amid_trl.models.generation import eos_token_ids, generation_config_of
-from amid_trl.models.pairs import common_positions, common_vocabulary, freeze
+from amid_trl.models.generation import eos_token_ids
+from amid_trl.models.pairs import common_vocabulary, freeze
 from amid_trl.models.quantised import record_base
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
@@ -46,7 +45,7 @@ from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
-from amid_trl.training.student import follow_student, own_router_fields, prepare_student
+from amid_trl.training.student import own_router_fields, prepare_student
 
 
 class AMiDTrainer(GKDTrainer):
@@ -112,13 +111,9 @@ class AMiDTrainer(GKDTrainer):
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics}
         args = own_arguments(args, model, train_dataset, eval_dataset, collator=data_collator, **functions)
-        set_seed(args.seed)
-        student, teacher, tokenizer, self._renamed = load_pair(
+        student, teacher, tokenizer, self._renamed, self._positions, self._student_generation = load_pair(
             model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config
         )
-        follow_student(args, student)
-        self._student_generation = generation_config_of(student)
-        self._positions = common_positions(student, teacher)
         with own_router_fields(student):
             SFTTrainer.__init__(
                 self,
