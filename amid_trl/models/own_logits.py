@@ -27,6 +27,8 @@ LARGE = 2.0**14  # more than a large state's largest element
 # precision caps and scales are rounded otherwise, but some up and some down.
 TOLERANCES = {torch.float64: (1e-5, 1e-5), torch.float32: (2e-5, 2e-5)}
 HALF_PRECISION = (0.03, 2.0**-7)
+# What a row's hidden states may differ by where another row is beside it, of the largest.
+COMPANY = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
 def check_own_logits(model: nn.Module, role: str, device: torch.device | None = None) -> None:
@@ -59,6 +61,12 @@ def check_own_logits(model: nn.Module, role: str, device: torch.device | None = 
             raise ValueError(
                 f"the {role}, a {type(base).__name__}, gives no hidden states that the loss can read: {error}"
             ) from error
+        if not _same_in_company(base, ids, mask, states):
+            logger.warning(
+                "The %s, a %s, reads a row otherwise where a longer one is beside it: it does not leave out padding "
+                "behind a row. per_device_train_batch_size=1 trains each row as it is.",
+                *(role, type(base).__name__),
+            )
         factors = probes.factors
         with gathered_head(language_model_head(base)) as head:
             read = head((states if factors is None else states * factors.to(states)).to(head.weight.device))
@@ -93,6 +101,19 @@ def _no_balance(base: PreTrainedModel) -> str:
     )
 
 
+def _same_in_company(base: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor) -> bool:
+    """Whether the padded row's hidden states are those that it has alone; so too where it cannot run alone."""
+    length = min(LENGTHS)
+    try:
+        with _same_draws(base):
+            alone = backbone_states(base, ids[-1:, :length], mask[-1:, :length])
+    except Exception as error:  # a model may want rows of lengths of its own
+        logger.debug("A padded row of %s is not compared with the row alone", type(base).__name__, exc_info=error)
+        return True
+    difference = (alone - states[-1:, :length]).float().abs().max()
+    return bool(difference <= COMPANY.get(base.dtype, HALF_PRECISION[0] * 4) * alone.float().abs().max())
+
+
 def _rows(base: PreTrainedModel, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids that are spread over the vocabulary, without the padding token, which some models look for."""
     config: Any = base.config.get_text_config()
@@ -101,6 +122,7 @@ def _rows(base: PreTrainedModel, device: torch.device) -> tuple[Tensor, Tensor]:
     steps = torch.arange(len(LENGTHS) * max(LENGTHS)) * 7919 % len(known)
     ids = torch.tensor(known)[steps].view(len(LENGTHS), -1)
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = ids if padding is None else ids.where(mask.bool(), padding)
     return ids.to(device), mask.to(device)
 
 

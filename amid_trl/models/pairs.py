@@ -33,7 +33,7 @@ def common_positions(*models: nn.Module | None) -> int | None:
     """The longest sequence, in tokens, that all models have positions for; None if none declares a bound."""
     configs = [causal_lm(model).config.get_text_config() for model in models if model is not None]
     bounds = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min((bound for bound in bounds if bound), default=None)
+    return min((bound for bound in bounds if bound and bound > 0), default=None)  # XLNet's -1 is no bound
 
 
 def check_adapter(config: Any, role: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import NOT_WRITTEN, OWN_LENGTHS, REFUSED, all_families, family_model
+from families import NOT_WRITTEN, OWN_LENGTHS, READS_PADDING, REFUSED, all_families, family_model
 from observe import dense_loss, logged
 from tiny import messages_dataset
 
@@ -56,8 +56,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_models_own_logits(train, tok
 
 
 @pytest.mark.parametrize("family", READ)
-def test_a_padded_row_is_the_row_alone(train, tokenizer, family):
+def test_a_padded_row_is_the_row_alone(train, tokenizer, family, caplog):
     trainer = train(**pair(family, tokenizer), train_dataset=messages_dataset(3).select([0, 2]))
+    says_otherwise = "reads a row otherwise" in caplog.text
     batch = next(iter(trainer.get_train_dataloader()))
     lengths = batch["attention_mask"].sum(-1).tolist()
     assert len(set(lengths)) == 2
@@ -72,7 +73,7 @@ def test_a_padded_row_is_the_row_alone(train, tokenizer, family):
         together, *alone = (
             trainer.compute_loss(trainer.model, each, num_items_in_batch=1).item() for each in (batch, *rows)
         )
-    assert together == pytest.approx(sum(alone), rel=1e-3)
+    assert (together != pytest.approx(sum(alone), rel=1e-3)) == says_otherwise == (family in READS_PADDING)
 
 
 @pytest.mark.parametrize("family", READ)
@@ -84,6 +85,21 @@ def test_two_steps_of_either_source(train, tokenizer, family, lmbda):
     trainer.train()
     assert len(logged(trainer, "loss")) == 2 and all(map(math.isfinite, logged(trainer, "grad_norm")))
     assert logged(trainer, "on_policy_share") == [lmbda, lmbda]
+
+
+@pytest.mark.parametrize("family", READS_PADDING)
+def test_what_reads_padding_is_said_by_name(train, tokenizer, family, caplog):
+    train(**pair(family, tokenizer))
+    assert caplog.text.count(f"a {READS_PADDING[family]}, reads a row otherwise where a longer one is beside it") == 2
+    assert f"`{READS_PADDING[family]}`" in Path(__file__).parents[2].joinpath("docs", "trainer.md").read_text()
+
+
+def test_no_bound_on_positions_is_none(train, tokenizer):
+    """XLNet's configuration says -1."""
+    trainer = train(**pair("xlnet", tokenizer), train_dataset=messages_dataset(2))
+    assert trainer._positions is None
+    one = train(train_dataset=messages_dataset(2))
+    assert trainer.train_dataset["input_ids"] == one.train_dataset["input_ids"]
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -109,6 +109,8 @@ NOT_TEXT = """
 # layer of attention. Reformer takes only lengths that its chunks divide.
 NOT_WRITTEN = ("qwen4_exp_text", "reformer", "xlstm")
 OWN_LENGTHS = ("reformer",)
+# Those that read the padding behind a shorter row; docs/trainer.md names their classes.
+READS_PADDING = {"cpmant": "CpmAntForCausalLM"}
 # Those whose logits the loss could not read; docs/trainer.md names their classes.
 REFUSED = {"prophetnet": "ProphetNetForCausalLM"}
 
