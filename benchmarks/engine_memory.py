@@ -34,7 +34,7 @@ from amid_trl.models.pruning import drop_layers
 from amid_trl.training.memory import expected_gradients, expected_optimizer_state, optimizer_state, weights
 
 
-sys.path += [str(ROOT / "examples"), str(ROOT / "tests")]
+sys.path += [str(ROOT / "examples"), str(ROOT / "tests" / "support")]
 
 from embedded import load_teacher, questions
 from engine_worker import shard_on_cpus

@@ -28,7 +28,7 @@ LARGE = 2.0**14  # more than a large state's largest element
 TOLERANCES = {torch.float64: (1e-5, 1e-5), torch.float32: (2e-5, 2e-5)}
 HALF_PRECISION = (0.03, 2.0**-7)
 # What a row's hidden states may differ by where another row is beside it, of the largest.
-COMPANY = {torch.float64: 1e-4, torch.float32: 1e-3}
+COMPANY_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
 def check_own_logits(model: nn.Module, role: str, device: torch.device | None = None) -> None:
@@ -111,7 +111,7 @@ def _same_in_company(base: PreTrainedModel, ids: Tensor, mask: Tensor, states: T
         logger.debug("A padded row of %s is not compared with the row alone", type(base).__name__, exc_info=error)
         return True
     difference = (alone - states[-1:, :length]).float().abs().max()
-    return bool(difference <= COMPANY.get(base.dtype, HALF_PRECISION[0] * 4) * alone.float().abs().max())
+    return bool(difference <= COMPANY_TOLERANCES.get(base.dtype, HALF_PRECISION[0] * 4) * alone.float().abs().max())
 
 
 def _rows(base: PreTrainedModel, device: torch.device) -> tuple[Tensor, Tensor]:
