@@ -89,15 +89,18 @@ class MarkedTurns:
         turns = _by_turn(marks, 1 + sum(message["role"] == "assistant" for message in context))
         marks = _with_text(rendered)
         spans = turns[-1] if turns else marks[len(_with_text(prompt)) :]
+        if not turns and not _is_said(
+            answer, rendered.text, spans
+        ):  # the marks before it are others, once it is there
+            known = shared_beginning(prompt.text, rendered.text)
+            behind = [(first, end) for first, end in marks if end > known]
+            spans = behind if _is_said(answer, rendered.text, behind) else spans
         if not spans:
             return None
         start = self.chat.start(context, prompt.text, answer, rendered.text, spans[0][0])
         at, same = start or (0, True)
-        if not (turns or same or _is_said(answer, rendered.text, spans)):  # other marks before it
-            known = shared_beginning(prompt.text, rendered.text)
-            spans = [(first, end) for first, end in marks if end > known]
-            if not _is_said(answer, rendered.text, spans):
-                return None
+        if not (turns or same or _is_said(answer, rendered.text, spans)):
+            return None
         before = bisect_left(marks, (spans[0][0],))
         own = bisect_left(marks, (spans[-1][1],)) - before
         return _Shown(Alone(rendered.text, _joined(spans), at), before, own, _gap(rendered, spans), same)

@@ -22,17 +22,24 @@ def marked(message: Message, number: int) -> Message:
 def places_of(indices: Iterable[int], messages: list[Message], text: str, render: Renderer) -> dict[int, Span]:
     """Where the contents of the messages at these indices stand in the text of all, as far as that can be told.
 
-    The conversation is rendered again with marks for these contents: what is around the marks stands in the text too.
+    The conversation is rendered again with marks for these contents, the same for contents that are the same: what is
+    around the marks stands in the text too.
     """
-    hidden = {index for index in indices if _forms(messages[index]["content"])}
+    waiting: dict[object, list[int]] = {}
+    shown = list(messages)
+    for index in indices:
+        if _forms(content := messages[index]["content"]):
+            waiting.setdefault(content, []).append(index)
+            shown[index] = marked(messages[index], waiting[content][0])
+    alike = {same[0]: same for same in waiting.values()}
     try:
-        shown = render([marked(m, i) if i in hidden else m for i, m in enumerate(messages)]).text
+        beginning, *pieces = _MARKS.split(render(shown).text)
     except BadRow:
         return {}
-    beginning, *pieces = _MARKS.split(shown)
     found: dict[int, Span] = {}
     end = len(beginning) if text.startswith(beginning) else None
-    for index, piece in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
+    for first, piece in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
+        index = alike[first].pop(0) if len(alike[first]) > 1 else alike[first][0]
         forms = _forms(messages[index]["content"])
         form = next((form for form in forms if end is not None and text.startswith(form + piece, end)), None)
         if end is None or form is None:
