@@ -7,7 +7,7 @@ and the others are taken to be like these.
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,14 +18,15 @@ from amid_trl.data.verdicts import Trained, left_out
 from amid_trl.data.windows import Conversation
 
 
-# Which of the turns with one doubt are looked at in the conversation up to them; all of them if these differ.
+# Which of the turns with one doubt are looked at in the conversation up to them. If these differ from their windows in
+# several ways, wider windows are tried; if that does not help, all are looked at.
 _LOOKED_AT = {0, 2, *(4**power for power in range(16))}
 
 
 def trained_turns(chat: Conversation, asked: list[int]) -> list[Trained]:
     """What is trained of the assistant turns at these indices of the messages."""
-    turns = UnmarkedTurns(chat) if chat.whole.spans is None else MarkedTurns(chat)
     numbers = [bisect_left(chat.answers, index) for index in asked]
+    turns = _turns(chat)
     seen = {number: turns.by_window(number) for number in numbers}
     found = {number: view.trained for number, view in seen.items() if view.doubt is None and view.trained}
     doubts: dict[object, dict[int, Trained | None]] = defaultdict(dict)
@@ -33,24 +34,27 @@ def trained_turns(chat: Conversation, asked: list[int]) -> list[Trained]:
         if number not in found:
             doubts[view.doubt, view.trained is None][number] = view.trained
     for doubted in doubts.values():
-        found |= _settled(doubted, turns.exactly)
+        found |= _settled(doubted, turns)
     return [found[number] for number in numbers]
 
 
-def _settled(doubted: dict[int, Trained | None], exactly: Callable[[int], Trained]) -> dict[int, Trained]:
+def _turns(chat: Conversation) -> MarkedTurns | UnmarkedTurns:
+    return UnmarkedTurns(chat) if chat.whole.spans is None else MarkedTurns(chat)
+
+
+def _settled(doubted: dict[int, Trained | None], turns: MarkedTurns | UnmarkedTurns) -> dict[int, Trained]:
     """What is trained of turns with one doubt."""
-    found = {number: exactly(number) for rank, number in enumerate(doubted) if rank in _LOOKED_AT}
+    found = {number: turns.exactly(number) for rank, number in enumerate(doubted) if rank in _LOOKED_AT}
+    others = {number: seen for number, seen in doubted.items() if number not in found}
     changes = {_change(doubted[number], exact) for number, exact in found.items()}
-    for number, seen in doubted.items():
-        if number in found:
-            continue
-        if len(changes) == 1 and None not in changes:
-            found[number] = _changed(seen, *changes)
-        elif seen is not None and all(isinstance(change, frozenset) for change in changes):
-            found[number] = seen
-        else:
-            found[number] = exactly(number)
-    return found
+    if len(changes) == 1 and None not in changes:
+        return found | {number: _changed(seen, *changes) for number, seen in others.items()}
+    if all(isinstance(change, frozenset) for change in changes):
+        return found | {number: seen for number, seen in others.items() if seen}
+    wide = _turns(replace(turns.chat, wide=True)) if others else turns
+    if others and all(wide.by_window(number).trained == exact for number, exact in found.items()):
+        found |= {number: wide.by_window(number).trained or turns.exactly(number) for number in others}
+    return found | {number: turns.exactly(number) for number in others if number not in found}
 
 
 def _change(seen: Trained | None, exact: Trained) -> frozenset[str] | tuple[str, ...] | None:

@@ -44,6 +44,7 @@ class Conversation:
     render: Renderer
     tokenizer: PreTrainedTokenizerBase
     ends: list[str]
+    wide: bool = False  # whether windows begin with the first question and what follows up to the next one
 
     @cached_property
     def whole(self) -> Rendered:
@@ -78,7 +79,15 @@ class Conversation:
         ):  # steps between tools; no result without its call
             asked = [message for message in self.messages[head:first] if message["role"] == "user"]
             earlier = asked[-1:] + earlier[-1:]
-        return self.messages[:head] + earlier, self.messages[before + 1 : index]
+        question = self.messages[before + 1 : index]
+        opening = self._opening if self.wide else head
+        return (self.messages[: before + 1] if opening > first else self.messages[:opening] + earlier), question
+
+    @cached_property
+    def _opening(self) -> int:
+        """Where the second question begins."""
+        users = (index for index, message in enumerate(self.messages) if message["role"] == "user")
+        return next((index for index in users if index > self.answers[0]), len(self.messages))
 
     def room(self, number: int) -> Room | None:
         """Where in the whole the turn has to be; None if the template does not show it."""
@@ -107,7 +116,7 @@ class Conversation:
         """
         if text.startswith(prompt):
             return Start(len(prompt), True)
-        known = self.render(context).text
+        known = self.render(context).text if "add_generation_prompt" in self.render.template else prompt
         if text.startswith(known):
             return Start(self._behind(prompt, known, text), True)
         if first is not None:
