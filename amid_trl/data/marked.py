@@ -27,8 +27,8 @@ class MarkedTurns:
     """What is trained of turns that `{% generation %}` shows."""
 
     chat: Conversation
-    _windows: dict[int, _Shown | None] = field(default_factory=dict)
-    _marks: list[list[Span] | None] = field(default_factory=list)
+    windows: dict[int, _Shown | None] = field(default_factory=dict)
+    marks: list[list[Span] | None] = field(default_factory=list)
 
     def by_window(self, number: int) -> Seen:
         """What the turn's window shows of it."""
@@ -73,15 +73,15 @@ class MarkedTurns:
 
     def _window(self, number: int) -> _Shown | None:
         """The turn at the end of its window; None where that cannot be rendered, or shows no turn."""
-        if number not in self._windows:
+        if number not in self.windows:
             before, question = self.chat.window(number)
             try:
                 context, answer = before + question, self.chat.answer(number)
                 shown = self._shown(context, answer, self.chat.render([*context, answer]))
             except BadRow:
                 shown = None
-            self._windows[number] = shown
-        return self._windows[number]
+            self.windows[number] = shown
+        return self.windows[number]
 
     def _shown(self, context: list[Message], answer: Message, rendered: Rendered) -> _Shown | None:
         prompt = self.chat.render(context, generation_prompt=True)
@@ -107,11 +107,11 @@ class MarkedTurns:
 
     def _spans(self, number: int) -> list[Span] | None:
         """The turn's spans in the whole; None if it is not seen which they are."""
-        if not self._marks:
+        if not self.marks:
             turns = len(self.chat.answers)
             known = _by_turn(self.chat.whole.spans or [], turns)
-            self._marks.extend(known or map(self._by_place, range(turns)))
-        return self._marks[number]
+            self.marks.extend(known or map(self._by_place, range(turns)))
+        return self.marks[number]
 
     def _by_place(self, number: int) -> list[Span] | None:
         first = last = number
