@@ -1,8 +1,8 @@
 """What is trained of the assistant's turns in a rendered conversation.
 
 Each turn is looked at in its window. What a window may itself be the cause of is looked at again in the conversation
-up to the turn. For all turns that would cost the length squared, so of many turns with one doubt it is done for a few,
-and the others are taken to be like these.
+up to the turn. For all turns that would cost the length squared, so of many turns of one kind with one doubt it is
+done for a few, and the others are taken to be like these.
 """
 
 from bisect import bisect_left, bisect_right
@@ -12,6 +12,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.marked import MarkedTurns
+from amid_trl.data.messages import thought_and_answer
 from amid_trl.data.rendering import Span
 from amid_trl.data.unmarked import UnmarkedTurns
 from amid_trl.data.verdicts import Trained, left_out
@@ -32,10 +33,16 @@ def trained_turns(chat: Conversation, asked: list[int]) -> list[Trained]:
     doubts: dict[object, dict[int, Trained | None]] = defaultdict(dict)
     for number, view in seen.items():
         if number not in found:
-            doubts[view.doubt, view.trained is None][number] = view.trained
+            doubts[view.doubt, view.trained is None, _kind(chat, number)][number] = view.trained
     for doubted in doubts.values():
         found |= _settled(doubted, turns)
     return [found[number] for number in numbers]
+
+
+def _kind(chat: Conversation, number: int) -> tuple[object, ...]:
+    """What a template may ask of a turn: whether it thinks, answers or calls, and whom."""
+    message, before = chat.answer(number), chat.messages[chat.answers[number] - 1]
+    return (*map(bool, thought_and_answer(message)), "tool_calls" in message, before["role"])
 
 
 def _turns(chat: Conversation) -> MarkedTurns | UnmarkedTurns:

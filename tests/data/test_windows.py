@@ -56,7 +56,7 @@ def cost(chat: str, tokenizer, renders: list[int]) -> float:
 def test_a_long_chat_of_another_family_costs_a_few_renders(family, chat, tokenizer, renders):
     end, tokenizer.chat_template = FAMILIES[family]
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": end})
-    assert cost(chat, tokenizer, renders) < 11
+    assert cost(chat, tokenizer, renders) < 13
 
 
 # Two answers in a row cost more where the template writes them as one; Llama writes a date before each conversation,
@@ -86,7 +86,7 @@ MORE = {
     ],
 )
 def test_a_long_chat_costs_a_few_renders(template, chat, renders):
-    assert cost(chat, tokenizer_with(template), renders) < MORE.get((template, chat), 11)
+    assert cost(chat, tokenizer_with(template), renders) < MORE.get((template, chat), 13)
 
 
 def test_few_turns_are_looked_at_in_the_whole_conversation(tokenizer, renders, monkeypatch):
