@@ -24,7 +24,8 @@ from amid_trl.data.rows import (
     end_tokens,
     prompt_row,
 )
-from amid_trl.data.turns import Conversation, positions_of, tokens_with_ends
+from amid_trl.data.turns import positions_of, trained_turns
+from amid_trl.data.windows import Conversation, tokens_with_ends
 
 
 def conversation_row(
@@ -74,7 +75,7 @@ def conversation_row(
         notes.append(MESSAGE_LEFT_OUT)
     ids, token_ends = tokens_with_ends(tokenizer, text)
     trained: set[int] = set()
-    for spans, said in conversation.turns(answers):
+    for spans, said in trained_turns(conversation, answers):
         trained.update(_until_end(positions_of(spans, text, token_ends, tokenizer), ids, ends))
         notes += said
     if ends_trained and prompt_ids != ids[: len(prompt_ids)]:

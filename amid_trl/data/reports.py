@@ -17,6 +17,7 @@ from amid_trl.data.rows import (
     NO_CONTEXT,
     NO_PROMPT,
     NO_ROOM,
+    NOT_SHOWN,
     OTHER_CONTEXT,
     OTHER_END,
     REWRITTEN,
@@ -44,6 +45,8 @@ REPORTS = {
     LONG_PROMPT: "{rows} dropped: prompt longer than {settings.prompt_budget} tokens ({settings.budget_is})",
     REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow: a row for each "
     "answer trains them all, and so do {{% generation %}} markers in the template where the turn itself stays",
+    NOT_SHOWN: UNTRAINED_TURN + "the chat template renders its context differently once it is answered, and does not "
+    "show where the turn begins",
     NO_CONTEXT: UNTRAINED_TURN + "the chat template refuses what is before it as a context to answer",
     SAYS_NOTHING: UNTRAINED_TURN + "it says nothing, and the student would learn to end at once",
     CALLS_LEFT_OUT: UNTRAINED_TURN + "the chat template leaves its tool calls out",

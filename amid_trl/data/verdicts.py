@@ -29,7 +29,6 @@ class Alone(NamedTuple):
     text: str
     spans: list[Span]
     start: int
-    context: str = ""  # the text between the turn before it and its spans
 
     @property
     def said(self) -> str:
@@ -44,6 +43,13 @@ class Trained(NamedTuple):
     notes: list[str]
 
 
+class Seen(NamedTuple):
+    """What a window shows of a turn, None for nothing, and the note that may be due to the window itself."""
+
+    trained: Trained | None
+    doubt: str | None = None
+
+
 def left_out(*notes: str) -> Trained:
     """A turn that is not trained."""
     return Trained([], list(notes))
@@ -54,11 +60,11 @@ def verdict(
     alone: Alone,
     whole: str,
     spans: list[Span],
-    context: str,
+    other_context: bool,
     ends: list[str],
     instead: Callable[[Message], str | None],
 ) -> Trained:
-    """What is trained of a turn that stands at `spans` of the `whole` conversation, behind `context`.
+    """What is trained of a turn that stands at `spans` of the `whole` conversation.
 
     It has to say what it would say at the end of a conversation, up to a text of `ends`, and that has to be what the
     message says. `instead` gives the text of `alone` with another message, None if it cannot be rendered.
@@ -81,7 +87,7 @@ def verdict(
         THOUGHT_LEFT_OUT: thought and thought not in here,
         EMPTY_THOUGHT: not thought and _has_empty_thought(alone),
         OTHER_END: _up_to_end(here, ends) != _up_to_end(there, ends),
-        OTHER_CONTEXT: alone.context != context,
+        OTHER_CONTEXT: other_context,
     }
     return Trained(moved, [note for note, holds in notes.items() if holds])
 

@@ -122,8 +122,8 @@ def test_a_template_that_rewrites_the_question_never_trains_the_question(tokeniz
     tokenizer.chat_template = LAST_QUESTION + hinted
     (row,) = prepared([{"messages": CONVERSATION}], tokenizer)
     assert tokenizer.decode(row["input_ids"]).count(HINT) == 1
-    assert trained_spans(row, tokenizer) == ["No.<|im_end|>"]
-    assert "1 of 1 rows with an assistant turn that is not trained" in warnings_of(caplog)[0]
+    assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    assert "training and inference see different contexts (row 0)" in warnings_of(caplog)[0]
 
 
 def test_marks_show_the_answer_to_a_rewritten_question(tokenizer):

@@ -20,7 +20,7 @@ from tiny import CHATML
 from amid_trl.data.conversations import conversation_row
 from amid_trl.data.rendering import training_template
 from amid_trl.data.rows import BadRow, DataSettings
-from amid_trl.data.turns import Conversation
+from amid_trl.data.windows import Conversation
 
 
 # ---- Thoughts ----
@@ -314,10 +314,10 @@ def test_windows_show_what_whole_conversations_show(template, monkeypatch):
     by_windows = {name: made(chat, tokenizer) for name, chat in CHATS.items()}
 
     def all_before(self, number):
-        index, before = self._answers[number], self._answers[number - 1] + 1 if number else 0
+        index, before = self.answers[number], self.answers[number - 1] + 1 if number else 0
         return self.messages[:before], self.messages[before:index]
 
-    monkeypatch.setattr(Conversation, "_window", all_before)
+    monkeypatch.setattr(Conversation, "window", all_before)
     assert by_windows == {name: made(chat, tokenizer) for name, chat in CHATS.items()}
 
 

@@ -23,6 +23,19 @@ LAST_QUESTION = (
     "{% macro hint(i) %}{% if i == (questions | length - 1) * 2 %}" + HINT + "{% endif %}{% endmacro %}"
 )
 
+# Mistral's way: the system prompt stands before a question while that is the last message, or the last question.
+SYSTEM_BEFORE = (
+    "{% set chat = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    "{% set asked = chat | selectattr('role', 'equalto', 'user') | list %}{{ bos_token }}{% for m in chat %}"
+    "{% if m.role == 'user' %}[INST] {% if WHEN and chat | length < messages | length %}"
+    "{{ messages[0].content + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+SYSTEM_LAST = {
+    "the last message": SYSTEM_BEFORE.replace("WHEN", "loop.last"),
+    "the last question": SYSTEM_BEFORE.replace("WHEN", "m == asked[-1]"),
+}
+
 # How other families write their turns: the end of a turn, the template, what a turn has around its answer.
 OTHER_TEMPLATES = {
     "Llama 2": (
