@@ -1,7 +1,8 @@
-"""The names that we need of trl, transformers and accelerate beyond what they promise, and nothing of ours.
+"""The names that we need of trl, transformers, accelerate and peft beyond what they promise, and nothing of ours.
 
 `HOOKS` says which they are, which parameters of them we rely on, and what for. A test compares it with the installed
-versions and with our own code, so that a new release fails there, first and by name.
+versions and with our own code, so that a new release fails there, first and by name. DeepSpeed's are in it too, and
+are imported by models/deepspeed.py.
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import fsdp2_prepare_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -47,6 +49,7 @@ __all__ = [
     "HOOKS",
     "PREFIX_CHECKPOINT_DIR",
     "AcceleratorConfig",
+    "BaseTunerLayer",
     "GKDConfig",
     "GKDTrainer",
     "Hook",
@@ -92,6 +95,7 @@ class Hook(NamedTuple):
     how: Literal["overridden", "called", "read", "set"]
     why: str
     parameters: tuple[str, ...] = ()  # those that we pass or take
+    optional: bool = False  # we do without it where it is gone
 
     def resolve(self) -> Any:
         """What is installed under this name; AttributeError or ImportError where there is nothing."""
@@ -109,6 +113,7 @@ class Hook(NamedTuple):
 
 _TRAINER = "transformers.Trainer"
 _SFT = "trl.SFTTrainer"
+_ZERO = "deepspeed.runtime.zero"
 
 HOOKS = (
     # ---- overridden by AMiDTrainer or ComparedTrainer ----
@@ -192,8 +197,10 @@ HOOKS = (
         "trl.experimental.gkd.GKDTrainer",
         "read",
         "AMiDTrainer is one to scripts that ask; gone, SFTTrainer is its base",
+        optional=True,
     ),
-    Hook("trl.experimental.gkd.GKDConfig", "read", "GKD's fields; gone, ours in _gkd.py are the same"),
+    Hook("trl.experimental.gkd.GKDConfig", "read", "GKD's fields; gone, ours are the same", optional=True),
+    Hook("trl.experimental.gkd.gkd_config.GKDConfig", "read", "the same, read from its file", optional=True),
     Hook("trl.SFTConfig._VALID_DICT_FIELDS", "read", "fields that are JSON on the command line"),
     Hook("trl.models.utils._ForwardRedirection", "called", "the object that the next one is called on"),
     Hook(
@@ -283,7 +290,9 @@ HOOKS = (
         "accelerate.utils.fsdp2_prepare_model", "called", "shards the teacher layer by layer", ("accelerator", "model")
     ),
     Hook("accelerate.commands.launch.launch_command", "called", "amid-trl train starts its processes", ("args",)),
-    Hook("accelerate.commands.launch.launch_command_parser", "called", "flags of the launcher"),
+    Hook(
+        "accelerate.commands.launch.launch_command_parser", "called", "flags of the launcher; also read from its file"
+    ),
     Hook(
         "accelerate.commands.config.load_config_from_file",
         "called",
@@ -305,4 +314,15 @@ HOOKS = (
     Hook("transformers.utils.notebook.NotebookTrainingTracker.remove_child", "called", "the bar of an evaluation"),
     Hook("transformers.utils.notebook.NotebookProgressBar", "read", "the bar of an evaluation"),
     Hook("accelerate.commands.config.config_args.default_config_file", "read", "whether accelerate has defaults"),
+    Hook("peft.tuners.tuners_utils.BaseTunerLayer", "read", "which modules an adapter is on"),
+    # ---- DeepSpeed's, in models/deepspeed.py ----
+    Hook(f"{_ZERO}.partition_parameters.Init.ds_tensor", "read", "this process's part of a sharded weight"),
+    Hook(f"{_ZERO}.partition_parameters.Init.ds_status", "read", "whether a weight is sharded, and whole just now"),
+    Hook(f"{_ZERO}.partition_parameters.Init.ds_numel", "read", "elements of the whole weight"),
+    Hook(f"{_ZERO}.partition_parameters.ZeroParamStatus", "read", "whether a weight is whole just now"),
+    Hook(f"{_ZERO}.config.ZeroStageEnum", "read", "in an engine's files"),
+    Hook("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "read", "in an engine's files"),
+    Hook("deepspeed.runtime.fp16.loss_scaler.LossScaler", "read", "in an engine's files"),
+    Hook("deepspeed.utils.tensor_fragment.fragment_address", "read", "in an engine's files"),
+    Hook("deepspeed.ops.op_builder.all_ops.ALL_OPS", "read", "whose compilations may have left a lock"),
 )

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gkd_worker
 import pytest
 from processes import Forked
 
 from amid_trl._gkd import GKDConfig
+from amid_trl.launch import flags
+from amid_trl.launch.declared import declared_class
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,26 @@ def test_it_trains_the_same_student(there, hidden):
     assert hidden["sources"] == there["sources"]
     assert hidden["losses"] == there["losses"]
     assert hidden["weights"] == there["weights"]
+
+
+def test_all_tests_are_collected_without_it(hidden):
+    assert not hidden["uncollected"]
+
+
+def test_the_command_line_then_reads_our_copy(monkeypatch):
+    def read() -> tuple[list[list[str]], set[str]]:
+        """Its fields before the parser changes their types, and its options."""
+        made = flags.declared_config.__wrapped__()
+        fields = gkd_worker.fields(made)
+        monkeypatch.setattr(flags, "declared_config", lambda: made)
+        return fields, {*flags.declared_parser()._option_string_actions}
+
+    trls, homes = read(), []
+    monkeypatch.undo()
+    monkeypatch.setattr(flags, "source_file", lambda module: Path("gone"))
+    monkeypatch.setattr(flags, "declared_class", lambda *name: homes.append(name) or declared_class(*name))
+    assert read() == trls and len(trls[0]) > 200
+    assert homes == [("amid_trl._gkd", "GKDConfig")]
 
 
 def test_our_copy_of_the_fields_is_trls():

@@ -1,14 +1,16 @@
-"""What we need of TRL, transformers and accelerate beyond their promises is in HOOKS, and is there.
+"""What we need of TRL, transformers, accelerate, PEFT and DeepSpeed beyond their promises is in HOOKS, and is there.
 
 Half of the tests compare HOOKS with the installed versions, the other half with our own code, by walking through it.
 """
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,12 @@ from amid_trl.comparison.run import ComparedTrainer
 
 
 PACKAGE = Path(__file__).parents[1] / "amid_trl"
-LIBRARIES = ("trl", "transformers", "accelerate")
+LIBRARIES = ("trl", "transformers", "accelerate", "peft", "deepspeed")
+# Where private names are imported, and those of DeepSpeed at all; its attributes of weights begin alike.
+HOMES = {"deepspeed": "models/deepspeed.py"}
+HOME, OF_WEIGHTS = "_trl.py", "ds_"
 # Public is what a library's own package exports, and of its modules these: what a Trainer's documented methods return,
-# and utilities in the libraries' reference. Everything else is imported in _trl.py and is in HOOKS.
+# and utilities in the libraries' reference. Everything else is in HOOKS, and imported in its home.
 PUBLIC = {
     *("transformers.trainer_utils.EvalLoopOutput", "transformers.trainer_utils.TrainOutput"),
     *("transformers.utils.is_peft_available", "transformers.utils.is_rich_available"),
@@ -45,13 +50,14 @@ PUBLIC_OF_TRAINERS = {
     # Ours. transformers' search for hyperparameters has one as well, but needs a model_init, which TRL does not take.
     "objective",
 }
-# Private names of others than the three libraries.
-OF_OTHERS = {"_option_string_actions", "_actions", "_get_formatter"}  # argparse's
+# Private names of others than these libraries: argparse's, and ours on a class that we have made.
+OF_OTHERS = {"_option_string_actions", "_actions", "_get_formatter", "_get_help_string", "_assigned"}
 OURS = (AMiDTrainer, ComparedTrainer)
 # Under which name we call what HOOKS calls otherwise.
 ALIASES = {"forward_redirection": "_ForwardRedirection.__call__", "vllm_engine": "VLLMGeneration"}
 RECEIVERS = {"self", "super()", "trainer", "SFTTrainer", "hf_deepspeed", "inner", "self._engine"}
 
+DOTTED = re.compile(rf"({'|'.join(LIBRARIES)})(\.\w+)+")
 REFLECTING = {"getattr", "hasattr", "setattr"}
 
 Files = dict[str, str]
@@ -112,9 +118,10 @@ def missing(hooks: tuple[Hook, ...]) -> list[str]:
             hook.resolve()
         except (AttributeError, ImportError) as error:
             try:
-                if name not in stored_by(hook._replace(name=owner).resolve()):
-                    wrong.append(f"{where} is not there: {error}")
+                there = name in stored_by(hook._replace(name=owner).resolve())
             except (AttributeError, ImportError):
+                there = False
+            if not there and not hook.optional:
                 wrong.append(f"{where} is not there: {error}")
             continue
         if hook.parameters:
@@ -149,6 +156,12 @@ def test_a_hook_that_is_gone_is_named(old, new, found):
     hooks = {hook.name: hook for hook in HOOKS}
     [message] = missing((*HOOKS, hooks[old]._replace(**new)))
     assert found in message and hooks[old].why in message and version(hooks[old].name.split(".")[0]) in message
+
+
+def test_a_hook_that_we_do_without_may_be_gone():
+    [ours] = missing((Hook("trl.experimental.gone.GKDConfig", "read", "fields"),))
+    assert "trl.experimental.gone.GKDConfig" in ours
+    assert not missing((Hook("trl.experimental.gone.GKDConfig", "read", "fields", optional=True),))
 
 
 # ---- What we override ----
@@ -256,7 +269,7 @@ def test_an_override_that_takes_less_is_found():
 
 
 def imported(text: str) -> Iterator[tuple[int, str]]:
-    """(line, full name) of all that is imported from the three libraries."""
+    """(line, full name) of all that is imported from the libraries."""
     for node in ast.walk(parsed(text)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in LIBRARIES:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
@@ -266,22 +279,34 @@ def imported(text: str) -> Iterator[tuple[int, str]]:
 
 def is_public(name: str) -> bool:
     *module, last = name.split(".")
-    return not last.startswith("_") and (len(module) < 2 or name in PUBLIC)
+    exported = not module or (len(module) == 1 and find_spec(name) is None)
+    return not last.startswith("_") and (exported or name in PUBLIC)
+
+
+def named_in_strings(text: str) -> Iterator[tuple[int, str]]:
+    """(line, full name) of what a string names in these libraries, for whoever reads or imports by name."""
+    for node in ast.walk(parsed(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DOTTED.fullmatch(node.value):
+            yield node.lineno, node.value
 
 
 def unlisted_imports(files: Files, hooks: tuple[Hook, ...]) -> list[str]:
-    """Imports that are neither public nor in _trl.py and HOOKS; a module is, if names in it are."""
+    """Imports that are neither public nor in HOOKS and their home; a module is in HOOKS if names in it are."""
     listed = {hook.name for hook in hooks}
     listed |= {f"{hook.name.rpartition('.')[0]}" for hook in hooks}
     wrong = []
     for file, text in files.items():
         for line, name in imported(text):
-            if is_public(name):
+            home = HOMES.get(name.split(".")[0])
+            if is_public(name) and file == (home or file):
                 continue
-            if file != "_trl.py":
-                wrong.append(f"{file}:{line} imports {name}, which is for _trl.py to do")
+            if file != (home or HOME):
+                wrong.append(f"{file}:{line} imports {name}, which is for {home or HOME} to do")
             elif name not in listed:
                 wrong.append(f"{file}:{line} imports {name}, which is not in HOOKS")
+        for line, name in named_in_strings(text) if file != HOME else ():
+            if not is_public(name) and name not in listed:
+                wrong.append(f"{file}:{line} names {name}, which is not in HOOKS")
     return wrong
 
 
@@ -295,6 +320,15 @@ def test_all_that_is_imported_is_public_or_listed(files):
         ("models/pairs.py", "from transformers.trainer_pt_utils import nested_detach", "for _trl.py to do"),
         ("models/pairs.py", "from transformers import _LazyModule", "for _trl.py to do"),
         ("models/pairs.py", "import trl.models.utils", "for _trl.py to do"),
+        ("models/pairs.py", "from transformers import utils", "for _trl.py to do"),
+        ("models/pairs.py", "from peft.utils import other", "for _trl.py to do"),
+        ("models/pairs.py", "import deepspeed", "for models/deepspeed.py to do"),
+        ("models/deepspeed.py", "from deepspeed.runtime import engine", "deepspeed.runtime.engine, which is not in"),
+        (
+            "launch/flags.py",
+            "source_file('trl.trainer.grpo_config')",
+            "names trl.trainer.grpo_config, which is not in",
+        ),
         ("_trl.py", "from trl.trainer.utils import pad", "trl.trainer.utils.pad, which is not in HOOKS"),
     ],
 )
@@ -327,13 +361,17 @@ def own_private_names(files: Files) -> set[str]:
 def unlisted_attributes(files: Files, hooks: tuple[Hook, ...]) -> list[str]:
     """What is private, or a trainer's without being documented, and is not in HOOKS."""
     listed = {hook.name.split(".")[-1] for hook in hooks}
-    own = own_private_names(files)
+    own = own_private_names(files)  # on another object than `self` the name is somebody else's
     wrong = []
     for file, text in files.items():
         tree = parsed(text)
         of_trainers = {id(node) for trainer in trainer_classes(tree) for node in ast.walk(trainer)}
         for node in ast.walk(tree):
             for line, receiver, name in attributes_of(node):
+                if name.startswith(OF_WEIGHTS) and file != HOMES["deepspeed"]:
+                    wrong.append(
+                        f"{file}:{line} reads {name}, which is not in HOOKS for it: {HOMES['deepspeed']} does"
+                    )
                 if name in listed or (name.startswith("__") and name.endswith("__")):
                     continue
                 receiver = ast.unparse(receiver)
@@ -341,7 +379,8 @@ def unlisted_attributes(files: Files, hooks: tuple[Hook, ...]) -> list[str]:
                 if in_trainer or receiver in ("trainer", "SFTTrainer", "GKDTrainer"):
                     unlisted = name in names_of_trainers() and name not in PUBLIC_OF_TRAINERS
                 else:
-                    unlisted = name.startswith("_") and name not in own and name not in OF_OTHERS
+                    ours = name in OF_OTHERS or (receiver == "self" and name in own)
+                    unlisted = name.startswith("_") and not ours
                 if unlisted:
                     wrong.append(f"{file}:{line} has {receiver}.{name}, which is not in HOOKS")
     return wrong
@@ -370,6 +409,9 @@ def test_all_that_is_private_is_listed(files):
         ("training/engines.py", "trainer.is_fsdp_enabled"),
         ("models/generation.py", "model._is_hf_initialized"),
         ("models/generation.py", "getattr(model, '_is_hf_initialized', False)"),
+        ("models/generation.py", "hasattr(model, 'ds_tensor')"),
+        ("models/generation.py", "model.tokenizer._pad"),  # as an attribute of ours is called
+        ("models/generation.py", "trainer.accelerator._dataloaders"),  # as a function of ours
     ],
 )
 def test_an_attribute_that_is_not_listed_is_found(files, file, line):

@@ -13,11 +13,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if folder is None:
         raise ValueError(train.NO_CACHE)
     training_args.teacher_cache = None
-    if (adapter := training_args.teacher_adapter_path) is not None:
-        raise ValueError(
-            "a cache is written by a teacher with a model of its own, or on a server; got "
-            f"teacher_adapter_path={adapter!r}"
-        )
     with train.before_training():
         trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     try:

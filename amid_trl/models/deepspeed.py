@@ -1,6 +1,7 @@
 """What DeepSpeed needs of us: the one file that knows its private parts."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch.serialization import safe_globals
 from amid_trl._trl import hf_deepspeed
 from amid_trl.maths.linear import Head
 from amid_trl.models.heads import causal_lm, language_model_head
+
+
+ENGINE_FOLDER = re.compile(r"global_step\d+")  # what an engine writes, within a checkpoint
 
 
 def announce_head(student: nn.Module) -> None:
@@ -142,6 +146,13 @@ def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if value != "auto"
     }
+
+
+def op_names() -> list[str]:
+    """The operations that DeepSpeed compiles when they are first needed."""
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    return list(ALL_OPS)
 
 
 def check_engine_file(file: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from amid_trl.maths.divergences import kl
 from amid_trl.models.loading import load_adapter
 from amid_trl.models.pairs import check_adapter
 from amid_trl.models.quantised import recorded_base, whole_weights
@@ -42,14 +43,10 @@ def merged_model(path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dty
     rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
     before = [_log_probs(adapted, row) for row in rows]
     plain = adapted.merge_and_unload().to(dtype)
-    kls = [_kl(log_p, _log_probs(plain, row)) for log_p, row in zip(before, rows, strict=True)]
+    kls = [kl(log_p, _log_probs(plain, row)) for log_p, row in zip(before, rows, strict=True)]
     return Merged(plain, float(torch.cat(kls).mean()))
 
 
 @torch.no_grad()
 def _log_probs(model: Any, row: Tensor) -> Tensor:
     return model(row).logits[0].double().log_softmax(-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from amid_trl._trl import BaseTunerLayer
 from amid_trl.models.heads import causal_lm
 
 
@@ -138,8 +139,6 @@ def text_model(model: nn.Module, *, says: bool = True) -> Any:
         return alone
     adapted: Any = model
     adapted.base_model.model, adapted.base_model.config, adapted.config = alone, alone.config, alone.config
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     for config in adapted.peft_config.values():  # a pattern of the whole's names would not be found again
         config.target_modules = {name for name, one in alone.named_modules() if isinstance(one, BaseTunerLayer)}
         config.exclude_modules = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from amid_trl.maths.balance import balance_loss, routing
-from amid_trl.models.deepspeed import gathered_as_they_run, gathered_head
+from amid_trl.models.deepspeed import gathered_as_they_run, gathered_head, own_shard
 from amid_trl.models.heads import backbone_states, causal_lm, evaluating, forward_inputs, language_model_head
 from amid_trl.models.routers import routed_states
 
@@ -42,7 +42,7 @@ def check_own_logits(model: nn.Module, role: str, device: torch.device | None = 
     """
     base = causal_lm(model)
     layer: Any = base.get_output_embeddings()
-    if any(weight.is_meta and not hasattr(weight, "ds_tensor") for weight in layer.parameters()):
+    if any(weight.is_meta and own_shard(weight) is None for weight in layer.parameters()):
         logger.debug("The %s's logits are not compared: its head has no values in this process", role)
         return
     ids, mask = _rows(base, device or base.device)

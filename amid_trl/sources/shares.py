@@ -56,6 +56,12 @@ class WindowSources:
         return self._replay.sample(rows)
 
     @property
+    def mixes(self) -> bool:
+        """Whether windows of this run have different sources."""
+        least, most = self._config.student_shares
+        return self._adaptive is not None or (most > 0 and least < 1)
+
+    @property
     def needs_evaluation(self) -> bool:
         """Whether the first window has to wait for the loss of the untrained student."""
         return self._adaptive is not None and not self._adaptive.has_reference

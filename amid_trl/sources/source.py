@@ -15,6 +15,8 @@ Source = Literal["dataset", "student", "replay", "teacher"]
 
 # The sources whose text is the student's own.
 STUDENT_TEXT = ("student", "replay")
+# Those whose text the dataset's rows are; all others complete prompts of the dataset.
+DATASET_TEXT = ("dataset",)
 
 
 # How much of the student's share it writes anew, by progress. The names are DistiLLM's, whose "decreasing" lets this

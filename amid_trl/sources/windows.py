@@ -15,7 +15,7 @@ from amid_trl.run import Run
 from amid_trl.sources.completion_table import CompletionLog
 from amid_trl.sources.fields import SourceFields
 from amid_trl.sources.shares import WindowSources
-from amid_trl.sources.source import Source
+from amid_trl.sources.source import DATASET_TEXT, Source
 from amid_trl.sources.writers import Writer
 
 
@@ -87,7 +87,7 @@ class Windows:
     def window(self, batches: list[Batch], step: int, steps: int, to_device: Callable[[Batch], Batch]) -> Window:
         """Window `step` of `steps`, from the dataset's batches; all processes have to ask."""
         source = self._sources.choose(step, steps)
-        if source != "dataset" and batches:
+        if source not in DATASET_TEXT and batches:
             batches = [to_device(batch) for batch in self.written_by(source, batches, step)]
         if self._deals:
             batches = deal_by_length(batches, *self._pad)

@@ -25,10 +25,12 @@ BASE = "base"
 class AdapterTeacher:
     """The student's base, held in memory once, under the teacher's adapter or under none."""
 
+    rows_at_once = 1
+
     def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):
         if not is_peft_model(student):
             raise ValueError(f"teacher_adapter_path={path!r} needs a student with an adapter; pass peft_config")
-        self._wrapped, self._accelerator = wrapped, accelerator
+        self._wrapped, self._accelerator, self.name = wrapped, accelerator, path
         self._adapter = None if path == BASE else TEACHER_ADAPTER
         if self._adapter is not None:
             adapted: Any = student

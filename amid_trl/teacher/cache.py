@@ -118,7 +118,7 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
-        _check_about(self._folder, {"format": FORMAT})
+        self.teacher: str = _check_about(self._folder, {"format": FORMAT})["teacher"]
         self._places: dict[bytes, tuple[Any, int, int]] = {}
         for file in _shards(self._folder):
             shard = _open(file)
@@ -170,13 +170,15 @@ def _keys(shard: Any) -> list[bytes]:
     return [bytes(key) for key in shard.get_tensor("keys").tolist()]
 
 
-def _check_about(folder: Path, wanted: dict[str, Any]) -> None:
+def _check_about(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the folder says of its rows; ValueError unless that is what is wanted."""
     file = folder / ABOUT
     if not file.exists():
         raise ValueError(f"{folder} holds no teacher's probabilities: it has no {ABOUT}")
     about = json.loads(file.read_text(encoding="utf-8"))
     if different := differences({name: about.get(name) for name in wanted}, wanted):
         raise ValueError(f"the cache {folder} was written with {different}")
+    return about
 
 
 def open_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> "CachedTeacher":
@@ -204,8 +206,10 @@ def _check_rows(cache: TeacherCache, name: str, dataset: Dataset) -> None:
 class CachedTeacher:
     """Looks every row up in a cache, which has the dataset's own text."""
 
+    rows_at_once = 1
+
     def __init__(self, cache: TeacherCache):
-        self._cache = cache
+        self._cache, self.name = cache, cache.teacher
 
     def __call__(self, batch: Batch) -> SparseTeacher:
         """The predictions at the trained tokens, rows one after the other."""

@@ -19,8 +19,10 @@ from amid_trl.run import RenamedTokens
 class ModelTeacher:
     """A teacher in memory, as the engine has wrapped it; `offloaded`, it is on the device for its passes alone.
 
-    A text with a token that is `renamed` is refused.
+    A text with a token that is `renamed` is refused. By default its `name` is that from which it was loaded.
     """
+
+    rows_at_once = 1
 
     def __init__(
         self,
@@ -28,10 +30,17 @@ class ModelTeacher:
         accelerator: Accelerator,
         renamed: RenamedTokens | None = None,
         *,
+        name: str | None = None,
         offloaded: bool = False,
     ):
         self._wrapped, self._accelerator, self._renamed = wrapped, accelerator, renamed or RenamedTokens()
-        self._at_home = HostWeights(wrapped, accelerator.device) if offloaded else None
+        self._name, self._at_home = name, HostWeights(wrapped, accelerator.device) if offloaded else None
+
+    @property
+    def name(self) -> str:
+        """Its name or path."""
+        teacher: Any = self._accelerator.unwrap_model(self._wrapped)
+        return self._name or causal_lm(teacher).name_or_path
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""

@@ -307,12 +307,8 @@ class ServedTeacher:
     """Asks a server about every row, whoever wrote it."""
 
     def __init__(self, server: TeacherServer):
-        self._server = server
-
-    @property
-    def model(self) -> str:
-        """By which name the server lists it."""
-        return self._server.model
+        self._server, self.name = server, server.model
+        self.rows_at_once = REQUESTS * server.batch_size
 
     def __call__(self, batch: Batch) -> SparseTeacher:
         """The predictions at the trained tokens, rows one after the other."""

@@ -19,6 +19,13 @@ from amid_trl.teacher.server import open_server
 class Teacher(Protocol):
     """What the teacher predicts for a micro-batch's trained tokens, rows one after the other."""
 
+    rows_at_once: int  # it is worth asking about so many together
+
+    @property
+    def name(self) -> str:
+        """By which a cache of its answers is known."""
+        ...
+
     def __call__(self, batch: Batch) -> States | SparseTeacher:
         """Hidden states with the head, or the likeliest tokens of a teacher that is not in memory."""
         ...
@@ -36,7 +43,8 @@ def open_teacher(
     A ValueError if it is another one's, or does not know all rows of the prepared datasets.
     """
     if model is not None:
-        return ModelTeacher(model, run.accelerator, run.renamed, offloaded=run.args.teacher_offload)
+        name = run.args.teacher_model_name_or_path
+        return ModelTeacher(model, run.accelerator, run.renamed, name=name, offloaded=run.args.teacher_offload)
     if run.args.teacher_adapter_path is not None:
         return AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
     if run.args.teacher_model_server_url is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
+from amid_trl.models.deepspeed import op_names
 from amid_trl.outputs import sole_use
 
 
@@ -41,13 +42,11 @@ def clear_build_locks() -> None:
 
 
 def _locks() -> Iterator[Path]:
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
-
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     # By default there is a folder for each version of Python and each accelerator.
     folders = [Path(given)] if given else sorted(Path(get_default_build_root()).glob("*"))
     for folder in folders:
-        yield from (lock for name in ALL_OPS if (lock := folder / name / "lock").exists())
+        yield from (lock for name in op_names() if (lock := folder / name / "lock").exists())
 
 
 def _wait_for(lock: Path) -> None:

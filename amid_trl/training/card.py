@@ -94,7 +94,7 @@ def objective_table(config: AMiDConfig, objective: Objective) -> str:
     shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
     settings |= {name: getattr(config, name) for name in shares}
     settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
-    if config.teacher_model_server_url or config.teacher_cache:
+    if config.teacher_is_sparse:
         settings["teacher_top_k"] = config.teacher_top_k
     if config.pretrain_dataset:
         settings["pretrain_dataset"] = _without_folders(config.pretrain_dataset)

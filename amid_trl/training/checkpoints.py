@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 
 from amid_trl._trl import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from amid_trl.models.deepspeed import check_engine_file
+from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file
 
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,6 @@ TRAINER_STATE = "trainer_state.json"  # written last
 
 
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-
-
-ENGINE_FOLDER = re.compile(r"global_step\d+")  # DeepSpeed's, within a checkpoint
 
 
 @contextmanager

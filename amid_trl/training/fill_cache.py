@@ -1,10 +1,9 @@
-"""What a teacher in memory or on a server expects for every row of a run, written into a folder."""
+"""What a run's teacher expects for every row of it, written into a folder."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -14,11 +13,7 @@ from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
-from amid_trl.models.heads import causal_lm
 from amid_trl.teacher.cache import CacheAbout, CacheWriter, tokenizer_fingerprint
-from amid_trl.teacher.in_memory import ModelTeacher
-from amid_trl.teacher.server import REQUESTS, ServedTeacher, TeacherServer
-from amid_trl.teacher.teacher import Teacher
 from amid_trl.training.trainer import AMiDTrainer
 
 
@@ -29,12 +24,16 @@ CHUNK = 128
 def cache_teacher(
     trainer: AMiDTrainer, folder: str, top_k: int, dtype: Literal["float16", "float32"] = "float16"
 ) -> None:
-    """Write what is missing of the trainer's training and evaluation sets. All processes have to call it."""
-    accelerator, top_k = trainer.accelerator, min(top_k, trainer.vocabulary)
-    teacher, name, size = _teacher(trainer, top_k)
+    """Write what is missing of the trainer's training and evaluation sets. All processes have to call it.
+
+    A teacher of which only the likeliest tokens are known is asked for as many as `teacher_top_k` says.
+    """
+    accelerator, args, teacher = trainer.accelerator, trainer.args, trainer.teacher
+    assert not args.teacher_is_sparse or top_k == args.teacher_top_k
+    top_k, size = min(top_k, trainer.vocabulary), max(args.per_device_eval_batch_size, teacher.rows_at_once)
     about = CacheAbout(
-        teacher=name,
-        revision=trainer.args.teacher_model_revision,
+        teacher=teacher.name,
+        revision=args.teacher_model_revision,
         tokenizer=tokenizer_fingerprint(trainer.processing_class),
         vocabulary=trainer.vocabulary,
         top_k=top_k,
@@ -51,20 +50,6 @@ def cache_teacher(
             for key, row in zip(keys, _rows(teacher(batch), batch, trainer.vocabulary, top_k), strict=True):
                 writer.add(key, row)
     accelerator.wait_for_everyone()
-
-
-def _teacher(trainer: AMiDTrainer, top_k: int) -> tuple[Teacher, str, int]:
-    """The teacher, its name, and how many rows it is asked about at a time."""
-    args = trainer.args
-    size = args.per_device_eval_batch_size
-    if args.teacher_model_server_url is not None:
-        patience = args.teacher_server_patience
-        server = TeacherServer(args.teacher_model_server_url, top_k, trainer.vocabulary, patience=patience)
-        served = ServedTeacher(server)
-        return served, served.model, max(size, REQUESTS * server.batch_size)
-    model = cast(nn.Module, trainer.teacher_model)
-    teacher = ModelTeacher(model, trainer.accelerator, offloaded=args.teacher_offload)
-    return teacher, args.teacher_model_name_or_path or cast(str, causal_lm(model).name_or_path), size
 
 
 def _batches(trainer: AMiDTrainer, size: int) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from amid_trl.data.batches import Batch, unpadded
 from amid_trl.maths.figures import Figures
 from amid_trl.run import Run
-from amid_trl.sources.source import Source
+from amid_trl.sources.source import DATASET_TEXT, Source
 from amid_trl.training.checkpoints import last_finite_checkpoint
 from amid_trl.training.config import AMiDConfig
 
@@ -70,7 +70,7 @@ class NonfiniteLoss:
     def _rows(self, batch: Batch, source: Source | None, chosen: Tensor) -> list[str]:
         """Rows as a reader finds them again: by their place in `trainer.train_dataset`, and how they begin."""
         columns = ("input_ids", "attention_mask", "input_ids")
-        if source != "dataset":
+        if source not in DATASET_TEXT:
             columns = ("prompts", "prompt_attention_mask", "prompt_ids")
         ids, mask = (batch[name].cpu()[chosen] for name in columns[:2])
         rows = [row.tolist() for row in unpadded(ids, mask)]

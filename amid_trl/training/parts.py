@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -102,8 +102,9 @@ def open_parts(
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
     sources, objective = WindowSources(run), RunObjective(run)
-    means = (*objective.means, *WINDOW_MEANS, "aux_loss", *_means_of_sources(run.args))
-    train_means = Means(means, run.accelerator.device)
+    # Where sources are mixed one curve would show their figures in turn.
+    by_source = [f"{name}/{source}" for name in ("objective", "kl") for source in get_args(Source) if sources.mixes]
+    train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss", *by_source), run.accelerator.device)
     return Parts(
         teacher,
         writers,
@@ -121,12 +122,3 @@ def open_parts(
         unmoved=UnmovedWeights(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
     )
-
-
-def _means_of_sources(args: AMiDConfig) -> list[str]:
-    """In a run that mixes sources, whose figures one curve would show in turn."""
-    least, most = args.student_shares
-    others = ["teacher" if args.seq_kd else "dataset"] if least < 1 else []
-    students = [] if most == 0 else ["student", "replay"] if args.sampling == "adaptive" else ["student"]
-    sources = [*others, *students]
-    return [f"{name}/{source}" for name in ("objective", "kl") for source in sources] if len(sources) > 1 else []

@@ -157,7 +157,7 @@ class AMiDTrainer(GKDTrainer):
         args, parts = self.args, self._parts
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.generation_config = parts.writers["student"].config
-        self.objective = parts.objective.current
+        self.objective, self.teacher = parts.objective.current, parts.teacher
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
         for callback in (parts.stop_on_sigterm, parts.memory, parts.unmoved):
             self.add_callback(callback)

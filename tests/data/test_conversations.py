@@ -26,7 +26,6 @@ from preparing import (
     user,
     warnings_of,
 )
-from trl.experimental.utils import DataCollatorForChatML
 
 from amid_trl.data.rows import UNTRAINED, DataSettings
 
@@ -175,9 +174,10 @@ def test_the_prompt_is_the_one_of_inference_even_where_trl_trains_another_templa
 
 def test_the_collator_of_gkd_does_lose_the_first_token_of_an_answer():
     # Shows that the test above can fail: same template, same answer.
+    theirs = pytest.importorskip("trl.experimental.utils").DataCollatorForChatML
     tokenizer = tokenizer_with("deepseek_r1_distill")
     rows = [{"messages": [user("Is water wet?"), assistant("Yes.")]}]
-    labels = DataCollatorForChatML(tokenizer, max_length=512)(rows)["labels"][0]
+    labels = theirs(tokenizer, max_length=512)(rows)["labels"][0]
     assert not tokenizer.decode(labels[labels != UNTRAINED]).startswith("Yes.")
     (row,) = prepared(rows, tokenizer)
     assert trained_spans(row, tokenizer) == ["Yes.<\uff5cend▁of▁sentence\uff5c>"]

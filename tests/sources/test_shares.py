@@ -298,6 +298,18 @@ def test_a_run_that_mixes_sources_logs_the_figures_of_each(train):
     assert logs[0]["kl/student"] != logs[0]["kl/dataset"]
 
 
+def test_the_figures_of_a_source_that_the_settings_do_not_name_are_logged(train, monkeypatch):
+    """As those of a new one: `next_source` decides, nothing else."""
+    monkeypatch.setattr("amid_trl.sources.shares.next_source", lambda u, **_: "student" if u < 0.5 else "teacher")
+    trainer = train(lmbda=0.5, sampling_block_size=2, logging_steps=2)
+    trainer._parts.writers["teacher"] = trainer._parts.writers["student"]
+    trainer.train()
+    [entry] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("kl", "objective"):
+        low, high = sorted((entry[f"{name}/student"], entry[f"{name}/teacher"]))
+        assert low < entry[name] < high
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_a_run_with_one_source_has_no_figures_of_sources(train, lmbda):
     trainer = train(lmbda=lmbda)

@@ -1,6 +1,7 @@
 """The settings and two windows of a run, written to FILE as JSON (see test_gkd.py).
 
-With a second argument as if TRL had no GKD: python gkd_worker.py FILE [hidden].
+With a second argument as if TRL had no GKD, and then also which tests cannot be collected:
+python gkd_worker.py FILE [hidden].
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pathlib import Path
 if sys.argv[2:] == ["hidden"]:
     sys.modules["trl.experimental.gkd"] = None  # importing it is an ImportError
 
+import pytest
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from trl import SFTTrainer
 
@@ -79,5 +81,34 @@ def found() -> dict:
     }
 
 
+class Uncollected:
+    """A plugin of pytest: the files of tests that cannot be imported."""
+
+    def __init__(self):
+        self.files: list[str] = []
+
+    def pytest_collectreport(self, report):
+        self.files += [f"{report.nodeid}: {report.longrepr}"] if report.failed else []
+
+
+def uncollected() -> list[str]:
+    plugin, tests = Uncollected(), str(Path(__file__).parents[1])
+    options = [
+        "--collect-only",
+        "-qq",
+        "--assert=plain",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
+    status = pytest.main([tests, *options], [plugin])
+    assert plugin.files or status == 0
+    return plugin.files
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(found()))
+    written = found()
+    if sys.argv[2:] == ["hidden"]:
+        written["uncollected"] = uncollected()
+    Path(sys.argv[1]).write_text(json.dumps(written))

@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from tiny import messages_dataset, tiny_llama
 
 from amid_trl import AMiDConfig
+from amid_trl.data.batches import row_key
+from amid_trl.teacher.cache import TeacherCache
+from amid_trl.training.fill_cache import cache_teacher
 
 
 @pytest.fixture
@@ -99,6 +102,22 @@ def test_a_checkpoint_holds_the_student_alone_and_is_resumed(run, tmp_path, adap
     resumed.train(resume_from_checkpoint=str(checkpoint))
     want = weights(whole.model)
     assert all(torch.equal(weight, want[name]) for name, weight in weights(resumed.model).items())
+
+
+def test_what_it_expects_can_be_cached(run, base, adapter, tmp_path):
+    caches = []
+    for name, teacher, settings in (
+        ("one", None, {"teacher_adapter_path": adapter}),
+        ("two", PeftModel.from_pretrained(copy.deepcopy(base), adapter), {}),
+    ):
+        trainer = run(teacher, **settings)
+        cache_teacher(trainer, str(tmp_path / name), 12, "float32")
+        caches.append(TeacherCache(tmp_path / name))
+    one, two = caches
+    assert one.teacher == adapter and len(one) == len(two) == 8
+    for row in trainer.train_dataset:
+        key = row_key(row["input_ids"], row["labels"])
+        torch.testing.assert_close(tuple(one.row(key)), tuple(two.row(key)))
 
 
 def test_a_student_without_an_adapter_is_refused(train, adapter):

@@ -55,7 +55,7 @@ def test_a_server_that_dies_leaves_a_cache_to_go_on_with(tmp_path, tokenizer, te
     settings |= {"model_name_or_path": str(tmp_path / "student"), "dataset_name": str(tmp_path / "data")}
     settings |= {"output_dir": str(tmp_path / "out"), "teacher_cache": str(tmp_path / "cache"), "lmbda": 0.0}
     settings |= {"teacher_top_k": 12, "teacher_server_patience": 0.5}
-    monkeypatch.setattr("amid_trl.training.fill_cache.TeacherServer", partial(TeacherServer, batch_size=4))
+    monkeypatch.setattr("amid_trl.teacher.server.TeacherServer", partial(TeacherServer, batch_size=4))
     with serving(teacher) as server:
         settings["teacher_model_server_url"] = server.url
         (tmp_path / "run.yaml").write_text(json.dumps(settings))
@@ -63,9 +63,9 @@ def test_a_server_that_dies_leaves_a_cache_to_go_on_with(tmp_path, tokenizer, te
         asked = []
 
         def hangs_up(choices, prompts):
-            """During the second sixteen, of which the requests have 4 rows; those that look for company have not."""
+            """During the second sixteen, of which the requests have 4 rows, as the one that looks for company has."""
             asked.extend([prompts] * (len(prompts) == 4))
-            server.faults += [HANG_UP] * 100 * (len(asked) == 5)
+            server.faults += [HANG_UP] * 100 * (len(asked) == 6)
             return choices
 
         server.tamper = hangs_up

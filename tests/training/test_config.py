@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from trl import TrlParser
-from trl.experimental.gkd import GKDConfig
 
 from amid_trl import AMiDConfig, Objective
+from amid_trl._trl import GKDConfig
 from amid_trl.fields import build_schedule
 from amid_trl.sources.fields import VLLM_COLOCATE_FIELDS, VLLM_SERVER_FIELDS
 from amid_trl.training.config import data_settings

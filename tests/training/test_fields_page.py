@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from trl.experimental.gkd import GKDConfig
 
 from amid_trl import AMiDConfig
+from amid_trl._trl import GKDConfig
 
 
 DOCS = Path(__file__).parents[2] / "docs"

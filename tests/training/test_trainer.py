@@ -23,9 +23,9 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
-from trl.experimental.gkd import GKDTrainer
 
 from amid_trl import AMiDConfig, AMiDTrainer
+from amid_trl._trl import GKDConfig, GKDTrainer
 from amid_trl.data.batches import DistillationCollator
 
 
@@ -369,8 +369,6 @@ def test_a_multimodal_model_is_refused(train, student):
 
 
 def test_a_config_of_another_trainer_is_refused(student, teacher, tokenizer, tmp_path):
-    from trl.experimental.gkd import GKDConfig
-
     with pytest.raises(TypeError, match="args must be an AMiDConfig; got a GKDConfig"):
         AMiDTrainer(
             student,
