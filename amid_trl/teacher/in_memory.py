@@ -40,7 +40,7 @@ class ModelTeacher:
     def name(self) -> str:
         """Its name or path."""
         teacher: Any = self._accelerator.unwrap_model(self._wrapped)
-        return self._name or causal_lm(teacher).name_or_path
+        return self._name or str(causal_lm(teacher).name_or_path)
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""
