@@ -80,8 +80,11 @@ def test_layers_are_gathered_once_for_a_window_or_for_each_token(two):
     ]
     for gathered, layered in zip(whole, in_parts, strict=True):
         # The embedding, two layers and the head with its norm, which stays; the others again for each further token.
-        assert [window["gatherings"] for window in gathered["written"]] == [4, 4, 4]
-        assert [window["gatherings"] for window in layered["written"]] == [4 + 3 * (tokens - 1) for tokens in longest]
+        # Three windows, and the answers of the evaluation.
+        assert [window["gatherings"] for window in gathered["written"]] == [4, 4, 4, 4]
+        *windows, evaluation = (window["gatherings"] for window in layered["written"])
+        assert windows == [4 + 3 * (tokens - 1) for tokens in longest]
+        assert evaluation > 4 and (evaluation - 4) % 3 == 0
         held = {window["bytes"] for window in gathered["written"] + layered["written"]}
         assert held == {gathered["bytes"][0]}  # in parts again when the text is written
         assert {window["again"] for window in gathered["written"] + layered["written"]} == {3}
