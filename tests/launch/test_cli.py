@@ -316,7 +316,8 @@ def test_launch_arguments_go_to_accelerate_and_the_rest_to_the_script(monkeypatc
     monkeypatch.setattr("amid_trl.launch.launcher.accelerate_launch", lambda *args: launched.append(args))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    given = ["--model_name_or_path", "student", "--dataset_name", "data", "--output_dir", "out", "--use_cpu"]
+    given = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--dataset_name", "data"]
+    given += ["--output_dir", "out", "--use_cpu"]
     assert cli.main(["train", *given, "--accelerate_config", "zero2", "--num_processes", "4"]) == 0
     launch, module, script = launched[0]
     assert launch == ["--config_file", accelerate_configs.config_path("zero2"), "--num_processes", "4"]
