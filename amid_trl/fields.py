@@ -5,11 +5,16 @@ A group is a mixin in front of TRL's configuration, beside the code that reads i
 the docstring of AMiDConfig and docs/fields.md are made of it. Nothing here imports torch.
 """
 
+import base64
+import contextlib
 import dataclasses
 import inspect
+import json
 import math
+import os
 import textwrap
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from amid_trl.maths.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
@@ -23,12 +28,14 @@ else:
         """What the last group in the order of inheritance calls; TRL's own checks stand behind it."""
 
         def __post_init__(self):
-            """Go on with TRL's."""
+            """Go on with TRL's, which read JSON and leave other text as it is."""
             if (following := getattr(super(), "__post_init__", None)) is not None:
                 following()
+            check_dicts(self, {*getattr(self, "_VALID_DICT_FIELDS", ())} - {*FILES})
 
 
 JSON = dict[str, Any] | str | None  # a dict, on the command line as a JSON string
+FILES = ("accelerator_config", "fsdp_config", "deepspeed", "teacher_deepspeed")  # which may be JSON in a file as well
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -39,6 +46,31 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 def json_dict(value: JSON) -> dict[str, Any]:
     """What TRL has read of such a field; empty where it is not set."""
     return cast(dict[str, Any], value or {})
+
+
+def check_dicts(config: Any, names: Iterable[str]) -> None:
+    """Refuse text in place of a dict."""
+    for name in names:
+        if (value := getattr(config, name)) and isinstance(value, str):
+            raise ValueError(f"{name} must be a dict, or JSON of one, which begins with {{; got {value!r}")
+
+
+def check_file(config: Any, name: str) -> None:
+    """Refuse text that is neither a file nor JSON, which may be in base64 as well."""
+    value = getattr(config, name)
+    if not value or not isinstance(value, str) or os.path.exists(value):
+        return
+    for decoded in (lambda text: text, base64.urlsafe_b64decode):
+        with contextlib.suppress(ValueError):
+            json.loads(decoded(value))
+            return
+    raise ValueError(f"{name}: there is no file {value}, and it is no JSON")
+
+
+def require_package(name: str, what: str, install: str) -> None:
+    """ImportError where a package is not installed; it is not imported."""
+    if find_spec(name) is None:
+        raise ImportError(f"{what} needs the package {name.replace('_', '-')}: pip install {install}")
 
 
 def own_fields(group: type) -> list[dataclasses.Field]:

@@ -10,13 +10,17 @@ import json
 import time
 from pathlib import Path
 
+# First, because it hides lines that the others print when they are imported.
+from amid_trl import AMiDConfig, AMiDTrainer
+
+
+# isort: split
 import torch
 from datasets import Dataset
 from embedded import load_teacher, questions
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.evaluation.figures import token_metrics
 from amid_trl.evaluation.scores import rouge_l
 from amid_trl.models.generation import generate_greedy

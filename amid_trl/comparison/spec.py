@@ -210,10 +210,10 @@ def _check_quickly(argv: list[str]) -> None:
 def _check_as_its_process_will(argv: list[str]) -> None:
     from amid_trl.launch import accelerate_configs
     from amid_trl.launch.launcher import launch_arguments
-    from amid_trl.launch.script import make_parser, require_model
+    from amid_trl.launch.script import make_parser, parse_with, require_model
 
-    *_, model_args, _, launcher = make_parser().parse_args_and_config(argv, return_remaining_strings=True)
-    launch_arguments(accelerate_configs.resolve(launcher), "amid_trl.comparison.run", [])
+    *_, model_args, _, from_config, from_flags = parse_with(make_parser(), argv)
+    launch_arguments(accelerate_configs.resolve([*from_config, *from_flags]), "amid_trl.comparison.run", [])
     require_model(model_args)
 
 

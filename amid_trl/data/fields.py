@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from amid_trl.fields import JSON, Fields, check_choice, check_weights, option
+from amid_trl.fields import JSON, Fields, check_at_least, check_choice, check_weights, json_dict, option
 
 
 @dataclass
@@ -30,3 +30,6 @@ class DataFields(Fields):
         super().__post_init__()
         check_choice(self, "assistant_turns", ("all", "last"))
         check_weights(self, "pretrain_weight")
+        check_at_least(self, 1, "max_length")
+        if unknown := sorted(json_dict(self.dataset_kwargs).keys() - {"skip_prepare_dataset"}):
+            raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")

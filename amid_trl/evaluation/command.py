@@ -74,6 +74,8 @@ def evaluate_model(argv: Sequence[str]) -> int:
     add_options(parser)
     args = parser.parse_args(argv)
     settings = given_settings(args)  # first: what is refused here does not wait for torch
+    settings.check_teacher(args.teacher)
+    settings.check_packages()
     if settings.evaluation_set is not None:
         evaluation_sets.check_set(settings.evaluation_set, settings.limit)
     check_model_name("model", args.model)

@@ -61,8 +61,7 @@ def evaluate(
         ValueError: a setting, a row of the set, a task, the tokenizers or the folder do not fit.
         ImportError: an optional package is missing; the message names the extra.
     """
-    if teacher is not None and not settings.evaluation_set:
-        raise ValueError("a teacher has no effect without an evaluation_set: the tasks in lm_eval are of one model")
+    settings.check_teacher(teacher)
     manager = harness.task_manager(settings.lm_eval) if settings.lm_eval else None
     examples = None
     if settings.evaluation_set:

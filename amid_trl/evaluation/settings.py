@@ -4,11 +4,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from amid_trl.fields import without_effect
+from amid_trl.fields import require_package, without_effect
 
 
 # How the tasks in `lm_eval` are put to the model.
 LM_EVAL_OPTIONS = ("lm_eval_chat_template", "lm_eval_add_bos")
+
+
+def require_rouge() -> None:
+    """ImportError where the package that scores answers is not installed."""
+    require_package("rouge_score", "ROUGE-L", "'amid-trl[eval]'")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,20 @@ class EvaluationSettings:
         """What is kept beside the results; options of lm-eval-harness at their defaults are not, as before them."""
         left = [name for name in LM_EVAL_OPTIONS if getattr(self, name) == getattr(type(self), name)]
         return {name: value for name, value in asdict(self).items() if name not in left}
+
+    def check_teacher(self, teacher: Any) -> None:
+        """Refuse a teacher that nothing is compared with."""
+        if teacher is not None and not self.evaluation_set:
+            raise ValueError(
+                "a teacher has no effect without an evaluation_set: the tasks in lm_eval are of one model"
+            )
+
+    def check_packages(self) -> None:
+        """ImportError where what measures is not installed; it is not imported."""
+        if self.lm_eval:
+            require_package("lm_eval", f"lm_eval={','.join(self.lm_eval)}", "'amid-trl[eval-harness]'")
+        if self.evaluation_set:
+            require_rouge()
 
     def __post_init__(self):
         """Refuse what could only fail later."""

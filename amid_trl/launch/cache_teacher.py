@@ -10,10 +10,9 @@ from amid_trl.training.fill_cache import cache_teacher
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Build what `amid-trl train` would train, and write the cache that it would read."""
     folder = training_args.teacher_cache
-    if folder is None:
-        raise ValueError(train.NO_CACHE)
-    training_args.teacher_cache = None
     with train.before_training():
+        train.require_cache(training_args)
+        training_args.teacher_cache = None
         trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     try:
         cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)

@@ -8,21 +8,26 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
-from amid_trl.fields import json_fields
+from amid_trl.fields import check_file, json_fields
 from amid_trl.launch import accelerate_configs, recipes, script
+from amid_trl.launch.checks import check_run, check_training_arguments, reporters
 from amid_trl.launch.declared import Unread, calls_of, declared_class, names_in, parameters, source_file
 from amid_trl.launch.help import RunParser, run_parser
 from amid_trl.launch.names import unknown_arguments
-from amid_trl.models.names import check_model_name
 from amid_trl.parser import OneLineParser
-from amid_trl.training.inherited import REFUSED
 from amid_trl.training.run_fields import GROUPS, RunFields
+
+
+# Of REFUSED what TRL turns into an accepted value.
+TURNED = {"loss_type": ("chunked_nll",)}
 
 
 class InDoubt(Exception):
@@ -38,6 +43,8 @@ def declared_config() -> type:
     class Declared(base):  # pyright: ignore[reportGeneralTypeIssues]
         """Behind the groups, in the place of TRL's own checks."""
 
+        _VALID_DICT_FIELDS = [*base._VALID_DICT_FIELDS, *json_fields(GROUPS)]
+
         @property
         def train_batch_size(self) -> int:
             """Rows of a micro-batch in a launched process, which has one device."""
@@ -45,14 +52,16 @@ def declared_config() -> type:
 
         def __post_init__(self):
             """Do what the groups' checks build upon."""
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            for name in self._assigned & REFUSED.keys():
-                if getattr(self, name) != defaults[name]:
-                    raise InDoubt(name)  # which TRL may turn into what is accepted
-            for name in {*base._VALID_DICT_FIELDS, *json_fields(GROUPS)}:
+            for name, turned in TURNED.items():
+                if getattr(self, name) in turned:
+                    raise InDoubt(name)
+            self.torch_compile = bool(self.torch_compile or self.torch_compile_mode or self.torch_compile_backend)
+            for name in self._VALID_DICT_FIELDS:
                 value = getattr(self, name)
                 if isinstance(value, str) and value.startswith("{"):
                     setattr(self, name, _from_json(name, value))
+            check_training_arguments(self)
+            check_file(self, "deepspeed")
             self.accelerator_config = _dataloaders(self.accelerator_config)
 
     made = dataclasses.dataclass(type("AMiDConfig", (RunFields, Declared), {}))
@@ -84,11 +93,16 @@ def _numbers(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataloaders(given: Any) -> Any:
-    if given is None:
-        return SimpleNamespace(even_batches=True)
-    if not isinstance(given, dict):
-        raise InDoubt("accelerator_config")
-    return SimpleNamespace(**{"even_batches": True, **given})
+    """As transformers' AcceleratorConfig, which reads files as well."""
+    if isinstance(given, str) and os.path.isfile(given):
+        given = _from_json("accelerator_config", Path(given).read_text(encoding="utf-8"))
+    if not isinstance(given, dict | None):
+        raise ValueError(f"accelerator_config must be JSON of a dict, or a file of it; got {given!r}")
+    known = dataclasses.fields(declared_class("transformers.trainer_pt_utils", "AcceleratorConfig"))
+    names = [field.name for field in known]
+    if unknown := [name for name in given or () if name not in names]:
+        raise ValueError(f"accelerator_config may have {', '.join(names)}; got {unknown[0]!r}")
+    return SimpleNamespace(**{"even_batches": True, **(given or {})})
 
 
 def declared_parser(prog: str | None = None) -> RunParser:
@@ -119,11 +133,13 @@ def check_flags(argv: list[str], command: str) -> Any:
 
     Raises:
         ValueError: what is wrong.
+        ImportError: a package that is not there.
         SystemExit: after help.
     """
     try:
         parser, launcher = declared_parser(f"amid-trl {command}"), launcher_parser()
         parameter_names()
+        reporters()
     except Exception:  # whatever a file may hold that is not as we know it
         return None
     try:
@@ -141,16 +157,14 @@ def check_flags(argv: list[str], command: str) -> Any:
         )
     if command == "train":
         config.check_trained_with()
-        if config.max_steps == 0:
-            raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
+        config.check_steps()
     script.require_model(model_args)
     script.require_one_dataset(script_args, dataset_args)
     script.require_dataset_name(script_args.dataset_name)
-    check_model_name("model_name_or_path", model_args.model_name_or_path)
-    check_model_name("teacher_model_name_or_path", config.teacher_model_name_or_path)
     _check_parameter_names(config)
-    if command == "cache-teacher" and config.teacher_cache is None:
-        raise ValueError(script.NO_CACHE)
+    if command == "cache-teacher":
+        script.require_cache(config)
+    check_run(config, model_args, command)
     return config
 
 

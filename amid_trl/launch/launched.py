@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from amid_trl.launch import accelerate_configs, flags, recipes, script
+from amid_trl.launch.checks import check_device
 from amid_trl.training.objective_fields import check_objective
 
 
@@ -26,7 +27,7 @@ def _worked(command: str, module: str, argv: list[str]) -> int:
     """Be one of the processes that accelerate or torchrun has started."""
     try:
         parsed = script.parse(argv)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         return _refuse(command, error)
     from amid_trl.training.sigterm import stop_on_ctrl_c
 
@@ -44,13 +45,12 @@ def _started(command: str, module: str, argv: list[str]) -> int:
         # Help and most mistakes need no torch, and what an objective's parameters may be nothing else.
         if (config := flags.check_flags(argv, command)) is not None:
             check_objective(config)
+            check_device(config)
         # Parsed here once, so that other mistakes are one line too; what the parser does not know is for accelerate.
-        *_, from_config, from_flags = script.make_parser(prog=f"amid-trl {command}").parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        *_, from_config, from_flags = script.parse_with(script.make_parser(prog=f"amid-trl {command}"), argv)
         launch_args = accelerate_configs.resolve([*from_config, *from_flags])
         return _launched(launch_args, module, _without(argv, from_flags))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _refuse(command, error)
 
 

@@ -7,6 +7,10 @@ from itertools import islice
 from amid_trl.training.inherited import NOT_OURS
 
 
+# Flags that are resolved before anything is parsed, by what they are called, and may be called by mistake.
+RESOLVED = {"--config": "--config", "--recipe": "--config", "--accelerate_config": "--accelerate_config"}
+
+
 def with_paths(argv: Sequence[str], flag: str, path_of: Callable[[str], str], path_flag: str) -> list[str]:
     """`argv` with `path_flag` and a path, two strings, where `flag name` or `flag=name` was."""
     resolved: list[str] = []
@@ -24,12 +28,12 @@ def with_paths(argv: Sequence[str], flag: str, path_of: Callable[[str], str], pa
 
 def unknown_arguments(unknown: Sequence[str], known: Iterable[str]) -> str:
     """What is said of them: why TRL has one and we have not, or which `known` flag is like one."""
-    known, hints = [flag for flag in known if flag.startswith("--")], []
+    meant, hints = {flag: flag for flag in known if flag.startswith("--")} | RESOLVED, []
     for flag in (text.split("=")[0] for text in unknown if text.startswith("--")):
         name = flag.removeprefix("--").replace("-", "_")
         if name in NOT_OURS:
             hints.append(f"{flag}: {NOT_OURS[name]}")
-        elif alike := get_close_matches(f"--{name}", known, n=1):
-            hints.append(f"did you mean {alike[0]}?")
+        elif alike := get_close_matches(f"--{name}", meant, n=1):
+            hints.append(f"did you mean {meant[alike[0]]}?")
     hint = f" ({', '.join(hints)})" if hints else ""
     return f"unknown arguments: {' '.join(unknown)}{hint}"

@@ -13,24 +13,26 @@ from amid_trl.launch.names import unknown_arguments
 from amid_trl.models.names import HUB_NAME
 
 
-NO_CACHE = "teacher_cache is missing: name the folder with --teacher_cache"  # what cache-teacher would write
-
-
 def make_parser(prog: str | None = None) -> Any:
     """A TrlParser for (script, training, model, dataset-mixture) arguments: flags, or YAML with `--config`."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     from amid_trl import AMiDConfig
-    from amid_trl.launch.help import say_what_is_done_here
+    from amid_trl.launch.help import run_parser
 
-    groups: Any = (ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(
-        groups,
-        prog=prog,
-        epilog=f"--config reads them from a YAML file, or from a recipe: {', '.join(recipes.names())}",
-    )
-    say_what_is_done_here(parser)
-    return parser
+    return run_parser((ScriptArguments, AMiDConfig, ModelConfig, DatasetMixtureConfig), prog)
+
+
+def parse_with(parser: Any, argv: list[str]) -> list[Any]:
+    """What the parser makes of `argv`: its classes, then what it does not know of the YAML file and of the flags.
+
+    Raises:
+        ValueError: also in place of what TRL and transformers raise at values of another type than they think.
+    """
+    try:
+        return [*parser.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)]
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def build_trainer(
@@ -104,6 +106,12 @@ def require_model(model_args: Any) -> None:
     """Refuse a run without a student."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name the student with --model_name_or_path")
+
+
+def require_cache(training_args: Any) -> None:
+    """Refuse `cache-teacher` without a folder to write."""
+    if training_args.teacher_cache is None:
+        raise ValueError("teacher_cache is missing: name the folder with --teacher_cache")
 
 
 def require_one_dataset(script_args: Any, dataset_args: Any) -> None:
@@ -181,11 +189,8 @@ def parse(argv: list[str] | None = None) -> list[Any]:
     Under a launcher, keys of the YAML file that are the launcher's are passed over.
     """
     parser = make_parser()
-    *parsed, from_config, from_flags = parser.parse_args_and_config(
-        recipes.resolve(sys.argv[1:] if argv is None else argv),
-        return_remaining_strings=True,
-        separate_remaining_strings=True,
-    )
+    resolved = recipes.resolve(sys.argv[1:] if argv is None else argv)
+    *parsed, from_config, from_flags = parse_with(parser, resolved)
     if is_launched():
         from amid_trl.launch.launcher import unknown_to_launcher
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from amid_trl.models.layers import parse_layers
-from amid_trl.models.names import check_model_name
+from amid_trl.models.names import check_adapter_name, check_model_name
 from amid_trl.parser import OneLineParser
 
 
@@ -47,7 +47,7 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the merged weights (default: float32)")
     args = parser.parse_args(argv)
     _check_new(args.output_dir)
-    check_model_name("adapter", args.adapter)
+    check_adapter_name("adapter", args.adapter)
 
     import torch
     from transformers import AutoTokenizer

@@ -17,3 +17,10 @@ def check_model_name(field: str, name: str | None) -> None:
         raise ValueError(f"{field}: the folder {name} holds neither a model nor an adapter")
     if not folder.exists() and not HUB_NAME.fullmatch(name):
         raise ValueError(f"{field}: {name} is neither a folder nor a name on the Hub")
+
+
+def check_adapter_name(field: str, name: str | None) -> None:
+    """Likewise of an adapter: the folder of a model is none."""
+    check_model_name(field, name)
+    if name is not None and Path(name).is_dir() and not Path(name, "adapter_config.json").is_file():
+        raise ValueError(f"{field}: the folder {name} holds a model, not an adapter")

@@ -198,6 +198,7 @@ class SourceFields(Fields):
 
     def _check_sources(self) -> None:
         check_choice(self, "sampling", ("mixed", "adaptive"))
+        check_at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
         if self.window_rows % self.num_generations:
             raise ValueError(
                 f"num_generations={self.num_generations} must divide the {self.window_rows} rows that one process "

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from amid_trl.fields import JSON, Fields, check_at_least, check_choice, check_weights, option, without_effect
+from amid_trl.fields import (
+    JSON,
+    Fields,
+    check_at_least,
+    check_choice,
+    check_file,
+    check_weights,
+    option,
+    without_effect,
+)
 
 
 # What loads a teacher by its name.
@@ -79,6 +88,7 @@ class TeacherFields(Fields):
         """Refuse what cannot work, and what would have no effect."""
         super().__post_init__()
         check_at_least(self, 1, "teacher_top_k")
+        check_file(self, "teacher_deepspeed")
         self._check_places()
         self._check_absent()
 

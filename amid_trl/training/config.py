@@ -24,17 +24,10 @@ from amid_trl.sources.writers import require_vllm
 from amid_trl.training.build_locks import clear_build_locks
 from amid_trl.training.inherited import DISTILLATION_DEFAULTS, NOT_OURS
 from amid_trl.training.objective_fields import check_objective
-from amid_trl.training.run_fields import GROUPS, RunFields
+from amid_trl.training.run_fields import GROUPS, WITHOUT_BF16, RunFields
 
 
 logger = logging.getLogger(__name__)
-
-
-# To transformers' words about a machine without a GPU, or with an old one.
-WITHOUT_BF16 = (
-    "TRL computes in bfloat16 by default. Without a GPU add --use_cpu --bf16 False (use_cpu=True, bf16=False); with "
-    "one that has no bfloat16, --bf16 False"
-)
 
 
 @dataclass
@@ -57,9 +50,6 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
                 raise
             raise ValueError(f"{error} {WITHOUT_BF16}") from error
         check_objective(self)
-        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
-        if unknown := sorted(given.keys() - {"skip_prepare_dataset"}):
-            raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
         ):
@@ -69,11 +59,6 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
             logger.warning(
                 "beta=%s belongs to objective='gkd'; objective=%r does not read it.", self.beta, self.objective
             )
-
-    def check_steps(self) -> None:
-        """Refuse to train for no step: schedules are of a run's progress."""
-        if self.max_steps == 0:
-            raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
 
     def _say_it_by_the_new_name(self) -> None:
         """TRL's default has gradient_checkpointing, at which transformers advises to say activation_checkpointing."""

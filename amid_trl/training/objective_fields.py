@@ -193,5 +193,7 @@ def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, 
     try:
         objective = OBJECTIVES[name](**parameters)
     except TypeError as error:
+        if (field, name) == ("objective", "amid"):  # whose other parameters are fields, and checked
+            field, name, parameters = "divergence", config.divergence, json_dict(config.divergence_kwargs)
         raise ValueError(f"{field}_kwargs={parameters} does not fit {name!r}: {error}") from error
     return dataclasses.replace(objective, temperature=config.distill_temperature)

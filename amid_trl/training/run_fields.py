@@ -4,11 +4,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from amid_trl.data.fields import DataFields
-from amid_trl.fields import check_choice, check_weights, option, without_effect
+from amid_trl.fields import check_at_least, check_choice, check_weights, option, without_effect
 from amid_trl.sources.fields import SourceFields
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.training.inherited import REFUSED
 from amid_trl.training.objective_fields import ObjectiveFields
+
+
+# To transformers' words about a machine without a GPU, or with an old one.
+WITHOUT_BF16 = (
+    "TRL computes in bfloat16 by default. Without a GPU add --use_cpu --bf16 False (use_cpu=True, bf16=False); with "
+    "one that has no bfloat16, --bf16 False"
+)
 
 
 @dataclass
@@ -34,6 +41,7 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
                 raise ValueError(
                     f"AMiDTrainer does not support {name}={getattr(self, name)!r}: {why}; leave it at {accepted[0]!r}"
                 )
+        check_at_least(self, 0, "learning_rate", "seed", "dataloader_num_workers")
         if self.router_aux_loss_coef is not None:
             check_weights(self, "router_aux_loss_coef")
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
@@ -44,6 +52,11 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
             without_effect(self, ("distill_temperature",), where)
         if self.teacher_cache is not None and self.student_shares[1] > 0:
             raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
+
+    def check_steps(self) -> None:
+        """Refuse to train for no step: schedules are of a run's progress."""
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give a positive number, or leave it out for epochs")
 
 
 GROUPS = (ObjectiveFields, TeacherFields, DataFields, SourceFields, RunFields)

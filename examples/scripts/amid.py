@@ -23,10 +23,13 @@ accelerate launch --config_file zero2.yaml examples/scripts/amid.py \
     --use_peft --lora_r 64 --lora_alpha 16
 """
 
+# First, because it hides lines that the others print when they are imported.
+from amid_trl import AMiDConfig, AMiDTrainer
+
+
+# isort: split
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
-
-from amid_trl import AMiDConfig, AMiDTrainer
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line without torch: what it reads of other packages is what they are, and mistakes are found by it."""
 
 import argparse
+import base64
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from amid_trl import DIVERGENCES, OBJECTIVES, cli
+from amid_trl import DIVERGENCES, OBJECTIVES, AMiDConfig, cli
 from amid_trl._trl import launch_command_parser
 from amid_trl.launch import declared, flags, script
 from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES
@@ -21,7 +22,12 @@ from amid_trl.training.objective_fields import check_objective
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers.training_args", "peft", "bitsandbytes", "trl.trainer.sft_config")
 ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK", "COLUMNS"))
+    **{
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE_", "LOCAL_RANK", "COLUMNS"))
+    },
+    "CUDA_VISIBLE_DEVICES": "",  # no GPU
 }
 FOLDERS = ["training", "teacher", "data", "sources", "training"]
 # In their files in a form that is not read; nothing is refused because of them.
@@ -32,7 +38,8 @@ UNREAD = {
     "optim": ("default",),
 }
 INTO = ["--output-dir", "FOLDER"]
-GIVEN = ["--model_name_or_path", "student", "--dataset_name", "data"]
+NO_TEACHER = ["--model_name_or_path", "student", "--dataset_name", "data"]
+GIVEN = [*NO_TEACHER, "--teacher_model_name_or_path", "teacher"]
 
 HELP = [
     *(["--help"], ["train", "--help"], ["train", "-h"], ["train", "--help-all"], ["cache-teacher", "--help"]),
@@ -107,7 +114,89 @@ MISTAKES = [
     (["init-student", "FOLDER", "out", "--drop-layers", "1"], "holds neither a model nor an adapter"),
     (["merge", "adapter"], "the following arguments are required: output_dir"),
     (["merge", "/no/adapter", "out"], "/no/adapter is neither a folder nor a name on the Hub"),
+    (["train", *NO_TEACHER], "teacher_model_name_or_path is missing: name the teacher with"),
+    (["cache-teacher", *NO_TEACHER, "--teacher_cache", "new", "--lmbda=0"], "teacher_model_name_or_path is missing"),
+    (
+        ["cache-teacher", *NO_TEACHER, "--teacher_cache", "new", "--teacher_adapter_path", "base"],
+        "teacher_cache has no effect beside teacher_adapter_path",
+    ),
+    (["train", *GIVEN, "--lmbda", "1", "--use_vllm"], "use_vllm=True needs the package vllm: pip install"),
+    (["train", *GIVEN, "--use_liger_kernel"], "use_liger_kernel=True needs the package liger-kernel"),
+    (["train", *GIVEN, "--report_to", "nope"], "report_to may have all, none, or of azure_ml, "),
+    (
+        ["train", *GIVEN, "--report_to", "trackio"],
+        "report_to='trackio' needs the package trackio: pip install trackio",
+    ),
+    (["train", *GIVEN, "--loss_type", "dft"], "AMiDTrainer does not support loss_type='dft'"),
+    (["train", *GIVEN, "--torch_compile"], "AMiDTrainer does not support torch_compile=True"),
+    (["train", *GIVEN, "--torch_compile_mode", "default"], "AMiDTrainer does not support torch_compile=True"),
+    (
+        ["train", *GIVEN, "--dataset_kwargs", '{"foo": 1}'],
+        "dataset_kwargs may have skip_prepare_dataset alone; got foo",
+    ),
+    (["train", *GIVEN, "--load_best_model_at_end"], "got eval_strategy='no', save_strategy='steps'"),
+    (
+        ["train", *GIVEN, "--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=3", "--save_steps=10"],
+        "save_steps to be a multiple of eval_steps; got save_steps=10, eval_steps=3",
+    ),
+    (["train", *GIVEN, "--fp16", "--bf16", "True"], "fp16 and bf16 exclude each other"),
+    (["train", *GIVEN, "--logging_steps", "0"], "logging_strategy='steps' needs logging_steps other than 0"),
+    (
+        ["train", *GIVEN, "--lr_scheduler_type", "reduce_lr_on_plateau"],
+        "'reduce_lr_on_plateau' needs an eval_strategy",
+    ),
+    (["train", *GIVEN, "--dataloader_prefetch_factor", "2"], "no effect without dataloader_num_workers"),
+    (["train", *GIVEN, "--warmup_steps=-3"], "warmup_steps must be at least 0; got -3"),
+    (["train", *GIVEN, "--learning_rate=-1"], "learning_rate must be at least 0; got -1"),
+    (["train", *GIVEN, "--seed=-1"], "seed must be at least 0; got -1"),
+    (["train", *GIVEN, "--dataloader_num_workers=-1"], "dataloader_num_workers must be at least 0; got -1"),
+    (["train", *GIVEN, "--max_length", "0"], "max_length must be at least 1; got 0"),
+    (["train", *GIVEN, "--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1; got 0"),
+    (["train", *GIVEN, "--per_device_train_batch_size=-1"], "per_device_train_batch_size must be at least 1; got -1"),
+    (["train", *GIVEN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1; got 0"),
+    (["train", *GIVEN, "--deepspeed", "nosuch.json"], "deepspeed: there is no file nosuch.json, and it is no JSON"),
+    (["train", *GIVEN, "--teacher_deepspeed", "nosuch.json"], "teacher_deepspeed: there is no file nosuch.json"),
+    (["train", *GIVEN, "--accelerator_config", '{"foo": 1}'], "accelerator_config may have split_batches, "),
+    (["train", *GIVEN, "--accelerator_config", "nosuch.json"], "accelerator_config must be JSON of a dict, or a file"),
+    (["train", *GIVEN, "--accelerator_config", "SET"], "accelerator_config may have split_batches, "),
+    (["train", *GIVEN, "--parallelism_config", "foo"], "parallelism_config is an object of accelerate's"),
+    (["train", *GIVEN, "--resume_from_checkpoint", "/no/run"], "resume_from_checkpoint: there is no folder /no/run"),
+    (
+        ["train", *GIVEN, "--resume_from_checkpoint", "True", "--output_dir", "FOLDER"],
+        "resume_from_checkpoint=True: there is no checkpoint in",
+    ),
+    (
+        ["train", *NO_TEACHER, "--teacher_cache", "/no/cache", "--lmbda=0"],
+        "teacher_cache: there is no folder /no/cache",
+    ),
+    (["train", *NO_TEACHER, "--teacher_adapter_path", "/no/one"], "teacher_adapter_path: /no/one is neither a folder"),
+    (["train", *NO_TEACHER, "--teacher_adapter_path", "MODEL"], "holds a model, not an adapter"),
+    (["train", *GIVEN, "--chat_template_path", "/no/chat"], "chat_template_path: /no/chat is neither there nor"),
+    (["train", *GIVEN, "--pretrain_dataset", "/no/text"], "pretrain_dataset: /no/text is neither there nor"),
+    (["train", *GIVEN, "--divergence_kwargs", "not json"], "divergence_kwargs must be a dict, or JSON of one"),
+    (["train", *GIVEN, "--model_init_kwargs", "not json"], "model_init_kwargs must be a dict, or JSON of one"),
+    (["train", *GIVEN, "--recipe", "amdi"], "unknown arguments: --recipe amdi (did you mean --config?)"),
+    (["train", *GIVEN, "--recipee", "amid"], "unknown arguments: --recipee amid (did you mean --config?)"),
+    (["train", *GIVEN, "--accelerate_confg", "ddp"], "(did you mean --accelerate_config?)"),
+    (["evaluate", "m", *INTO, "--lm-eval", "arc_easy"], "lm_eval=arc_easy needs the package lm-eval: pip install"),
+    (["evaluate", "m", *INTO, "--lm-eval", "arc_easy", "--teacher", "t"], "no effect without an evaluation_set"),
+    (["merge", "MODEL", "out"], "holds a model, not an adapter"),
+    (["compare", "NAMELESS", *INTO], "runs.one: teacher_model_name_or_path is missing"),
+    (["compare", "BATCH", *INTO], "runs.one: per_device_train_batch_size must be at least 1; got 0"),
 ]
+# Those that torch alone finds: their parameters, and the machine.
+TORCH_MISTAKES = [
+    (["--objective", "skl", "--objective_kwargs", '{"skew": 2}'], "skew must be in [0, 1]; got 2"),
+    (["--divergence_kwargs", '{"alpha": "x"}'], "divergence_kwargs={'alpha': 'x'} does not fit 'ab'"),
+    (
+        ["--student_text_objective", "amid", "--student_text_objective_kwargs", '{"alpha": "x"}'],
+        "student_text_objective_kwargs={'alpha': 'x'} does not fit 'amid'",
+    ),
+    ([], "Without a GPU add --use_cpu --bf16 False"),
+]
+# Packages that a machine may have, without which these are mistakes.
+ABSENT = ("vllm", "liger_kernel", "trackio", "lm_eval")
+SECONDS = 4.0  # of the processor: half of what importing TRL's trainers takes, on a machine that is not loaded
 
 
 def described(parser: argparse.ArgumentParser) -> dict:
@@ -134,8 +223,7 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 def test_the_options_are_those_of_the_installed_versions(parsers):
     light, real = map(described, parsers)
-    assert set(light) - set(real) == {"--help-all", "--help_all"}
-    assert set(real) <= set(light)
+    assert set(light) == set(real)
     for option, theirs in real.items():
         for key, value in theirs.items():
             if key not in UNREAD.get(theirs["dest"], ()):
@@ -212,23 +300,31 @@ def test_help_is_quick(arguments):
 def places(tmp_path_factory) -> dict[str, str]:
     """What stands for a file or a folder in MISTAKES."""
     folder = tmp_path_factory.mktemp("places")
+    right = COMPARE.replace("eval_nl", "eval_nll").replace("mixd", "mixed")
     contents = {
         "BAD": "a: [1\n",
         "KEY": "model_name_or_path: s\ndataset_name: d\nlmda: 0.5\n",
         "TYPE": "model_name_or_path: s\ndataset_name: d\nlearning_rate: fast\n",
         "SET": '{"prompt": "What?"}\n',
         "METRIC": COMPARE,
-        "RUN": COMPARE.replace("eval_nl", "eval_nll"),
+        "RUN": right.replace("mixed", "mixd"),
+        "NAMELESS": right.replace("teacher_model_name_or_path: teacher, ", ""),
+        "BATCH": right.replace("sampling: mixed", "per_device_train_batch_size: 0"),
     }
     for name, content in contents.items():
         (folder / name).write_text(content)
-    return {"FOLDER": str(folder), **{name: str(folder / name) for name in contents}}
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return {"FOLDER": str(folder), "MODEL": str(model), **{name: str(folder / name) for name in contents}}
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(each[0])[-60:] for each in MISTAKES])
 def test_a_mistake_is_one_line(arguments, message, places, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for package in ABSENT:
+        monkeypatch.setitem(sys.modules, package, None)
     assert cli.main([places.get(text, text) for text in arguments]) == 2
     printed = capsys.readouterr()
     [line] = printed.err.splitlines()
@@ -237,7 +333,8 @@ def test_a_mistake_is_one_line(arguments, message, places, capsys, monkeypatch):
 
 def test_mistakes_are_found_before_what_takes_seconds_is_imported(places):
     every = [[places.get(text, text) for text in arguments] for arguments, _ in MISTAKES]
-    done, imported = answered(*map(json.dumps, every), code="[main(json.loads(each)) for each in sys.argv[1:]]")
+    code = f"sys.modules.update(dict.fromkeys({ABSENT}))\n[main(json.loads(each)) for each in sys.argv[1:]]"
+    done, imported = answered(*map(json.dumps, every), code=code)
     assert done.returncode == 0 and len(done.stderr.splitlines()) == len(MISTAKES)
     assert not imported
 
@@ -253,8 +350,13 @@ def test_a_command_that_there_is_not_is_named():
 def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model_name_or_path: s\ndataset_name: d\nlearning_rate: 1e-5\nnum_processes: 2\nenv: {AMID_X: 1}\n"
+        "model_name_or_path: s\nteacher_model_name_or_path: t\ndataset_name: d\nlearning_rate: 1e-5\n"
+        "num_processes: 2\nenv: {AMID_X: 1}\n"
     )
+    loaders = tmp_path / "loaders.json"
+    loaders.write_text('{"even_batches": false}')
+    encoded = base64.urlsafe_b64encode(b'{"zero_optimization": {"stage": 2}}').decode()
+    (tmp_path / "checkpoint-1").mkdir()
     for given in (
         ["--config", str(file), "--accelerate_config", "ddp"],
         [*GIVEN, "--num-processes", "2", "--mixed_precision=bf16"],
@@ -263,15 +365,40 @@ def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
         [*GIVEN, "--lmbda_schedule", '{"kind": "linear", "start": "0.1", "end": 1}'],
         [*GIVEN, "--report_to", "none", "--no_disable_dropout", "--top_p", "0.9", "--min-p", "none"],
         [*GIVEN, "--num_generations", "4", "--gradient_accumulation_steps", "2", "--lmbda=1"],
+        [*GIVEN, "--deepspeed", encoded, "--dataset_kwargs", '{"skip_prepare_dataset": true}'],
+        [*GIVEN, "--accelerator_config", str(loaders), "--fsdp_config", "unread.json", "--warmup_steps", "0.1"],
+        [*GIVEN, "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.2"],
+        [*GIVEN, "--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "best"],
+        [*GIVEN, "--resume_from_checkpoint", str(tmp_path), "--report_to", "azure_ml", "--torch_compile", "False"],
+        [*GIVEN, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path), "--pretrain_dataset", "a/b"],
+        [*NO_TEACHER, "--teacher_adapter_path", "base", "--chat_template_path", "owner/model"],
+        [*NO_TEACHER, "--teacher_cache", str(tmp_path), "--lmbda", "0"],
+        [*NO_TEACHER, "--teacher_model_server_url", "http://localhost:8000/v1"],
     ):
         if (config := flags.check_flags(given, "train")) is not None:
             check_objective(config)
 
 
-def test_parameters_of_an_objective_are_checked_with_torch_alone(tmp_path):
-    done, imported = answered("train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skew": 2}')
-    assert done.returncode == 2 and "skew must be in [0, 1]; got 2" in done.stderr
+@pytest.mark.parametrize(("arguments", "message"), TORCH_MISTAKES, ids=["range", "type", "student's", "machine"])
+def test_these_mistakes_are_found_with_torch_alone(arguments, message):
+    before = os.times()
+    done, imported = answered("train", *GIVEN, *arguments)
+    after = os.times()
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and message in line
     assert imported == ["torch"]
+    assert after.children_user + after.children_system - before.children_user - before.children_system < SECONDS
+
+
+def test_only_what_trl_turns_into_what_we_accept_is_in_doubt():
+    assigned = getattr(flags.declared_config(), "_assigned") & REFUSED.keys()  # noqa: B009 (no type declares it)
+    # Switched on alone; set by a method that nobody calls; turned into another value that is refused.
+    assert assigned == {*flags.TURNED, "torch_compile", "auto_find_batch_size", "packing_strategy"}
+    for name, values in flags.TURNED.items():
+        for value in values:
+            with pytest.warns(FutureWarning):
+                config = AMiDConfig("x", use_cpu=True, bf16=False, report_to="none", **{name: value})
+            assert getattr(config, name) in REFUSED[name][0]
 
 
 def test_help_begins_with_our_own_fields(capsys):

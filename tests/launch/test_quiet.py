@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from observe import unwanted
+from peft import LoraConfig, get_peft_model
+from tiny import messages_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_trl import quiet
 from amid_trl.launch import launcher
 
 
 ROOT = Path(__file__).parents[2]
+QUICK = ["--max-new-tokens", "4", "--seeds", "1"]
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
     "HF_HUB_OFFLINE": "1",
@@ -32,12 +37,55 @@ def said(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_evaluation_is_quiet(tmp_path, tiny_dir):
-    file = tmp_path / "set.jsonl"
-    file.write_text(json.dumps({"prompt": "Is water wet?", "reference": "Yes."}) + "\n")
-    options = ["--evaluation-set", str(file), "--max-new-tokens", "4", "--seeds", "1", "--teacher", str(tiny_dir)]
-    output = said("-m", "amid_trl", "evaluate", str(tiny_dir), "--output-dir", str(tmp_path / "out"), *options)
-    assert not unwanted(output)
+COMPARISON = """
+base: {model_name_or_path: MODEL, teacher_model_name_or_path: MODEL, dataset_name: DATA, dataset_test_split: train,
+  use_cpu: true, bf16: false, lmbda: 0.0, report_to: none, per_device_train_batch_size: 2}
+runs: {one: {objective: kd}}
+seeds: [1]
+metrics: [eval_nll]
+budget: {steps: 1}
+"""
+COMMANDS = {
+    "evaluate": ["MODEL", "--output-dir", "OUT", "--evaluation-set", "SET", "--teacher", "MODEL", *QUICK],
+    "compare": ["COMPARISON", "--output-dir", "OUT"],
+    "cache-teacher": [
+        *("--model_name_or_path", "MODEL", "--teacher_model_name_or_path", "MODEL", "--dataset_name", "DATA"),
+        *("--teacher_cache", "OUT", "--output_dir", "UNUSED", "--use_cpu", "--bf16=False", "--lmbda=0"),
+    ],
+    "init-student": ["MODEL", "OUT", "--drop-layers", "1"],
+    "merge": ["ADAPTER", "OUT"],
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_dir) -> dict[str, str]:
+    """What stands for a file or a folder in COMMANDS."""
+    folder = tmp_path_factory.mktemp("places")
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder / "ADAPTER")
+    AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(folder / "ADAPTER")
+    messages_dataset(4).to_json(folder / "DATA" / "train.jsonl")
+    (folder / "SET").write_text(json.dumps({"prompt": "Is water wet?", "reference": "Yes."}) + "\n")
+    filled = COMPARISON.replace("MODEL", str(tiny_dir)).replace("DATA", str(folder / "DATA"))
+    (folder / "COMPARISON").write_text(filled)
+    names = ("ADAPTER", "DATA", "SET", "COMPARISON", "UNUSED")
+    return {"MODEL": str(tiny_dir), **{name: str(folder / name) for name in names}}
+
+
+@pytest.mark.parametrize("command", [pytest.param(n, marks=[pytest.mark.slow] * (n == "compare")) for n in COMMANDS])
+def test_a_command_is_quiet(command, places, tmp_path):
+    """Training: test_cli.py."""
+    stands_for = {**places, "OUT": str(tmp_path / "out")}
+    output = said("-m", "amid_trl", command, *(stands_for.get(text, text) for text in COMMANDS[command]))
+    assert output and not unwanted(output)
+
+
+@pytest.mark.parametrize("script", ["scripts/amid.py", "demo.py"])
+def test_our_examples_import_without_a_word(script):
+    """What TRL and PEFT say is hidden only where amid_trl is imported before them."""
+    file = ROOT / "examples" / script
+    assert said("-c", f"import sys; sys.path.insert(0, {str(file.parent)!r}); import {file.stem}") == ""
 
 
 def test_a_configuration_is_made_without_a_word():

@@ -185,7 +185,8 @@ def test_the_command_hands_the_recipe_to_its_processes(monkeypatch):
     monkeypatch.setattr("amid_trl.launch.launcher.accelerate_launch", lambda *args: launched.append(args))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    flags = ["--model_name_or_path", "student", "--dataset_name", "data", "--output_dir", "unused", "--use_cpu"]
+    flags = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--dataset_name", "data"]
+    flags += ["--output_dir", "unused", "--use_cpu"]
     assert cli.main(["train", "--config", "taid", *flags, "--num_processes", "4"]) == 0
     [(launcher, _, script)] = launched
     assert launcher == ["--num_processes", "4"]

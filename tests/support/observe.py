@@ -51,9 +51,19 @@ def completions_of(window) -> list[list[int]]:
     return [row[row != -100].tolist() for batch in batches for row in batch["labels"]]
 
 
-# What a user reads and can do nothing about.
-UNWANTED = re.compile(r"warning|kernels|were not passed|was set to a value|deprecated", re.IGNORECASE)
+# All that a command may say beside its mistakes: our own lines, transformers' logs, and bars.
+SAID = re.compile(
+    r"\s*$|\s*\d+%\||(Loading weights|Generating \w+ split|Tokenizing \w+ dataset|Writing model shards|Teacher"
+    r"|references|completions|Filter|Map): "  # bars
+    r"|\{'|Memory per process|  .+ [MG]iB  |✅ Training completed|💾 Model saved to "  # a training
+    r"|Stopping: |Stopped at step |amid-trl \w+: stopped"  # its end by a signal
+    r"|W\d{4} .+ torch/distributed/elastic/.+ (SIGTERM|death signal)"  # what torch says of it
+    r"|\[transformers\] mtime may not be reliable"  # two checkpoints within what the file system can tell apart
+    r"|\d+/\d+ .+: done|Mean |# |## |\||\d{4}-\d\d-\d\dT.+; model "  # evaluate, compare
+    r"|/.+: (results|comparison)\.json|/.+: \d+ (rows|of \d+ layers)|/.+: merged /"  # where results lie
+)
 
 
 def unwanted(printed: str) -> list[str]:
-    return [line for line in printed.splitlines() if UNWANTED.search(line)]
+    """The lines that are none of these: a user can do nothing about them, or they are new."""
+    return [line for line in printed.splitlines() if not SAID.match(line)]
