@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 SOAK_SECONDS ?= 1800
 VERSION_TESTS := tests/test_hooks.py tests/data tests/models tests/training/test_trainer.py \
 	tests/training/test_config.py tests/training/test_fields.py tests/training/test_batch_loss.py \
-	tests/training/test_inherited.py tests/launch/test_flags.py tests/test_gkd.py \
+	tests/training/test_inherited.py tests/training/test_distillation_config.py \
+	tests/training/test_refusals.py tests/launch/test_flags.py tests/test_gkd.py \
 	tests/maths/test_kernel.py tests/maths/test_linear.py
 # PEFT before 0.21 says these where nothing is wrong, and our tests fail on every warning.
 OLD_WARNINGS := -W 'ignore:Already found a:UserWarning' -W 'ignore:Model has:UserWarning' \

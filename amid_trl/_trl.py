@@ -312,6 +312,11 @@ HOOKS = (
         ("num_steps", "column_names"),
     ),
     Hook("transformers.utils.notebook.NotebookTrainingTracker.remove_child", "called", "the bar of an evaluation"),
+    Hook(
+        "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK",
+        "read",
+        "what report_to may name; read from its file",
+    ),
     Hook("transformers.utils.notebook.NotebookProgressBar", "read", "the bar of an evaluation"),
     Hook("accelerate.commands.config.config_args.default_config_file", "read", "whether accelerate has defaults"),
     Hook("peft.tuners.tuners_utils.BaseTunerLayer", "read", "which modules an adapter is on"),

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.excerpts import Conversation, tokens_with_ends
 from amid_trl.data.messages import (
     Message,
     called_functions,
@@ -25,7 +26,6 @@ from amid_trl.data.rows import (
     prompt_row,
 )
 from amid_trl.data.turns import positions_of, trained_turns
-from amid_trl.data.windows import Conversation, tokens_with_ends
 
 
 def conversation_row(

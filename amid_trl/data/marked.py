@@ -4,12 +4,12 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from amid_trl.data.excerpts import Conversation
 from amid_trl.data.messages import Message, called_functions, thought_and_answer
 from amid_trl.data.places import shared_beginning
 from amid_trl.data.rendering import Rendered, Span
 from amid_trl.data.rows import NO_CONTEXT, NOT_SHOWN, OTHER_CONTEXT, REWRITTEN, BadRow
 from amid_trl.data.verdicts import Alone, Seen, Trained, left_out, loses_words
-from amid_trl.data.windows import Conversation
 
 
 class _Shown(NamedTuple):
@@ -27,15 +27,15 @@ class MarkedTurns:
     """What is trained of turns that `{% generation %}` shows."""
 
     chat: Conversation
-    windows: dict[int, _Shown | None] = field(default_factory=dict)
+    excerpts: dict[int, _Shown | None] = field(default_factory=dict)
     marks: list[list[Span] | None] = field(default_factory=list)
 
-    def by_window(self, number: int) -> Seen:
-        """What the turn's window shows of it."""
-        shown, spans = self._window(number), self._spans(number)
+    def by_excerpt(self, number: int) -> Seen:
+        """What the turn's excerpt shows of it."""
+        shown, spans = self._excerpt(number), self._spans(number)
         if shown is None or spans is None:
             return Seen(None, NOT_SHOWN)
-        before, question = self.chat.window(number)
+        before, question = self.chat.excerpt(number)
         trained = self._compared(number, before + question, shown, spans)
         there = "".join(self.chat.whole.text[first:end] for first, end in spans)
         if loses_words(self.chat.answer(number), shown.alone, there):
@@ -71,17 +71,17 @@ class MarkedTurns:
     def _gap(self, spans: list[Span]) -> str:
         return _gap(self.chat.whole, spans)
 
-    def _window(self, number: int) -> _Shown | None:
-        """The turn at the end of its window; None where that cannot be rendered, or shows no turn."""
-        if number not in self.windows:
-            before, question = self.chat.window(number)
+    def _excerpt(self, number: int) -> _Shown | None:
+        """The turn at the end of its excerpt; None where that cannot be rendered, or shows no turn."""
+        if number not in self.excerpts:
+            before, question = self.chat.excerpt(number)
             try:
                 context, answer = before + question, self.chat.answer(number)
                 shown = self._shown(context, answer, self.chat.render([*context, answer]))
             except BadRow:
                 shown = None
-            self.windows[number] = shown
-        return self.windows[number]
+            self.excerpts[number] = shown
+        return self.excerpts[number]
 
     def _shown(self, context: list[Message], answer: Message, rendered: Rendered) -> _Shown | None:
         prompt = self.chat.render(context, generation_prompt=True)
@@ -89,9 +89,8 @@ class MarkedTurns:
         turns = _by_turn(marks, 1 + sum(message["role"] == "assistant" for message in context))
         marks = _with_text(rendered)
         spans = turns[-1] if turns else marks[len(_with_text(prompt)) :]
-        if not turns and not _is_said(
-            answer, rendered.text, spans
-        ):  # the marks before it are others, once it is there
+        # The marks before it may be others, once it is there.
+        if not turns and not _is_said(answer, rendered.text, spans):
             known = shared_beginning(prompt.text, rendered.text)
             behind = [(first, end) for first, end in marks if end > known]
             spans = behind if _is_said(answer, rendered.text, behind) else spans

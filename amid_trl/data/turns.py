@@ -1,6 +1,6 @@
 """What is trained of the assistant's turns in a rendered conversation.
 
-Each turn is looked at in its window. What a window may itself be the cause of is looked at again in the conversation
+Each turn is looked at in its excerpt. What may be due to the excerpt itself is looked at again in the conversation
 up to the turn. For all turns that would cost the length squared, so of many turns of one kind with one doubt it is
 done for a few, and the others are taken to be like these.
 """
@@ -11,16 +11,16 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.excerpts import Conversation
 from amid_trl.data.marked import MarkedTurns
 from amid_trl.data.messages import thought_and_answer
 from amid_trl.data.rendering import Span
 from amid_trl.data.unmarked import UnmarkedTurns
 from amid_trl.data.verdicts import Trained, left_out
-from amid_trl.data.windows import Conversation
 
 
-# Which of the turns with one doubt are looked at in the conversation up to them. If these differ from their windows in
-# several ways, wider windows are tried; if that does not help, all are looked at.
+# Which of the turns with one doubt are looked at in the conversation up to them. If these differ from their excerpts
+# in several ways, wider excerpts are tried; if that does not help, all are looked at.
 _LOOKED_AT = {0, 2, *(4**power for power in range(16))}
 
 
@@ -28,7 +28,7 @@ def trained_turns(chat: Conversation, asked: list[int]) -> list[Trained]:
     """What is trained of the assistant turns at these indices of the messages."""
     numbers = [bisect_left(chat.answers, index) for index in asked]
     turns = _turns(chat)
-    seen = {number: turns.by_window(number) for number in numbers}
+    seen = {number: turns.by_excerpt(number) for number in numbers}
     found = {number: view.trained for number, view in seen.items() if view.doubt is None and view.trained}
     doubts: dict[object, dict[int, Trained | None]] = defaultdict(dict)
     for number, view in seen.items():
@@ -59,13 +59,13 @@ def _settled(doubted: dict[int, Trained | None], turns: MarkedTurns | UnmarkedTu
     if all(isinstance(change, frozenset) for change in changes):
         return found | {number: seen for number, seen in others.items() if seen}
     wide = _turns(replace(turns.chat, wide=True)) if others else turns
-    if others and all(wide.by_window(number).trained == exact for number, exact in found.items()):
-        found |= {number: wide.by_window(number).trained or turns.exactly(number) for number in others}
+    if others and all(wide.by_excerpt(number).trained == exact for number, exact in found.items()):
+        found |= {number: wide.by_excerpt(number).trained or turns.exactly(number) for number in others}
     return found | {number: turns.exactly(number) for number in others if number not in found}
 
 
 def _change(seen: Trained | None, exact: Trained) -> frozenset[str] | tuple[str, ...] | None:
-    """What differs from the window: these notes, or that it is left out for them; None for something else."""
+    """What differs from the excerpt: these notes, or that it is left out for them; None for something else."""
     if seen is not None and seen.spans == exact.spans:
         return frozenset(seen.notes) ^ frozenset(exact.notes)
     return None if exact.spans else tuple(exact.notes)

@@ -1,6 +1,6 @@
 """The turns of a conversation whose template does not mark them.
 
-The text of each window, from its question on, has to go on where the one before it ends. Where it does not, because
+The text of each excerpt, from its question on, has to go on where the one before it ends. Where it does not, because
 the template writes what is before the turn otherwise, the turn is looked for behind its question.
 """
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from amid_trl.data.excerpts import Conversation, Start
 from amid_trl.data.messages import Message
 from amid_trl.data.places import shared_beginning
 from amid_trl.data.rows import NO_CONTEXT, NOT_SHOWN, OTHER_CONTEXT, REWRITTEN, BadRow
 from amid_trl.data.verdicts import Alone, Seen, Trained, left_out, loses_words
-from amid_trl.data.windows import Conversation, Start
 
 
 class _Block(NamedTuple):
-    """A question with its turn: the end of a window's text, from `first` on; None where that is not seen."""
+    """A question with its turn: the end of an excerpt's text, from `first` on; None where that is not seen."""
 
     text: str
     first: int | None
@@ -28,12 +28,12 @@ class UnmarkedTurns:
 
     chat: Conversation
 
-    def by_window(self, number: int) -> Seen:
-        """What the turn's window shows of it."""
+    def by_excerpt(self, number: int) -> Seen:
+        """What the turn's excerpt shows of it."""
         block, first = self._blocks[number], self._firsts[number]
         if block is None:
             return Seen(None, NO_CONTEXT)
-        before, question = self.chat.window(number)
+        before, question = self.chat.excerpt(number)
         context = before + question
         try:
             start = self._start(number, context, block.text)
@@ -79,10 +79,10 @@ class UnmarkedTurns:
 
     @cached_property
     def _blocks(self) -> list[_Block | None]:
-        """The block of every turn; None where its window cannot be rendered."""
+        """The block of every turn; None where its excerpt cannot be rendered."""
         blocks: list[_Block | None] = []
         for number in range(len(self.chat.answers)):
-            before, question = self.chat.window(number)
+            before, question = self.chat.excerpt(number)
             try:
                 base = self.chat.render(before).text if before else ""
                 text = self.chat.render([*before, *question, self.chat.answer(number)]).text
@@ -147,7 +147,7 @@ class UnmarkedTurns:
         return loses_words(self.chat.answer(number), alone, there)
 
     def _has_its_context(self, alone: Alone, at: int) -> bool:
-        """Whether what is before the turn in its window is so in the whole: its beginning, and its end before `at`."""
+        """Whether what precedes the turn in its excerpt is so in the whole: its beginning, and its end before `at`."""
         context, whole = alone.text[: alone.start], self.chat.whole.text
         rest = context[shared_beginning(context, whole) :]
         return len(rest) <= at and whole.startswith(rest, at - len(rest))

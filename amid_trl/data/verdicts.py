@@ -44,7 +44,7 @@ class Trained(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a window shows of a turn, None for nothing, and the note that may be due to the window itself."""
+    """What an excerpt shows of a turn, None for nothing, and the note that may be due to the excerpt itself."""
 
     trained: Trained | None
     doubt: str | None = None

@@ -18,9 +18,9 @@ from preparing import CONVERSATION, ON_POLICY, assistant, prepared, trained_span
 from tiny import CHATML
 
 from amid_trl.data.conversations import conversation_row
+from amid_trl.data.excerpts import Conversation
 from amid_trl.data.rendering import training_template
 from amid_trl.data.rows import BadRow, DataSettings
-from amid_trl.data.windows import Conversation
 
 
 # ---- Thoughts ----
@@ -265,7 +265,7 @@ def test_the_start_of_a_turn_is_never_trained():
     assert trained_spans(row, tokenizer) == ["<|channel|>final<|message|>Yes.<|return|>"]
 
 
-# ---- Windows ----
+# ---- Excerpts ----
 
 
 def call(number: int, **more) -> list[dict]:
@@ -309,16 +309,16 @@ def made(chat: list[dict], tokenizer) -> tuple | str:
 
 
 @pytest.mark.parametrize("template", ALL_TEMPLATES)
-def test_windows_show_what_whole_conversations_show(template, monkeypatch):
+def test_excerpts_show_what_whole_conversations_show(template, monkeypatch):
     tokenizer = tokenizer_with(template)
-    by_windows = {name: made(chat, tokenizer) for name, chat in CHATS.items()}
+    by_excerpts = {name: made(chat, tokenizer) for name, chat in CHATS.items()}
 
     def all_before(self, number):
         index, before = self.answers[number], self.answers[number - 1] + 1 if number else 0
         return self.messages[:before], self.messages[before:index]
 
-    monkeypatch.setattr(Conversation, "window", all_before)
-    assert by_windows == {name: made(chat, tokenizer) for name, chat in CHATS.items()}
+    monkeypatch.setattr(Conversation, "excerpt", all_before)
+    assert by_excerpts == {name: made(chat, tokenizer) for name, chat in CHATS.items()}
 
 
 STEPS = [user("Go."), *[message for number in range(64) for message in call(number)], assistant("Done.")]

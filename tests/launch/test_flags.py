@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+from mistakes import COMPARE, GIVEN, MISTAKES, NO_TEACHER, TORCH_MISTAKES
 
 from amid_trl import DIVERGENCES, OBJECTIVES, AMiDConfig, cli
 from amid_trl._trl import launch_command_parser
@@ -37,162 +38,9 @@ UNREAD = {
     "parallelism_config": ("type",),
     "optim": ("default",),
 }
-INTO = ["--output-dir", "FOLDER"]
-NO_TEACHER = ["--model_name_or_path", "student", "--dataset_name", "data"]
-GIVEN = [*NO_TEACHER, "--teacher_model_name_or_path", "teacher"]
-
 HELP = [
     *(["--help"], ["train", "--help"], ["train", "-h"], ["train", "--help-all"], ["cache-teacher", "--help"]),
     *(["evaluate", "--help"], ["compare", "--help"], ["init-student", "--help"], ["merge", "--help"]),
-]
-COMPARE = """
-base: {model_name_or_path: student, teacher_model_name_or_path: teacher, dataset_name: data, sampling: mixd}
-runs: {one: {objective: kd}}
-seeds: [1]
-metrics: [eval_nl]
-budget: {steps: 1}
-"""
-MISTAKES = [
-    (["train"], "model_name_or_path is missing"),
-    (["train", "--model_name_or_path", "student"], "give the data either as dataset_name or as a datasets mixture"),
-    (["train", *GIVEN, "--objektive", "kd"], "unknown arguments: --objektive kd"),
-    (["train", *GIVEN, "--num_processes", "2", "stray"], "unknown arguments: stray"),
-    (["train", *GIVEN, "--num_processes", "two"], "argument --num_processes"),
-    (["train", *GIVEN, "--learning_rate", "fast"], "argument --learning_rate"),
-    (["train", *GIVEN, "--eval_strategy", "sometimes"], "argument --eval_strategy"),
-    (["train", *GIVEN, "--objective", "klx"], "argument --objective: invalid choice: 'klx'"),
-    (["train", *GIVEN, "--divergence", "klx"], "divergence must be one of kl, "),
-    (["train", *GIVEN, "--sampling", "mixd"], "argument --sampling"),
-    (["train", *GIVEN, "--packing"], "AMiDTrainer does not support packing=True"),
-    (["train", *GIVEN, "--max_new_tokens", "0"], "max_new_tokens must be at least 1; got 0"),
-    (["train", *GIVEN, "--lmbda_schedule", '{"kind": "linear"}'], "lmbda_schedule of kind 'linear'"),
-    (["train", *GIVEN, "--lmbda_schedule", '{"kind": '], "lmbda_schedule is not JSON"),
-    (["train", *GIVEN, "--teacher_offload", "--teacher_load_in_4bit"], "exclude each other"),
-    (["train", *GIVEN, "--num_generations", "3"], "num_generations=3 must divide the 8 rows"),
-    (["train", *GIVEN, "--accelerate_config", "nosuch"], "neither a file nor a configuration"),
-    (["train", *GIVEN, "--accelerate_config"], "--accelerate_config: a name or a file has to follow"),
-    (["train", "--config", "nosuch"], "--config nosuch: neither a file nor a recipe"),
-    (["train", "--config"], "--config: a name or a file has to follow"),
-    (["train", "--config", "BAD"], "BAD is not YAML"),
-    (["train", "--config", "KEY"], "unknown arguments: --lmda 0.5 (did you mean --lmbda?)"),
-    (["train", *GIVEN, "--log_unique_prompts", "true"], "the table of log_completions has every prompt"),
-    (["train", *GIVEN, "--max_steps", "0"], "max_steps=0 trains nothing"),
-    (["train", "--config", "TYPE"], "argument --learning_rate"),
-    (["train", "--model_name_or_path", "./nosuch", *GIVEN[2:]], "./nosuch is neither a folder nor a name on the Hub"),
-    (["train", *GIVEN[:2], "--dataset_name", "/no/data"], "dataset_name '/no/data' is neither a folder with data nor"),
-    (["train", *GIVEN, "--teacher_model_name_or_path", "FOLDER"], "holds neither a model nor an adapter"),
-    (["train", *GIVEN, "--objective", "skl", "--objective_kwargs", '{"skw": 1}'], "of skl may have skew; got 'skw'"),
-    (
-        ["train", *GIVEN, "--divergence_kwargs", '{"gamma": 1}'],
-        "divergence_kwargs of ab may have alpha, beta; got 'gamma'",
-    ),
-    (
-        ["train", *GIVEN, "--objective", "kd", "--assistant_alpha", "1"],
-        "assistant_alpha has no effect on objective='kd'",
-    ),
-    (["train", *GIVEN, "--student_text_objective_kwargs", '{"a": 1}'], "no effect without student_text_objective"),
-    (
-        ["train", *GIVEN, "--assistant_lambda_schedule", '{"kind": "taidd"}'],
-        "assistant_lambda_schedule must be a dict",
-    ),
-    (["cache-teacher", *GIVEN], "teacher_cache is missing"),
-    (["evaluate"], "the following arguments are required: model, --output-dir"),
-    (["evaluate", "m", *INTO], "nothing to evaluate"),
-    (["evaluate", "m", *INTO, "--evaluation-set", "nosuch"], "neither a file nor one of dolly"),
-    (["evaluate", "m", *INTO, "--evaluation-set", "SET"], "SET, line 1: no reference"),
-    (["evaluate", "m", *INTO, "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
-    (["evaluate", "m", *INTO, "--evaluation-set", "dolly", "--dtype", "int3"], "argument --dtype: invalid choice"),
-    (["evaluate", "/no/model", *INTO, "--evaluation-set", "dolly"], "/no/model is neither a folder nor a name"),
-    (["evaluate", "m", *INTO, "--evaluation-set", "dolly", "--teacher", "FOLDER"], "holds neither a model"),
-    (["compare"], "the following arguments are required: file, --output-dir"),
-    (["compare", "nosuch.yaml", *INTO], "No such file"),
-    (["compare", "BAD", *INTO], "BAD is not YAML"),
-    (["compare", "METRIC", *INTO], "metrics: unknown 'eval_nl'"),
-    (["compare", "RUN", *INTO], "runs.one: sampling must be 'mixed' or 'adaptive'; got 'mixd'"),
-    (["init-student", "teacher", "out"], "the following arguments are required: --drop-layers"),
-    (["init-student", "teacher", "out", "--drop-layers", "x"], "'x'"),
-    (["init-student", "FOLDER", "out", "--drop-layers", "1"], "holds neither a model nor an adapter"),
-    (["merge", "adapter"], "the following arguments are required: output_dir"),
-    (["merge", "/no/adapter", "out"], "/no/adapter is neither a folder nor a name on the Hub"),
-    (["train", *NO_TEACHER], "teacher_model_name_or_path is missing: name the teacher with"),
-    (["cache-teacher", *NO_TEACHER, "--teacher_cache", "new", "--lmbda=0"], "teacher_model_name_or_path is missing"),
-    (
-        ["cache-teacher", *NO_TEACHER, "--teacher_cache", "new", "--teacher_adapter_path", "base"],
-        "teacher_cache has no effect beside teacher_adapter_path",
-    ),
-    (["train", *GIVEN, "--lmbda", "1", "--use_vllm"], "use_vllm=True needs the package vllm: pip install"),
-    (["train", *GIVEN, "--use_liger_kernel"], "use_liger_kernel=True needs the package liger-kernel"),
-    (["train", *GIVEN, "--report_to", "nope"], "report_to may have all, none, or of azure_ml, "),
-    (
-        ["train", *GIVEN, "--report_to", "trackio"],
-        "report_to='trackio' needs the package trackio: pip install trackio",
-    ),
-    (["train", *GIVEN, "--loss_type", "dft"], "AMiDTrainer does not support loss_type='dft'"),
-    (["train", *GIVEN, "--torch_compile"], "AMiDTrainer does not support torch_compile=True"),
-    (["train", *GIVEN, "--torch_compile_mode", "default"], "AMiDTrainer does not support torch_compile=True"),
-    (
-        ["train", *GIVEN, "--dataset_kwargs", '{"foo": 1}'],
-        "dataset_kwargs may have skip_prepare_dataset alone; got foo",
-    ),
-    (["train", *GIVEN, "--load_best_model_at_end"], "got eval_strategy='no', save_strategy='steps'"),
-    (
-        ["train", *GIVEN, "--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=3", "--save_steps=10"],
-        "save_steps to be a multiple of eval_steps; got save_steps=10, eval_steps=3",
-    ),
-    (["train", *GIVEN, "--fp16", "--bf16", "True"], "fp16 and bf16 exclude each other"),
-    (["train", *GIVEN, "--logging_steps", "0"], "logging_strategy='steps' needs logging_steps other than 0"),
-    (
-        ["train", *GIVEN, "--lr_scheduler_type", "reduce_lr_on_plateau"],
-        "'reduce_lr_on_plateau' needs an eval_strategy",
-    ),
-    (["train", *GIVEN, "--dataloader_prefetch_factor", "2"], "no effect without dataloader_num_workers"),
-    (["train", *GIVEN, "--warmup_steps=-3"], "warmup_steps must be at least 0; got -3"),
-    (["train", *GIVEN, "--learning_rate=-1"], "learning_rate must be at least 0; got -1"),
-    (["train", *GIVEN, "--seed=-1"], "seed must be at least 0; got -1"),
-    (["train", *GIVEN, "--dataloader_num_workers=-1"], "dataloader_num_workers must be at least 0; got -1"),
-    (["train", *GIVEN, "--max_length", "0"], "max_length must be at least 1; got 0"),
-    (["train", *GIVEN, "--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1; got 0"),
-    (["train", *GIVEN, "--per_device_train_batch_size=-1"], "per_device_train_batch_size must be at least 1; got -1"),
-    (["train", *GIVEN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1; got 0"),
-    (["train", *GIVEN, "--deepspeed", "nosuch.json"], "deepspeed: there is no file nosuch.json, and it is no JSON"),
-    (["train", *GIVEN, "--teacher_deepspeed", "nosuch.json"], "teacher_deepspeed: there is no file nosuch.json"),
-    (["train", *GIVEN, "--accelerator_config", '{"foo": 1}'], "accelerator_config may have split_batches, "),
-    (["train", *GIVEN, "--accelerator_config", "nosuch.json"], "accelerator_config must be JSON of a dict, or a file"),
-    (["train", *GIVEN, "--accelerator_config", "SET"], "accelerator_config may have split_batches, "),
-    (["train", *GIVEN, "--parallelism_config", "foo"], "parallelism_config is an object of accelerate's"),
-    (["train", *GIVEN, "--resume_from_checkpoint", "/no/run"], "resume_from_checkpoint: there is no folder /no/run"),
-    (
-        ["train", *GIVEN, "--resume_from_checkpoint", "True", "--output_dir", "FOLDER"],
-        "resume_from_checkpoint=True: there is no checkpoint in",
-    ),
-    (
-        ["train", *NO_TEACHER, "--teacher_cache", "/no/cache", "--lmbda=0"],
-        "teacher_cache: there is no folder /no/cache",
-    ),
-    (["train", *NO_TEACHER, "--teacher_adapter_path", "/no/one"], "teacher_adapter_path: /no/one is neither a folder"),
-    (["train", *NO_TEACHER, "--teacher_adapter_path", "MODEL"], "holds a model, not an adapter"),
-    (["train", *GIVEN, "--chat_template_path", "/no/chat"], "chat_template_path: /no/chat is neither there nor"),
-    (["train", *GIVEN, "--pretrain_dataset", "/no/text"], "pretrain_dataset: /no/text is neither there nor"),
-    (["train", *GIVEN, "--divergence_kwargs", "not json"], "divergence_kwargs must be a dict, or JSON of one"),
-    (["train", *GIVEN, "--model_init_kwargs", "not json"], "model_init_kwargs must be a dict, or JSON of one"),
-    (["train", *GIVEN, "--recipe", "amdi"], "unknown arguments: --recipe amdi (did you mean --config?)"),
-    (["train", *GIVEN, "--recipee", "amid"], "unknown arguments: --recipee amid (did you mean --config?)"),
-    (["train", *GIVEN, "--accelerate_confg", "ddp"], "(did you mean --accelerate_config?)"),
-    (["evaluate", "m", *INTO, "--lm-eval", "arc_easy"], "lm_eval=arc_easy needs the package lm-eval: pip install"),
-    (["evaluate", "m", *INTO, "--lm-eval", "arc_easy", "--teacher", "t"], "no effect without an evaluation_set"),
-    (["merge", "MODEL", "out"], "holds a model, not an adapter"),
-    (["compare", "NAMELESS", *INTO], "runs.one: teacher_model_name_or_path is missing"),
-    (["compare", "BATCH", *INTO], "runs.one: per_device_train_batch_size must be at least 1; got 0"),
-]
-# Those that torch alone finds: their parameters, and the machine.
-TORCH_MISTAKES = [
-    (["--objective", "skl", "--objective_kwargs", '{"skew": 2}'], "skew must be in [0, 1]; got 2"),
-    (["--divergence_kwargs", '{"alpha": "x"}'], "divergence_kwargs={'alpha': 'x'} does not fit 'ab'"),
-    (
-        ["--student_text_objective", "amid", "--student_text_objective_kwargs", '{"alpha": "x"}'],
-        "student_text_objective_kwargs={'alpha': 'x'} does not fit 'amid'",
-    ),
-    ([], "Without a GPU add --use_cpu --bf16 False"),
 ]
 # Packages that a machine may have, without which these are mistakes.
 ABSENT = ("vllm", "liger_kernel", "trackio", "lm_eval")

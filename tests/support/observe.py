@@ -1,6 +1,7 @@
 """What tests read off a trainer, and in what a command prints."""
 
 import copy
+import dataclasses
 import re
 
 import torch
@@ -67,3 +68,13 @@ SAID = re.compile(
 def unwanted(printed: str) -> list[str]:
     """The lines that are none of these: a user can do nothing about them, or they are new."""
     return [line for line in printed.splitlines() if not SAID.match(line)]
+
+
+def field_names(config: type) -> set[str]:
+    """Of a dataclass."""
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def unclassified(fields: set[str], *classes) -> list[str]:
+    """Fields that are in no class, or in several."""
+    return sorted(name for name in fields if sum(name in one for one in classes) != 1)

@@ -1,7 +1,7 @@
-"""A conversation as it is rendered, and its windows.
+"""A conversation as it is rendered, and its excerpts.
 
 A turn is looked at twice: in the whole conversation, where it is trained, and at the end of a shorter one, as it would
-be generated. The shorter one is a window: the question, the turn, and the turn before them with its own question. So
+be generated. The shorter one is an excerpt: the question, the turn, and the turn before them with its own question. So
 the cost of a conversation grows with its length, not with its square.
 """
 
@@ -44,7 +44,7 @@ class Conversation:
     render: Renderer
     tokenizer: PreTrainedTokenizerBase
     ends: list[str]
-    wide: bool = False  # whether windows begin with the first question and what follows up to the next one
+    wide: bool = False  # whether excerpts begin with the first question and what follows up to the next one
 
     @cached_property
     def whole(self) -> Rendered:
@@ -65,8 +65,8 @@ class Conversation:
         index = self.answers[number]
         return self.whole if index == len(self.messages) - 1 else self.render(self.messages[: index + 1])
 
-    def window(self, number: int) -> tuple[list[Message], list[Message]]:
-        """A window but for its turn: what ends with the turn before, and the question behind that."""
+    def excerpt(self, number: int) -> tuple[list[Message], list[Message]]:
+        """An excerpt but for its turn: what ends with the turn before, and the question behind that."""
         index = self.answers[number]
         if number == 0:
             return [], self.messages[:index]
@@ -74,9 +74,7 @@ class Conversation:
         head = next(i for i, message in enumerate(self.messages) if message["role"] not in ("system", "developer"))
         first = max(head, self.answers[number - 2] + 1 if number > 1 else 0)
         earlier = self.messages[first : before + 1]
-        if not any(
-            message["role"] == "user" for message in earlier
-        ):  # steps between tools; no result without its call
+        if all(message["role"] != "user" for message in earlier):  # steps between tools; no result without its call
             asked = [message for message in self.messages[head:first] if message["role"] == "user"]
             earlier = asked[-1:] + earlier[-1:]
         question = self.messages[before + 1 : index]

@@ -5,9 +5,9 @@ from chat_templates import OTHER_TEMPLATES, SYSTEM_LAST, tokenizer_with
 from preparing import assistant, trained_spans, user
 
 from amid_trl.data.conversations import conversation_row
+from amid_trl.data.excerpts import Conversation
 from amid_trl.data.rendering import training_template
 from amid_trl.data.rows import DataSettings
-from amid_trl.data.windows import Conversation
 
 
 PAIRS = [(user(f"Why is number {i} larger than the one before?"), assistant(f"So {i}, by one.")) for i in range(64)]
@@ -84,7 +84,7 @@ def test_a_long_chat_costs_a_few_renders(template, chat, renders):
 
 
 def test_few_turns_are_looked_at_in_the_whole_conversation(tokenizer, renders, monkeypatch):
-    # Turns with numbers differ from their windows, all in the same way.
+    # Turns with numbers differ from their excerpts, all in the same way.
     _, tokenizer.chat_template = FAMILIES["turns with numbers"]
     looked_at = []
     up_to = Conversation.up_to
