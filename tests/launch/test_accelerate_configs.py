@@ -70,7 +70,10 @@ def test_accelerate_reads_it_and_leaves_the_rest_to_the_arguments(name):
 
 
 # What is asked for before anything is launched.
-NEEDED = ["--output_dir", "unused", "--use_cpu", "--model_name_or_path", "student", "--dataset_name", "data"]
+NEEDED = [
+    *("--output_dir", "unused", "--use_cpu", "--dataset_name", "data"),
+    *("--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher"),
+]
 
 
 @pytest.fixture
