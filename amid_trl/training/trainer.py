@@ -157,7 +157,7 @@ class AMiDTrainer(GKDTrainer):
         args, parts = self.args, self._parts
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.generation_config = parts.writers["student"].config
-        self.objective, self.teacher = parts.objective.current, parts.teacher
+        self.objective, self.teacher, self._windows = parts.objective.current, parts.teacher, parts.windows
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
         for callback in (parts.stop_on_sigterm, parts.memory, parts.unmoved):
             self.add_callback(callback)
@@ -189,7 +189,7 @@ class AMiDTrainer(GKDTrainer):
         if self._parts.sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
         self.objective = self._parts.objective.advance(step / steps)
-        window = self._parts.windows.window(batches, step, steps, self._prepare_inputs)
+        window = self._windows.window(batches, step, steps, self._prepare_inputs)
         self._parts.window = window = self._parts.balancing(window)
         return window.batches, self._get_num_items_in_batch(window.batches, device)
 
@@ -333,7 +333,7 @@ class AMiDTrainer(GKDTrainer):
                 logs.update(means)
                 logs.update(self._parts.figures)
             if self.is_world_process_zero():
-                self._parts.windows.write_table(self.state.global_step)
+                self._windows.write_table(self.state.global_step)
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:

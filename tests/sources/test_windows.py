@@ -125,7 +125,7 @@ def test_sampling_leaves_the_random_state_of_training_alone(train):
     trainer = train(lmbda=1.0)
     batches = [next(iter(trainer.get_train_dataloader()))]
     before = torch.get_rng_state()
-    trainer._parts.windows.written_by("student", batches, step=0)
+    trainer._windows.written_by("student", batches, step=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -39,7 +39,7 @@ def student(tokenizer, end):
 
 def test_written_text_ends_where_the_rows_do(train, tokenizer, end):
     trainer = train(lmbda=1.0, max_new_tokens=40, max_steps=4)
-    windows, written = trainer._parts.windows, []
+    windows, written = trainer._windows, []
     write = windows.written_by
     windows.written_by = lambda *args: written.extend(batches := write(*args)) or batches
     trainer.train()

@@ -209,7 +209,7 @@ def test_noise_on_the_embeddings_reaches_the_loss_and_not_the_text(train, studen
     def run(**settings) -> tuple[float, list]:
         student.load_state_dict(weights)
         trainer, written = train(max_steps=1, lmbda=1.0, **settings), []
-        windows = trainer._parts.windows
+        windows = trainer._windows
         write = windows.written_by
         windows.written_by = lambda *args: written.extend(batches := write(*args)) or batches
         trainer.train()
