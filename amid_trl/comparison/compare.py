@@ -17,7 +17,15 @@ import yaml
 
 from amid_trl.comparison.report import comparison_table, report
 from amid_trl.comparison.results import EVALUATE, EVALUATED, read_json, read_result
-from amid_trl.comparison.spec import RESULT, SETTINGS, Comparison, check_configs, read_comparison, without_launcher
+from amid_trl.comparison.spec import (
+    RESULT,
+    SETTINGS,
+    Comparison,
+    SeededRun,
+    check_configs,
+    read_comparison,
+    without_launcher,
+)
 from amid_trl.outputs import differences, write_whole
 
 
@@ -40,32 +48,32 @@ def compare(file: str | Path, output_dir: str | Path, report_only: bool = False)
     if missing := [package for package in ("scipy", "matplotlib") if find_spec(package) is None]:
         raise ImportError(f"compare needs {' and '.join(missing)}: pip install 'amid-trl[compare]'")
     comparison, output_dir = read_comparison(file), Path(output_dir)
-    folders = {work: output_dir / work[0] / f"seed-{work[1]}" for work in comparison.works}
+    folders = {run: output_dir / run.name / f"seed-{run.seed}" for run in comparison.seeded_runs}
     _check_folders(comparison, folders)
-    finished = [work for work, folder in folders.items() if read_result(comparison, folder) is not None]
+    finished = [run for run, folder in folders.items() if read_result(comparison, folder) is not None]
     if not report_only:
         check_configs(comparison)
-        for number, (work, folder) in enumerate(folders.items(), start=1):
-            print(f"{number}/{len(folders)} {work[0]}, seed {work[1]} ({folder / LOG}): ", end="", flush=True)
-            outcome = _run(comparison, folder, comparison.settings(*work))
-            again = " already" if work in finished and not outcome else ""
+        for number, (run, folder) in enumerate(folders.items(), start=1):
+            print(f"{number}/{len(folders)} {run.name}, seed {run.seed} ({folder / LOG}): ", end="", flush=True)
+            outcome = _run(comparison, folder, comparison.settings(*run))
+            again = " already" if run in finished and not outcome else ""
             print(f"{outcome or 'done'}{again}", flush=True)
     _check_folders(comparison, folders)  # another command may have worked there meanwhile
     results = {
-        work: result for work, folder in folders.items() if (result := read_result(comparison, folder)) is not None
+        run: result for run, folder in folders.items() if (result := read_result(comparison, folder)) is not None
     }
     if not results:
         raise ValueError(f"{output_dir} holds no finished run to report")
     return _write_report(output_dir, report(comparison, results))
 
 
-def _check_folders(comparison: Comparison, folders: Mapping[tuple[str, int], Path]) -> None:
+def _check_folders(comparison: Comparison, folders: Mapping[SeededRun, Path]) -> None:
     """Refuse a folder of another run, by what is different, or one that does not say what it was evaluated with.
 
     What was only asked for may be asked for otherwise.
     """
-    for work, folder in folders.items():
-        settings, result = comparison.settings(*work), read_json(folder / RESULT)
+    for run, folder in folders.items():
+        settings, result = comparison.settings(*run), read_json(folder / RESULT)
         if result is not None:
             _check_settings(folder, result["settings"], settings)
         elif any(folder.glob("checkpoint-*")):

@@ -10,7 +10,7 @@ import numpy as np
 from amid_trl.comparison.intervals import Interval, deviation, paired_interval
 from amid_trl.comparison.metrics import METRICS
 from amid_trl.comparison.results import Results
-from amid_trl.comparison.spec import Comparison
+from amid_trl.comparison.spec import Comparison, SeededRun
 
 
 WORK = ("steps", "tokens", "minutes")
@@ -28,7 +28,7 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
     _check_data(comparison, results)
     runs: dict[str, Any] = {}
     for name in comparison.runs:
-        of_run = {seed: results[name, seed] for seed in comparison.seeds if (name, seed) in results}
+        of_run = {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
         if not of_run:
             continue
         values = {metric: [result.metrics[metric] for result in of_run.values()] for metric in comparison.metrics}
@@ -49,41 +49,44 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
         "seeds": list(comparison.seeds),
         "baseline": comparison.baseline,
         "runs": runs,
-        "missing": [[name, seed] for name, seed in comparison.works if (name, seed) not in results],
+        "missing": [[name, seed] for name, seed in comparison.seeded_runs if (name, seed) not in results],
     }
 
 
 def _check_data(comparison: Comparison, results: Results) -> None:
     """Refuse runs on other rows, or with another fact, than runs of the same settings had before."""
-    first, *others = results
-    for work in others:
-        if results[work].hashes != results[first].hashes:
-            raise ValueError(f"{_run(work)} and {_run(first)} were evaluated on different rows: the data has changed")
-    known: dict[tuple[str, str], tuple[str, int]] = {}
-    for work, result in results.items():
-        config = {**comparison.base, **comparison.runs[work[0]]}
+    first, *others = finished = [run for run in comparison.seeded_runs if run in results]
+    for run in others:
+        if results[run].hashes != results[first].hashes:
+            raise ValueError(
+                f"{_shown(run)} and {_shown(first)} were evaluated on different rows: the data has changed"
+            )
+    known: dict[tuple[str, str], SeededRun] = {}
+    for run in finished:
+        config = {**comparison.base, **comparison.runs[run.name]}
         for fact, names in SETTINGS_BEHIND.items():
-            if (ours := result.facts[fact]) is None:
+            if (ours := results[run].facts[fact]) is None:
                 continue
             settings = {name: config[name] for name in sorted(config) if name.startswith(names)}
-            other = known.setdefault((fact, json.dumps(settings)), work)
+            other = known.setdefault((fact, json.dumps(settings)), run)
             if (theirs := results[other].facts[fact]) != ours:
-                raise ValueError(f"{_run(work)} and {_run(other)} differ in {fact}: {ours} and {theirs}")
+                raise ValueError(f"{_shown(run)} and {_shown(other)} differ in {fact}: {ours} and {theirs}")
 
 
-def _run(work: tuple[str, int]) -> str:
-    return f"{work[0]} (seed {work[1]})"
+def _shown(run: SeededRun) -> str:
+    return f"{run.name} (seed {run.seed})"
 
 
 def _difference(comparison: Comparison, results: Results, name: str, metric: str) -> dict[str, Any]:
     """Run less baseline, over the seeds that both have."""
-    seeds = [seed for seed in comparison.seeds if {(name, seed), (comparison.baseline, seed)} <= set(results)]
-    pairs = [(results[name, seed], results[comparison.baseline, seed]) for seed in seeds]
+    of_run = {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
+    seeds = [seed for seed in of_run if SeededRun(comparison.baseline, seed) in results]
+    pairs = [(of_run[seed], results[SeededRun(comparison.baseline, seed)]) for seed in seeds]
     values = [ours.metrics[metric] - theirs.metrics[metric] for ours, theirs in pairs]
     if pairs and all(metric in result.rows for pair in pairs for result in pair):
-        sums = [np.subtract(ours.rows[metric][0], theirs.rows[metric][0]) for ours, theirs in pairs]
-        weights = pairs[0][0].rows[metric][1]
-        if any(result.rows[metric][1] != weights for pair in pairs for result in pair):
+        sums = [np.subtract(ours.rows[metric].sums, theirs.rows[metric].sums) for ours, theirs in pairs]
+        weights = pairs[0][0].rows[metric].weights
+        if any(result.rows[metric].weights != weights for pair in pairs for result in pair):
             raise ValueError(
                 f"{name} and {comparison.baseline} read the same rows in other tokens: compare no {metric}"
             )

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -59,6 +59,13 @@ KINDS = {
 }
 
 
+class SeededRun(NamedTuple):
+    """A run of the comparison with one of its seeds."""
+
+    name: str
+    seed: int
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The same work through several objectives: every run with every seed.
@@ -82,9 +89,9 @@ class Comparison:
     evaluate: Mapping[str, Any]
 
     @property
-    def works(self) -> list[tuple[str, int]]:
-        """(name, seed) of every run: all runs of a seed before the next seed, so that early tables are whole."""
-        return [(name, seed) for seed in self.seeds for name in self.runs]
+    def seeded_runs(self) -> list[SeededRun]:
+        """Every run with every seed: all runs of a seed before the next seed, so that early tables are whole."""
+        return [SeededRun(name, seed) for seed in self.seeds for name in self.runs]
 
     @property
     def evaluate_flags(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,10 @@ def task_manager(tasks: Sequence[str]) -> Any:
         ValueError: an unknown task.
     """
     try:
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]  # an extra
+        tasks_module: Any = import_module("lm_eval.tasks")  # an extra, so unknown to the types
     except ImportError as error:
         raise ImportError("tasks of lm-eval-harness need lm-eval: pip install 'amid-trl[eval-harness]'") from error
-    manager = TaskManager()
+    manager = tasks_module.TaskManager()
     known = set(manager.all_tasks)
     if unknown := [task for task in tasks if task not in known and not Path(task).is_file()]:
         raise ValueError(
@@ -59,12 +60,12 @@ def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manager: Any, settings: EvaluationSettings
 ) -> dict[str, float]:
     """Every figure of every task, as `task/figure`, in the harness's own units, with a `tokenizer_of_tasks`."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    lm_eval: Any = import_module("lm_eval")
+    huggingface: Any = import_module("lm_eval.models.huggingface")
 
     with without_router_logits(model):
-        results = simple_evaluate(
-            model=HFLM(
+        results = lm_eval.simple_evaluate(
+            model=huggingface.HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=settings.batch_size,

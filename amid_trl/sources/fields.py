@@ -1,7 +1,7 @@
 """The fields of AMiDConfig that say who writes the text, and how it is generated."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from amid_trl.fields import (
     JSON,
@@ -57,6 +57,13 @@ VLLM_COLOCATE_FIELDS = (
     "vllm_tensor_parallel_size",
     "vllm_model_impl",
 )
+
+
+class ShareRange(NamedTuple):
+    """The smallest and the largest share of student text that a run may come to."""
+
+    least: float
+    most: float
 
 
 @dataclass
@@ -140,17 +147,17 @@ class SourceFields(Fields):
         return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
-    def student_shares(self) -> tuple[float, float]:
-        """The smallest and the largest share of student text that the run may come to."""
+    def student_shares(self) -> ShareRange:
+        """Between which shares of student text the run stays."""
         if self.sampling == "adaptive":
-            return self.adaptive_threshold, 1.0
+            return ShareRange(self.adaptive_threshold, 1.0)
         schedule = build_schedule(self, "lmbda")
-        return min(schedule.start, schedule.end), max(schedule.start, schedule.end)
+        return ShareRange(min(schedule.start, schedule.end), max(schedule.start, schedule.end))
 
     @property
     def generates(self) -> bool:
         """Whether any window of the run is written by the student or the teacher."""
-        return self.student_shares[1] > 0 or self.seq_kd
+        return self.student_shares.most > 0 or self.seq_kd
 
     @property
     def longest_row(self) -> int | None:
@@ -204,7 +211,7 @@ class SourceFields(Fields):
                 f"num_generations={self.num_generations} must divide the {self.window_rows} rows that one process "
                 "trains on in each optimizer step"
             )
-        if self.student_shares[1] == 0:
+        if self.student_shares.most == 0:
             without_effect(self, ("num_generations", "use_vllm"), "on a run without student text; set lmbda")
         if self.sampling == "mixed":
             without_effect(self, ADAPTIVE_FIELDS, "on sampling='mixed'; set sampling='adaptive'")

@@ -58,8 +58,8 @@ class WindowSources:
     @property
     def mixes(self) -> bool:
         """Whether windows of this run have different sources."""
-        least, most = self._config.student_shares
-        return self._adaptive is not None or (most > 0 and least < 1)
+        shares = self._config.student_shares
+        return self._adaptive is not None or (shares.most > 0 and shares.least < 1)
 
     @property
     def needs_evaluation(self) -> bool:

@@ -10,6 +10,7 @@ from amid_trl._trl import common_prefix_length
 from amid_trl.data.batches import Batch, unpadded_rows, window_prompts
 from amid_trl.data.rows import last_span_start
 from amid_trl.evaluation.scores import rouge_l_each
+from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.models.generation import are_clipped
 from amid_trl.sources.writers import Writer
@@ -26,8 +27,8 @@ class Answers:
         self._writer, self._tokenizer = writer, tokenizer
         self._last: tuple[list[Tensor], list[Tensor]] = ([], [])  # prompts, and what was written to them
 
-    def __call__(self, batch: Batch, step: int) -> Tensor:
-        """(rows, `ANSWER_MEANS`): ROUGE-L in percent, tokens, whether there is no EOS. All processes have to ask.
+    def __call__(self, batch: Batch, step: int) -> Figures:
+        """Of each row its ROUGE-L in percent, tokens, whether there is no EOS. All processes have to ask.
 
         ROUGE-L is NaN for a prompt that the dataset does not answer.
         """
@@ -38,8 +39,8 @@ class Answers:
         scores = rouge_l_each([self._text(ids) for ids in completions], [text or "" for text in references])
         scores = [math.nan if text is None else score for text, score in zip(references, scores, strict=True)]
         clipped = are_clipped(completions, self._writer.config)
-        figures = zip(scores, map(len, completions), clipped, strict=True)
-        return torch.tensor(list(figures), dtype=torch.float32, device=batch["input_ids"].device)
+        rows = list(zip(scores, map(len, completions), clipped, strict=True))
+        return Figures(ANSWER_MEANS, torch.tensor(rows, dtype=torch.float32, device=batch["input_ids"].device))
 
     def write(self, prompts: list[Tensor], step: int) -> list[Tensor]:
         """Greedy answers to the prompts; asked again before they are scored, the same without writing."""
@@ -61,8 +62,8 @@ class Answers:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def add_answers(means: Means, figures: Tensor) -> None:
-    """Count (rows, `ANSWER_MEANS`) figures; a row without a ROUGE-L counts for the others alone."""
-    counts = (~figures.isnan()).sum(0)
-    for name, total, count in zip(ANSWER_MEANS, figures.nansum(0), counts, strict=True):
-        means.add(name, total, count)
+def add_answers(means: Means, answers: Figures) -> None:
+    """Count the figures of answers; a row without a ROUGE-L counts for the others alone."""
+    for name in answers.names:
+        column = answers[name]
+        means.add(name, column.nansum(), (~column.isnan()).sum())

@@ -241,7 +241,7 @@ def data_settings(
     bounds = [bound for bound in (config.max_length, positions) if bound is not None]
     settings = DataSettings(
         max_length=min(bounds) if bounds else None,
-        trains_on_dataset=evaluates or (config.student_shares[0] < 1 and not config.seq_kd),
+        trains_on_dataset=evaluates or (config.student_shares.least < 1 and not config.seq_kd),
         assistant_turns=config.assistant_turns,
         completion_only_loss=config.completion_only_loss,
         text_field=config.dataset_text_field,

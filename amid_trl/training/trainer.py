@@ -244,10 +244,14 @@ class AMiDTrainer(GKDTrainer):
             return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, size, balance)
 
     def _record_evaluation(self, rows: Figures) -> None:
-        rows = Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
+        rows = self._gathered(rows)
         self._parts.record(self._parts.eval_means, rows)
         if self.row_recorder is not None:
             self.row_recorder(rows)
+
+    def _gathered(self, rows: Figures) -> Figures:
+        """The rows of all processes, each once."""
+        return Figures(rows.names, cast(Tensor, self.accelerator.gather_for_metrics(rows.columns)))
 
     # ---- Evaluation ----
 
@@ -257,8 +261,7 @@ class AMiDTrainer(GKDTrainer):
         with torch.no_grad():
             loss, outputs = cast(Any, self.compute_loss(model, inputs, return_outputs=True))
         if self._parts.answers is not None:
-            figures: Any = self.accelerator.gather_for_metrics(self._parts.answers(asked, self.state.global_step))
-            add_answers(self._parts.eval_means, figures)
+            add_answers(self._parts.eval_means, self._gathered(self._parts.answers(asked, self.state.global_step)))
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs["predictions"], inputs["labels"][:, 1:].contiguous()

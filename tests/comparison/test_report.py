@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 
 from amid_trl.comparison.figure import comparison_figure
 from amid_trl.comparison.report import comparison_table, report
-from amid_trl.comparison.results import Result, _row_figures
-from amid_trl.comparison.spec import Comparison
+from amid_trl.comparison.results import Result, RowSums, _row_figures
+from amid_trl.comparison.spec import Comparison, SeededRun
 
 
 SEEDS = (0, 1, 2)
@@ -23,13 +23,13 @@ def result(
 ) -> Result:
     """A metric that moves by 0.01 from seed to seed, the same in every row."""
     value += 0.01 * seed
-    rows = {metric: ([value * tokens for tokens in TOKENS], TOKENS)}
+    rows = {metric: RowSums([value * tokens for tokens in TOKENS], TOKENS)}
     facts = {"trained_rows": trained_rows, "num_processes": num_processes}
     return Result({metric: value}, WORK, rows, hashes, facts)
 
 
 def results(metric: str = "eval_kl", **values: float) -> dict:
-    return {(name, seed): result(value, seed, metric) for name, value in values.items() for seed in SEEDS}
+    return {SeededRun(name, seed): result(value, seed, metric) for name, value in values.items() for seed in SEEDS}
 
 
 def test_less_kl_is_better_and_more_agreement_is():
@@ -62,11 +62,13 @@ def test_how_much_goes_from_less_to_more():
 
 def test_the_table_names_the_rows_of_each_metric():
     def both(value: float, seed: int) -> Result:
-        kl, two = result(value, seed), ([value, value], [1.0, 1.0])
+        kl, two = result(value, seed), RowSums([value, value], [1.0, 1.0])
         metrics = dict.fromkeys(("eval_kl", "rougeL", "distinct_1"), value)
         return kl._replace(metrics=metrics, rows={**kl.rows, "rougeL": two})
 
-    some = {(name, seed): both(value, seed) for name, value in {"kd": 1.0, "low": 0.8}.items() for seed in SEEDS}
+    some = {
+        SeededRun(name, seed): both(value, seed) for name, value in {"kd": 1.0, "low": 0.8}.items() for seed in SEEDS
+    }
     of_both = comparison_table(report(comparison("kd", "low", metrics=("eval_kl", "rougeL", "distinct_1")), some))
     assert "and evaluated rows, those of one prompt as one (3 for `eval_kl`, 2 for `rougeL`). Not" in of_both
     of_one = comparison_table(report(comparison("kd", "low"), results(kd=1.0, low=0.8)))
@@ -145,7 +147,7 @@ def test_another_number_of_processes_is_refused_where_nobody_asked_for_it():
 
 def test_rows_in_other_tokens_are_refused():
     some = results(kd=1.0, low=0.8)
-    some["low", 2] = some["low", 2]._replace(rows={"eval_kl": ([1.0, 1.0, 1.0], [4.0, 2.0, 5.0])})
+    some["low", 2] = some["low", 2]._replace(rows={"eval_kl": RowSums([1.0, 1.0, 1.0], [4.0, 2.0, 5.0])})
     with pytest.raises(ValueError, match="low and kd read the same rows in other tokens"):
         report(comparison("kd", "low"), some)
 

@@ -52,7 +52,7 @@ def test_a_run_is_the_base_with_what_it_changes_the_seed_and_the_budget(tmp_path
         "budget": {"steps": 2},
         "evaluates": True,
     }
-    assert comparison.works == [("kd", 0), ("amid", 0), ("kd", 1), ("amid", 1)]
+    assert comparison.seeded_runs == [("kd", 0), ("amid", 0), ("kd", 1), ("amid", 1)]
     assert comparison.baseline == "kd"
 
 
