@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +288,8 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_past_a_run_that_fails(con
     file, out = written(tmp_path, content | change), tmp_path / "out"
     folder = out / "kd" / "seed-0"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(file, out), env=ENVIRONMENT, **pipes)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background commands ignore
+    process = subprocess.Popen(command(file, out), env=ENVIRONMENT, preexec_fn=heard, **pipes)
     end = time.monotonic() + 120
     while not list(folder.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < end
