@@ -8,6 +8,7 @@
 - The arguments of a tool call are an object, also where they are given as JSON text, as OpenAI's API gives them. Text
   that is no JSON object stays as it is.
 - An empty list of tool calls is not there.
+- Reasoning has both names that templates read, `reasoning_content` and `thinking`, under whichever it was given.
 """
 
 import json
@@ -121,7 +122,9 @@ def _in_one_form(message: Message) -> Message:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise BadRow(f"expected a list of tool calls; got {calls!r}")
         message["tool_calls"] = [_with_arguments(call, _object_or_text) for call in calls]
-    return message
+    thought = next((message[name] for name in THOUGHT_FIELDS if name in message), None)
+    # As transformers 5.23 does and 5.19 does not: gpt-oss' template reads `thinking` alone.
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _with_tool_calls(message: Message) -> Message:

@@ -271,3 +271,9 @@ def test_a_message_that_the_template_leaves_out_is_noted(role, tokenizer, caplog
     (row,) = prepared([{"messages": chat}], tokenizer)
     assert trained_spans(row, tokenizer) == ["Yes.<|im_end|>"]
     assert "1 of 1 rows with a message before an answer that the chat template leaves out" in warnings_of(caplog)[0]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_the_names_that_templates_read(name):
+    (message,) = as_messages([{"role": "assistant", "content": "So.", name: "Hm."}])
+    assert (message["reasoning_content"], message["thinking"], message["content"]) == ("Hm.", "Hm.", "So.")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from tiny import tiny_llama, tiny_tokenizer
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from amid_trl.models.fsdp import check_fsdp
 
@@ -19,8 +20,8 @@ def check(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def test_half_precision_is_that_of_the_layers_and_not_of_the_sums():
-    half = plugin(mixed_precision_policy="bf16")
-    assert half.mixed_precision_policy.output_dtype is torch.bfloat16
+    precision = dict.fromkeys(("param_dtype", "reduce_dtype", "output_dtype"), torch.bfloat16)  # accelerate's for bf16
+    half = plugin(mixed_precision_policy=MixedPrecisionPolicy(**precision))
     check(half)
     assert half.mixed_precision_policy.output_dtype is None
     assert half.mixed_precision_policy.param_dtype is torch.bfloat16
