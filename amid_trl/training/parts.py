@@ -16,7 +16,7 @@ from amid_trl.sources.shares import WindowSources
 from amid_trl.sources.source import Source
 from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
-from amid_trl.teacher.teacher import Teacher, open_teacher
+from amid_trl.teacher.kinds import Teacher, open_teacher
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.balancing import Balancing
 from amid_trl.training.checkpoints import Stateful

@@ -1,4 +1,4 @@
-"""What a teacher is to the trainer, and the one that the settings name."""
+"""What a teacher is to the trainer, which kinds there are, and the one that the settings name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
