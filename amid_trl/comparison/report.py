@@ -9,7 +9,7 @@ import numpy as np
 
 from amid_trl.comparison.intervals import Interval, deviation, paired_interval
 from amid_trl.comparison.metrics import METRICS
-from amid_trl.comparison.results import Results
+from amid_trl.comparison.results import Result, Results
 from amid_trl.comparison.spec import Comparison, SeededRun
 
 
@@ -28,7 +28,7 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
     _check_data(comparison, results)
     runs: dict[str, Any] = {}
     for name in comparison.runs:
-        of_run = {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
+        of_run = _by_seed(comparison, results, name)
         if not of_run:
             continue
         values = {metric: [result.metrics[metric] for result in of_run.values()] for metric in comparison.metrics}
@@ -73,15 +73,20 @@ def _check_data(comparison: Comparison, results: Results) -> None:
                 raise ValueError(f"{_shown(run)} and {_shown(other)} differ in {fact}: {ours} and {theirs}")
 
 
+def _by_seed(comparison: Comparison, results: Results, name: str) -> dict[int, Result]:
+    """What a run came to with every seed that is finished."""
+    return {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
+
+
 def _shown(run: SeededRun) -> str:
     return f"{run.name} (seed {run.seed})"
 
 
 def _difference(comparison: Comparison, results: Results, name: str, metric: str) -> dict[str, Any]:
     """Run less baseline, over the seeds that both have."""
-    of_run = {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
-    seeds = [seed for seed in of_run if SeededRun(comparison.baseline, seed) in results]
-    pairs = [(of_run[seed], results[SeededRun(comparison.baseline, seed)]) for seed in seeds]
+    of_run, of_baseline = (_by_seed(comparison, results, each) for each in (name, comparison.baseline))
+    seeds = [seed for seed in of_run if seed in of_baseline]
+    pairs = [(of_run[seed], of_baseline[seed]) for seed in seeds]
     values = [ours.metrics[metric] - theirs.metrics[metric] for ours, theirs in pairs]
     if pairs and all(metric in result.rows for pair in pairs for result in pair):
         sums = [np.subtract(ours.rows[metric].sums, theirs.rows[metric].sums) for ours, theirs in pairs]
