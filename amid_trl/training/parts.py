@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerCallback
 
 from amid_trl.data.plain_text import PlainText, open_plain_text
 from amid_trl.maths.figures import Figures
@@ -59,6 +59,12 @@ class Parts:
                     means.add(known, totals[name], totals["tokens"])
 
     @property
+    def callbacks(self) -> tuple[TrainerCallback, ...]:
+        """Those that want to know what the trainer does."""
+        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.teacher)
+        return tuple(part for part in parts if isinstance(part, TrainerCallback))
+
+    @property
     def stateful(self) -> tuple[Stateful, ...]:
         """Those whose state a checkpoint holds."""
         parts = (self.sources, self.objective, self.plain_text)
@@ -101,7 +107,7 @@ def open_parts(
         answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
-    sources, objective = WindowSources(run), RunObjective(run)
+    sources, objective = WindowSources(run), RunObjective(run, is_sparse=teacher.is_sparse)
     # Where sources are mixed one curve would show their figures in turn.
     by_source = [f"{name}/{source}" for name in ("objective", "kl") for source in get_args(Source) if sources.mixes]
     train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss", *by_source), run.accelerator.device)
@@ -118,7 +124,7 @@ def open_parts(
         windows=Windows(run, writers, sources, plain_text, train_means, deals=deals),
         balancing=Balancing(run, student, wrapped_student),
         nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
-        memory=MemoryReport(run, teacher_model),
+        memory=MemoryReport(run, teacher_model, is_sparse=teacher.is_sparse),
         unmoved=UnmovedWeights(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
     )

@@ -47,9 +47,6 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
         if self.student_shares.most == 0:
             without_effect(self, ("student_text_objective",), "on a run without student text; set lmbda")
-        if self.teacher_is_sparse:
-            where = "on a teacher of which only the likeliest tokens are known"
-            without_effect(self, ("distill_temperature",), where)
         if self.teacher_cache is not None and self.student_shares.most > 0:
             raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
 

@@ -25,12 +25,10 @@ MOVABLE = {"assistant_alpha": "alpha", "assistant_lambda": "lam"}
 class RunObjective:
     """What each window is trained with; `current` is the objective of dataset and teacher text, and of evaluations."""
 
-    def __init__(
-        self,
-        run: Run[AMiDConfig],
-    ):
+    def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False):
+        """With a teacher that `is_sparse` a ValueError for an objective that needs all of its distribution."""
         config, accelerator = run.args, run.accelerator
-        self._token_loss = SparseTokenLoss if config.teacher_is_sparse else DistillationTokenLoss
+        self._token_loss = SparseTokenLoss if is_sparse else DistillationTokenLoss
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
         self._sft_weight = config.sft_weight
@@ -40,6 +38,8 @@ class RunObjective:
         self._window_loss = Means(("assistant_nll",), accelerator.device)
         self._sum_over_processes: Any = partial(accelerator.reduce, reduction="sum")
         self.advance(0.0)
+        for source in (None, "student"):
+            self.token_loss(source)  # refused now, not in the first window
 
     @property
     def means(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save
 from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments
 from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
-from amid_trl.training.pair import load_pair
+from amid_trl.training.pair import load_pair, with_teacher
 from amid_trl.training.parts import open_parts
 from amid_trl.training.student import own_router_fields, prepare_student
 
@@ -111,14 +111,14 @@ class AMiDTrainer(GKDTrainer):
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics}
         args = own_arguments(args, model, train_dataset, eval_dataset, collator=data_collator, **functions)
-        student, teacher, tokenizer, self._renamed, self._positions, self._student_generation = load_pair(
-            model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config
-        )
-        with own_router_fields(student):
+        pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
+        tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
+        self._student_generation = pair.generation
+        with own_router_fields(pair.student):
             SFTTrainer.__init__(
                 self,
-                cast(Any, student),
-                args=for_sft(args, student, has_collator=data_collator is not None),
+                cast(Any, pair.student),
+                args=for_sft(args, pair.student, has_collator=data_collator is not None),
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -130,21 +130,24 @@ class AMiDTrainer(GKDTrainer):
                 formatting_func=formatting_func,
             )
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
-        self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
+        self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
         if data_collator is None:
             padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
             self.data_collator = DistillationCollator(*padding)
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
+        datasets = all_datasets(self.train_dataset, self.eval_dataset)
+        run = Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed)
+        teacher, run = with_teacher(pair, run, self.model, datasets)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
-            Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed),
+            run,
             self.model,
             lambda: self.model_wrapped,
             self._student_generation,
             self.teacher_model,
-            all_datasets(self.train_dataset, self.eval_dataset),
+            datasets,
             pretrain_dataset,
             deals=isinstance(self.data_collator, DistillationCollator),
         )
@@ -159,7 +162,7 @@ class AMiDTrainer(GKDTrainer):
         self.generation_config = parts.writers["student"].config
         self.objective, self.teacher, self._windows = parts.objective.current, parts.teacher, parts.windows
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
-        for callback in (parts.stop_on_sigterm, parts.memory, parts.unmoved):
+        for callback in parts.callbacks:
             self.add_callback(callback)
         if is_in_notebook():
             import_module("amid_trl.training.notebook").show_in_notebook(self)

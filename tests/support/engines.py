@@ -39,6 +39,14 @@ TRAINED = {
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
     "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
     "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
+    "cached states of the teacher": {"teacher_cache": "cache", "teacher_cache_states": True},
+    # In the second epoch each process has rows that the other has kept.
+    "filled cache": {
+        "teacher_cache": "cache",
+        "teacher_cache_fill": True,
+        "num_train_epochs": 2,
+        "train_sampling_strategy": "random",
+    },
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
@@ -194,10 +202,12 @@ def assert_equal_weights(folder: Path, other: Path, rtol: float = 1e-5) -> None:
 
 def assert_trains_like_one(two: Runs, one: One, case: str) -> None:
     result, folder = one(case)
-    steps = 4 if REFERENCES[case].get("rows") in (14, 16) else 3
+    settings = REFERENCES[case]
+    steps = settings.get("num_train_epochs", 1) * (4 if settings.get("rows") in (14, 16) else 3)
     assert len(figures(result)["loss"]) == len(figures(result)["grad_norm"]) == steps
     for rank in two.ranks[case]:
         assert_equal_figures(rank, result)
+        assert not [epoch for epoch in rank["filled"] if 1 <= epoch < 2], "the teacher runs in the first epoch alone"
     assert_equal_weights(two.folder / case, folder)
 
 

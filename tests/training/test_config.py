@@ -283,6 +283,8 @@ EFFECTS = {
     ),
     "teacher_adapter_path": "teacher/test_adapter.py::test_an_adapter_of_the_students_base_is_a_teacher_of_its_own",
     "teacher_cache_dtype": "teacher/test_absent_teacher.py::test_the_command_writes_what_train_reads",
+    "teacher_cache_fill": "teacher/test_states_cache.py::test_from_the_second_epoch_on_the_teacher_does_not_run",
+    "teacher_cache_states": "teacher/test_states_cache.py::test_the_command_writes_hidden_states_if_asked_to",
     "pretrain_dataset": (
         "training/test_pretraining.py::test_a_dataset_is_named_and_streamed_and_read_on_by_a_resumed_run"
     ),
