@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amid_trl.data.batches import PromptTokens
 from amid_trl.fields import build_schedule
 from amid_trl.maths.schedules import AdaptiveShare
 from amid_trl.run import Run
@@ -46,12 +47,12 @@ class WindowSources:
         share: Any = self._accelerator.reduce(full, reduction="mean")
         return share.item() == 1
 
-    def remember(self, prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> None:
+    def remember(self, prompts: Sequence[PromptTokens], completions: Sequence[Tensor]) -> None:
         """Keep what the student has just written, if it may be replayed."""
         if self._adaptive is not None:
             self._replay.add(prompts, completions)
 
-    def replayed(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+    def replayed(self, rows: int) -> tuple[list[PromptTokens], list[Tensor]]:
         """Prompts and completions of earlier windows."""
         return self._replay.sample(rows)
 

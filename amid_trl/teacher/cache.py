@@ -206,7 +206,8 @@ class TeacherCache:
         if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
             return None
         plain = dataset.with_format(None)
-        rows = zip(plain["input_ids"], plain["labels"], strict=True)
+        prefix = "teacher_" if "teacher_input_ids" in dataset.column_names else ""  # the rows that the teacher reads
+        rows = zip(plain[f"{prefix}input_ids"], plain[f"{prefix}labels"], strict=True)
         return [i for i, (ids, labels) in enumerate(rows) if row_key(ids, labels) not in self]
 
     def is_whole(self, datasets: Mapping[str, Any]) -> bool:

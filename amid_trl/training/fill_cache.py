@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from amid_trl.data.batches import Batch, row_key, trained_targets, unpadded_rows
+from amid_trl.data.batches import Batch, row_key, teachers_view, trained_targets, unpadded_rows
 from amid_trl.data.datasets import all_datasets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
@@ -34,6 +34,7 @@ def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | No
     size = max(args.per_device_eval_batch_size, teacher.rows_at_once)
     with _writer(trainer, folder, top_k, dtype) as writer:
         for batch in tqdm(_batches(trainer, size), desc="Teacher", disable=not accelerator.is_main_process):
+            batch = teachers_view(batch)
             keys = [row_key(*row) for row in unpadded_rows(batch)]
             missing = len(writer.missing(keys))
             # A teacher that is sharded over the processes needs all of them.

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
-from amid_trl.data.batches import DistillationCollator
+from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, teachers_view
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
@@ -181,7 +181,7 @@ class AMiDTrainer(GKDTrainer):
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "prompt_ids", "attention_mask"]
+        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, "attention_mask"]
 
     # ---- A window: the micro-batches of one optimizer step ----
 
@@ -215,7 +215,7 @@ class AMiDTrainer(GKDTrainer):
         window = self._parts.window if student.training else Window()
         token_loss = self._parts.objective.token_loss(window.source)
         # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
-        given = {"inputs": inputs, "teacher": self._parts.teacher(inputs), "token_loss": token_loss}
+        given = {"inputs": inputs, "teacher": self._parts.teacher(teachers_view(inputs)), "token_loss": token_loss}
         in_forward = partial(self._loss, **given, balance=window.balance)
         total, row_sums, predictions, plain_nll, aux_loss = forward_redirection(model, student, in_forward, student)
         rows = Figures(row_names(token_loss), row_sums)

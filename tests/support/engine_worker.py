@@ -169,11 +169,13 @@ def build(
     rows: int | list[int] = 12,
     silent: list[int] | None = None,
     asks: bool = False,
+    hints: bool = False,
     **settings,
 ) -> AMiDTrainer:
     """A trainer for so many `rows`, or these of them; none of the `silent` ones is trained.
 
-    It `asks` in evaluations: prompts alone, which the student answers. `lora` puts a new adapter on the student.
+    It `asks` in evaluations: prompts alone, which the student answers. With `hints` the teacher reads more than the
+    student. `lora` puts a new adapter on the student.
     """
     for name in ("teacher_adapter_path", "pretrain_dataset"):
         if name in settings:
@@ -181,6 +183,10 @@ def build(
     if "teacher_model_server_url" in settings:  # the name of a file, because every run of the tests has another port
         settings["teacher_model_server_url"] = (models / settings["teacher_model_server_url"]).read_text()
     train_dataset = messages_dataset(rows) if isinstance(rows, int) else messages_dataset(len(QUESTIONS)).select(rows)
+    if hints:
+        asked = [messages[:1] for messages in train_dataset["messages"]]
+        hinted = [[{**turn, "content": f"It is short. {turn['content']}"}] for [turn] in asked]
+        train_dataset = train_dataset.add_column("teacher_prompt", hinted)
     if silent is not None:
         train_dataset = train_dataset.add_column("trained", [row not in silent for row in range(rows)])
     return AMiDTrainer(

@@ -51,6 +51,7 @@ TRAINED = {
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
+    "prompts of the teachers": {"hints": True, "lmbda": 1.0},
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},

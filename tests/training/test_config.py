@@ -259,6 +259,9 @@ EFFECTS = {
     ),
     "logits_chunk_size": "training/test_fields.py::test_the_chunk_size_bounds_the_projection",
     "teacher_model_revision": "training/test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
+    "teacher_chat_template_kwargs": (
+        "training/test_context_distillation.py::test_a_template_told_otherwise_is_a_prompt_of_the_teachers"
+    ),
     "assistant_turns": "training/test_fields.py::test_only_the_last_turn_is_trained_if_asked_for",
     "chat_template_kwargs": "training/test_fields.py::test_chat_template_kwargs_reach_the_template",
     "max_completion_length": "training/test_config.py::test_distillation_configs_name_of_the_length",
