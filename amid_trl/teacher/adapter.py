@@ -27,6 +27,7 @@ class AdapterTeacher:
     """The student's base, held in memory once, under the teacher's adapter or under none."""
 
     rows_at_once = 1
+    is_far = False
     is_sparse = False
 
     def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):

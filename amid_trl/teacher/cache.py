@@ -290,6 +290,7 @@ class CachedTeacher:
     """Looks every row up in a cache, which has the dataset's own text."""
 
     rows_at_once = 1
+    is_far = False
 
     def __init__(self, cache: TeacherCache, device: torch.device):
         self._cache, self.name = cache, cache.teacher

@@ -29,6 +29,7 @@ class StatesTeacher(Protocol):
     """A teacher (kinds.py) that answers with hidden states."""
 
     rows_at_once: int
+    is_far: bool
 
     @property
     def name(self) -> str: ...
@@ -90,7 +91,7 @@ class FillingTeacher(TrainerCallback):
 
     def __init__(self, teacher: StatesTeacher, run: Run[TeacherFields]):
         self._teacher, self._accelerator, self._head = teacher, run.accelerator, teacher.head
-        self.rows_at_once = teacher.rows_at_once
+        self.rows_at_once, self.is_far = teacher.rows_at_once, teacher.is_far
         folder = str(run.args.teacher_cache)
         self._writer = states_writer(run, folder, teacher)
         self._cache = TeacherCache(folder)

@@ -24,6 +24,7 @@ class ModelTeacher:
     """
 
     rows_at_once = 1
+    is_far = False
     is_sparse = False
 
     def __init__(

@@ -21,6 +21,7 @@ class Teacher(Protocol):
     """What the teacher predicts for a micro-batch's trained tokens, rows one after the other."""
 
     rows_at_once: int  # it is worth asking about so many together
+    is_far: bool  # whether it is worth asking before the answer is needed
     is_sparse: bool  # whether it answers with the likeliest tokens, and not with hidden states
 
     @property
@@ -29,7 +30,10 @@ class Teacher(Protocol):
         ...
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Take note of the next window's micro-batches; a teacher that is far away asks about them at once."""
+        """Take note of the micro-batches of a window that will be asked about; one that is far away asks at once.
+
+        What was expected two windows ago and has not been asked about is forgotten.
+        """
         ...
 
     def __call__(self, batch: Batch) -> States | SparseTeacher:

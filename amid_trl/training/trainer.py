@@ -7,7 +7,6 @@ saving and logging are SFTTrainer's, and what distillation adds lives in the mod
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -188,12 +187,13 @@ class AMiDTrainer(GKDTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch a window, let its source write the completions, then count the trained tokens of all processes."""
         step, steps = self.state.global_step, self.state.max_steps
-        batches = list(islice(epoch_iterator, num_batches if step < steps else 0))  # resumed when it was over
+        batches = self._parts.lookahead.take(epoch_iterator, num_batches if step < steps else 0)
         if self._parts.sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
         self.objective = self._parts.objective.advance(step / steps)
         window = self._windows.window(batches, step, steps, self._prepare_inputs)
         self._parts.window = window = self._parts.balancing(window)
+        self._parts.ask_ahead(epoch_iterator, num_batches, step + 1, steps)
         return window.batches, self._get_num_items_in_batch(window.batches, device)
 
     # ---- The loss ----
