@@ -9,6 +9,7 @@ from amid_trl.fields import (
     check_at_least,
     check_choice,
     check_file,
+    check_shares,
     check_weights,
     option,
     without_effect,
@@ -38,6 +39,11 @@ class TeacherFields(Fields):
         None,
         "The teacher is the student's base model under this adapter, or 'base', under none. For a student with an "
         "adapter; the base is held in memory once.",
+    )
+    teacher_ema: float | None = option(
+        None,
+        "The teacher is the student's moving average, with this decay in [0, 1] for each step: 0.999 follows slowly, "
+        "0 is the student of the last step, 1 the student as it began.",
     )
     teacher_load_in_8bit: bool = option(
         False, "Quantise the teacher with bitsandbytes while it is loaded: LLM.int8(). Its head stays as it is."
@@ -94,9 +100,10 @@ class TeacherFields(Fields):
 
     @property
     def absent_teacher(self) -> str | None:
-        """What stands for a teacher with a model of its own: a server, a cache or an adapter."""
+        """What stands for a teacher with a model of its own: a server, a cache, an adapter, or the student."""
         cache = self.teacher_cache if self.reads_cache else None
-        return self.teacher_model_server_url or cache or self.teacher_adapter_path
+        average = None if self.teacher_ema is None else f"teacher_ema={self.teacher_ema}"
+        return self.teacher_model_server_url or cache or self.teacher_adapter_path or average
 
     def __post_init__(self):
         """Refuse what cannot work, and what would have no effect."""
@@ -130,6 +137,12 @@ class TeacherFields(Fields):
             )
 
     def _check_absent(self) -> None:
+        if self.teacher_ema is not None:
+            check_shares(self, "teacher_ema")
+            others = ("teacher_model_server_url", "teacher_adapter_path", "teacher_cache", *MODEL_FIELDS)
+            without_effect(self, others, "beside teacher_ema")
+            if self.seq_kd:
+                raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
         if self.teacher_adapter_path is not None:
             others = ("teacher_model_server_url", *MODEL_FIELDS)
             without_effect(self, (*others, "teacher_cache") if self.reads_cache else others, BESIDE_ADAPTER)

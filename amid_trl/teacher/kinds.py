@@ -14,6 +14,7 @@ from amid_trl.teacher.cache import CachedTeacher, open_cache, whole_cache
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.filling import FillingTeacher, StatesTeacher
 from amid_trl.teacher.in_memory import ModelTeacher
+from amid_trl.teacher.moving_average import AverageTeacher
 from amid_trl.teacher.server import open_server
 
 
@@ -58,6 +59,8 @@ def open_teacher(
         return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
         teacher: Teacher = open_server(run)
+    elif run.args.teacher_ema is not None:
+        teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
     elif run.args.teacher_adapter_path is not None:
         teacher = AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
     else:

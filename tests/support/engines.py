@@ -93,10 +93,12 @@ TRAINED_UNDER_FSDP2 = {
     "layers by name": {"teacher": "gpt2", "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
     "loaded once": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
 }
+# Needs weights that are whole.
+AVERAGED = {"moving average": {"teacher": None, "teacher_ema": 0.5, "sft_weight": 0.5}}
 MERGED = {"adapter on an adapter": {"student": "adapter", "lora": {}}}
 EVALUATED = {"evaluated alone": {"trains": False}}
 # What one process does as well; it is told nothing of how two share their work.
-REFERENCES = TRAINED | TRAINED_IN_PARTS | TRAINED_UNDER_DDP | TRAINED_UNDER_FSDP2 | MERGED | EVALUATED
+REFERENCES = TRAINED | TRAINED_IN_PARTS | TRAINED_UNDER_DDP | TRAINED_UNDER_FSDP2 | AVERAGED | MERGED | EVALUATED
 # Drawn text and an optimizer with moments: both have a state.
 SAVING = {"lmbda": 0.5, "top_k": 0, "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 RESUMED = {

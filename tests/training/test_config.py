@@ -285,6 +285,7 @@ EFFECTS = {
         "test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding"
     ),
     "teacher_adapter_path": "teacher/test_adapter.py::test_an_adapter_of_the_students_base_is_a_teacher_of_its_own",
+    "teacher_ema": "teacher/test_moving_average.py::test_the_average_is_the_formulas_and_the_teacher",
     "teacher_cache_dtype": "teacher/test_absent_teacher.py::test_the_command_writes_what_train_reads",
     "teacher_cache_fill": "teacher/test_states_cache.py::test_from_the_second_epoch_on_the_teacher_does_not_run",
     "teacher_cache_states": "teacher/test_states_cache.py::test_the_command_writes_hidden_states_if_asked_to",
