@@ -18,9 +18,9 @@ class FirstTokens(NamedTuple):
 def first_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> FirstTokens:
     """The tokenizer of `count` of the tokens of a BPE `tokenizer`, all told, with the merges that make them.
 
-    Kept are the added tokens (special ones among them), what no merge makes (the alphabet: bytes or characters) and, in
-    the order of the merges, what the first of them make until there are `count`. The merges up to there stay, less
-    those of a part that is gone. The ids close up in their old order. Chat template and settings are the old ones.
+    Kept are the added tokens (special ones among them), what no merge makes (the alphabet: bytes or characters) and
+    what the first merges make, in their order, until there are `count`. The merges up to there stay, less those of a
+    part that is gone. The ids close up in their old order. Chat template and settings are the old ones.
 
     BPE applies its merges in their order, and the kept ones are its first: the new tokens of a text are what the old
     tokenizer has before it goes on, so each old token is one or several whole new ones.
@@ -31,15 +31,18 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> FirstTokens:
     """
     spec = _specification(tokenizer)
     model = spec["model"]
-    vocabulary: dict[str, int] = {**model["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}
+    vocabulary: dict[str, int] = {
+        **model["vocab"],
+        **{token["content"]: token["id"] for token in spec["added_tokens"]},
+    }
     prefix = len(model["continuing_subword_prefix"] or "")
     made = [left + right[prefix:] for left, right in model["merges"]]
 
     kept = vocabulary.keys() - (set(made) - {token["content"] for token in spec["added_tokens"]})
     if not len(kept) <= count <= len(vocabulary):
         raise ValueError(
-            f"{_name(tokenizer)} can be cut to {len(kept)} tokens (those added to it, and those that no merge makes) up "
-            f"to its {len(vocabulary)}; got {count}"
+            f"{_name(tokenizer)} can be cut to {len(kept)} tokens (those added to it, and those that no merge makes) "
+            f"up to its {len(vocabulary)}; got {count}"
         )
     merges = 0
     while merges < len(made) and (made[merges] in kept or len(kept) < count):
@@ -98,4 +101,6 @@ def _reloaded(tokenizer: Any, spec: dict[str, Any]) -> PreTrainedTokenizerBase:
             loaded.name_or_path = ""  # it lies nowhere yet
             if json.loads(loaded.backend_tokenizer.to_str()) == spec:
                 return loaded
-    raise ValueError(f"{_name(tokenizer)}, a {type(tokenizer).__name__}, is not what it is when saved and loaded again")
+    raise ValueError(
+        f"{_name(tokenizer)}, a {type(tokenizer).__name__}, is not what it is when saved and loaded again"
+    )
