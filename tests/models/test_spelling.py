@@ -59,7 +59,7 @@ def test_the_tokens_of_a_text_write_its_bytes(tokenizer, table, text):
 
 
 def test_random_tokens_write_what_they_decode_to_where_that_is_text(tokenizer, table):
-    """In front of a text a space of SentencePiece's is not shown, so that each row begins with a word."""
+    """SentencePiece's shows no space in front of a text; each row begins with a word, which may have one."""
     draw, known = random.Random(0), [i for i, token in enumerate(table) if token is not None]
     first, texts = ids(tokenizer, "wet"), 0
     for _ in range(3000):
@@ -69,7 +69,7 @@ def test_random_tokens_write_what_they_decode_to_where_that_is_text(tokenizer, t
         except UnicodeDecodeError:
             continue
         texts += 1
-        assert tokenizer.decode(row, clean_up_tokenization_spaces=False) == text.removeprefix(" ")
+        assert tokenizer.decode(row, clean_up_tokenization_spaces=False) in (text, text.removeprefix(" "))
     assert texts > 300
 
 
@@ -230,8 +230,10 @@ def test_of_real_tokenizers_they_are_the_common_ends_of_tokens(tokenizer, table,
     """Against the offsets in characters that the tokenizers library gives, where tokens are whole characters."""
     other = special_first()
     row = ids(tokenizer, text)
-    if None in [table[i] for i in row]:
-        pytest.skip("this tokenizer does not know the text")
+    if None in [table[i] for i in row]:  # it does not know the text
+        with pytest.raises(ValueError, match="writes no bytes"):
+            shared_boundaries(row, table, ids(other, text), token_bytes(other))
+        return
     found = shared_boundaries(row, table, ids(other, text), token_bytes(other))
 
     def ends(used) -> set[int]:
@@ -244,9 +246,6 @@ def test_of_real_tokenizers_they_are_the_common_ends_of_tokens(tokenizer, table,
     expected = ends(tokenizer) & ends(other) | {0}
     inside = {i for i, byte in enumerate(text.encode()) if byte & 0xC0 == 0x80}
     assert {place.offset for place in found} - inside == expected - inside
-    for place in found:
-        assert (
-            written(table, row[: place.tokens_a]).removeprefix(b" " if not text.startswith(" ") else b"")
-            == text.encode()[: place.offset]
-            or place.offset == 0
-        )
+    space = written(table, row).removesuffix(text.encode())
+    for offset, tokens, _ in found:
+        assert (space + text.encode())[: len(space) + offset].startswith(written(table, row[:tokens]))
