@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from amid_trl.models.heads import evaluating, forward_inputs
+
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +81,16 @@ def keep_tokens(model: PreTrainedModel, ids: Sequence[int]) -> PreTrainedModel:
             if isinstance(size := getattr(part, name, None), int):
                 setattr(part, name, sum(old < size for old in ids))
     place = {old: new for new, old in enumerate(ids)}
-    _renumber(config, place)
+    _renumber(config, place, rows)
     student, wrong = _rebuilt(model, config, _kept_rows(model, config, ids))
     student.generation_config = copy.deepcopy(model.generation_config)
-    _renumber(student.generation_config, place)
+    _renumber(student.generation_config, place, rows)
     if wrong or not _has_logits_of(model, student, ids):
         elsewhere = f" ({', '.join(wrong[:4])})" if wrong else ""
-        raise ValueError(f"{who}: it needs the ids of its tokens elsewhere than in tables of vocab_size{elsewhere}")
+        raise ValueError(
+            f"{who}: with these tokens alone its logits at them would be others, as of a model that reads ids "
+            f"elsewhere than in tables of vocab_size rows{elsewhere}"
+        )
     return student
 
 
@@ -167,26 +172,29 @@ def _kept_rows(model: PreTrainedModel, config: PretrainedConfig, ids: Sequence[i
     return weights
 
 
-def _renumber(config: Any, place: dict[int, int]) -> None:
-    """The new ids wherever a configuration, or one inside it, names tokens; a warning where one is gone."""
+def _renumber(config: Any, place: dict[int, int], rows: int) -> None:
+    """The new ids wherever a configuration, or one inside it, names tokens; a warning where one is gone.
+
+    What is none of the `rows` tokens stays, as -1 does.
+    """
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            _renumber(value, place)
+            _renumber(value, place, rows)
         elif name.endswith(("token_id", "token_ids", "token_index")) or name in _SUPPRESSED:
-            old = value if isinstance(value, list) else [] if value is None else [value]
-            new = [place[token] for token in old if token in place]
-            if len(new) < len(old):
-                gone = [token for token in old if token not in place]
+            several = isinstance(value, list | tuple)
+            old = value if several else [] if value is None else [value]
+            if gone := [token for token in old if token not in place and 0 <= token < rows]:
                 logger.warning("%s names tokens in %s that are left out: %s", type(config).__name__, name, gone)
-            setattr(config, name, new if isinstance(value, list) else next(iter(new), None))
+            new = [place.get(token, token) for token in old if token not in gone]
+            setattr(config, name, type(value)(new) if several else next(iter(new), None))
 
 
 @torch.no_grad()
 def _has_logits_of(model: PreTrainedModel, student: PreTrainedModel, ids: Sequence[int]) -> bool:
     """Whether both have the same logits at the kept tokens, up to rounding, for some sixteen of them in a row."""
-    was_training, places = model.training, torch.arange(0, len(ids), max(1, len(ids) // 16), device=model.device)
     kept = torch.tensor(ids, device=model.device)
-    want = model.eval()(kept[places][None]).logits[..., kept]
-    got = student(places[None]).logits
-    model.train(was_training)
+    places = torch.arange(0, len(ids), max(1, len(ids) // 16), device=model.device)[None]
+    with evaluating(model):
+        want = model(**forward_inputs(model, kept[places], torch.ones_like(places))).logits[..., kept]
+        got = student(**forward_inputs(student, places, torch.ones_like(places))).logits
     return bool((got - want).abs().max() <= 16 * torch.finfo(want.dtype).eps * want.abs().max())
