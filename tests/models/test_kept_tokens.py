@@ -77,7 +77,7 @@ def test_a_table_of_fewer_tokens_keeps_those_of_them_that_stay(tokenizer):
 
 def test_a_multimodal_model_loses_the_rows_of_its_text(tokenizer):
     text = {"vocab_size": 360, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 350, "pad_token_id": 0}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     teacher = Gemma3ForConditionalGeneration(
         Gemma3Config(
@@ -90,6 +90,7 @@ def test_a_multimodal_model_loses_the_rows_of_its_text(tokenizer):
     student = keep_tokens(teacher, KEPT)
     assert student.config.text_config.vocab_size == student.get_input_embeddings().num_embeddings == len(KEPT)
     assert student.config.image_token_id == len(KEPT) - 1
+    assert student.config.text_config.eos_token_id == len(KEPT) - 2
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
 

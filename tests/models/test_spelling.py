@@ -101,6 +101,12 @@ def test_special_tokens_write_nothing_and_added_words_themselves(build):
     assert all(table[i] is None for i in tokenizer.all_special_ids)
 
 
+def test_the_unknown_token_writes_nothing_though_it_is_not_added():
+    vocabulary, merges = trained("bytes")
+    table = token_bytes(wrapped(byte_level(models.BPE({**vocabulary, "[UNK]": 480}, merges, unk_token="[UNK]"))))
+    assert table[480] is None and None not in table[:480]
+
+
 def test_ids_without_a_token_write_nothing():
     vocabulary, merges = trained("bytes")
     gap = {token: i if i < 470 else i + 20 for token, i in vocabulary.items()}

@@ -168,6 +168,7 @@ def test_what_is_written_around_a_text_and_padding_has_its_new_ids():
     ):
         old.backend_tokenizer.post_processor = processor
         cut = first_tokens(old, 300)
+        assert cut.tokenizer.backend_tokenizer.padding["pad_id"] == cut.tokenizer.pad_token_id != old.pad_token_id
         row = cut.tokenizer("wet")["input_ids"]
         assert cut.tokenizer.convert_ids_to_tokens([row[0], row[-1]]) == ["<|im_start|>", "<|im_end|>"]
         assert [cut.ids[row[0]], cut.ids[row[-1]]] == [i for _, i in reversed(around)]
