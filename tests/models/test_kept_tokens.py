@@ -71,7 +71,7 @@ def test_a_table_of_fewer_tokens_keeps_those_of_them_that_stay(tokenizer):
     teacher = family_model("gemma3n_text", tokenizer, vocab_size_per_layer_input=300)
     student = keep_tokens(teacher, KEPT)
     assert student.config.vocab_size_per_layer_input == len(KEPT) - 2
-    new = torch.arange(len(KEPT))[None]
+    new = torch.arange(len(KEPT) - 2)[None]  # older versions of transformers read no others
     torch.testing.assert_close(logits_of(student, new), logits_of(teacher, torch.tensor(KEPT)[new])[..., KEPT])
 
 
