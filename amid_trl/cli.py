@@ -16,7 +16,10 @@ COMMANDS = {
         "the same work through several objectives, with intervals",
         "amid_trl.comparison.command:compare_runs",
     ),
-    "init-student": ("make a student from some of the teacher's layers", "amid_trl.models.command:init_student"),
+    "init-student": (
+        "make a student from some of the teacher's layers or tokens",
+        "amid_trl.models.command:init_student",
+    ),
     "merge": ("merge a trained adapter into its base model", "amid_trl.models.command:merge"),
 }
 # Those that run under accelerate: the module that its processes work in.

@@ -10,31 +10,46 @@ from amid_trl.parser import OneLineParser
 
 
 def init_student(argv: Sequence[str]) -> int:
-    """Save a student made of some of a teacher's layers; the exit status."""
+    """Save a student made of some of a teacher's layers, or of its first tokens, or both; the exit status."""
     parser = OneLineParser("amid-trl init-student")
     parser.add_argument("teacher", help="name or path of the model to start from")
     parser.add_argument("output_dir", help="where the student and its tokenizer are saved")
-    parser.add_argument("--drop-layers", required=True, help="decoder layers to leave out, such as 16-21,25")
+    parser.add_argument("--drop-layers", help="decoder layers to leave out, such as 16-21,25")
+    parser.add_argument(
+        "--vocabulary", type=int, help="how many tokens to keep: the first that the tokenizer's BPE makes"
+    )
     parser.add_argument("--revision", help="revision of the teacher on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="load code that ships with the teacher")
     args = parser.parse_args(argv)
-    layers = parse_layers(args.drop_layers)
+    if args.drop_layers is None and args.vocabulary is None:
+        parser.error("a student is smaller than its teacher: give --drop-layers, --vocabulary or both")
+    layers = () if args.drop_layers is None else parse_layers(args.drop_layers)
     _check_new(args.output_dir)
     check_model_name("teacher", args.teacher)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from amid_trl.models.multimodal import text_loader
-    from amid_trl.models.pruning import drop_layers
+    from amid_trl.models.pruning import drop_layers, keep_tokens
+    from amid_trl.models.vocabulary import first_tokens
 
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer, ids = AutoTokenizer.from_pretrained(args.teacher, **source), None
+    if args.vocabulary is not None:  # before the weights are read: it may be refused
+        tokenizer, ids = first_tokens(tokenizer, args.vocabulary)
     loader: Any = text_loader(args.teacher, source) or AutoModelForCausalLM
     teacher = loader.from_pretrained(args.teacher, dtype="auto", **source)
-    student = drop_layers(teacher, layers)
+    student = drop_layers(teacher, layers) if layers else teacher
+    if ids is not None:
+        student = keep_tokens(student, ids)
     student.save_pretrained(args.output_dir)
-    AutoTokenizer.from_pretrained(args.teacher, **source).save_pretrained(args.output_dir)
-    before, after = (model.config.get_text_config().num_hidden_layers for model in (teacher, student))
-    print(f"{args.output_dir}: {after} of {before} layers, {student.num_parameters():,} parameters")
+    tokenizer.save_pretrained(args.output_dir)
+    before, after = (model.config.get_text_config() for model in (teacher, student))
+    print(
+        f"{args.output_dir}: {after.num_hidden_layers} of {before.num_hidden_layers} layers, "
+        f"{after.vocab_size:,} of {before.vocab_size:,} tokens, "
+        f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters"
+    )
     return 0
 
 

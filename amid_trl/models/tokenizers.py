@@ -17,8 +17,8 @@ def renamed_tokens(
     """The added tokens (special ones) that have another name or another id for the teacher; a warning names them.
 
     Tokens added on one side only (a padding token, chat markers) are legal, and a warning names them too. A ValueError
-    if any other token has another id, or, in a run that `writes` text, the EOS another name: its distribution
-    would be read wrongly.
+    if any other token has another id or is known on one side only, or, in a run that `writes` text, the EOS has
+    another name: its distribution would be read wrongly.
     """
     if teacher_tokenizer is None:
         return RenamedTokens()
@@ -39,13 +39,16 @@ def renamed_tokens(
         if (writes and i == tokenizer.eos_token_id) or {ours} - {None, *added} or {theirs} - {None, *teacher_added}
     ]
     foreign += [token for token in missing if token not in added]
+    known = {*student_ids, *teacher_added}
+    lacked = [token for token, i in teacher_ids.items() if token not in known and i not in names]
+    foreign += lacked
     if foreign:
         example = foreign[0]
         files = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
         places = f"{student_ids.get(example)} and {teacher_ids.get(example)}"
         raise ValueError(
             f"student and teacher need the same tokenizer; {' and '.join(files)} differ in "
-            f"{len(moved) + len(missing)} tokens (for instance {example!r}: id {places}). TRL's "
+            f"{len(moved) + len(missing) + len(lacked)} tokens (for instance {example!r}: id {places}). TRL's "
             "GOLDTrainer is made for different tokenizers."
         )
     renamed = RenamedTokens(names)

@@ -52,7 +52,7 @@ COMMANDS = {
         *("--model_name_or_path", "MODEL", "--teacher_model_name_or_path", "MODEL", "--dataset_name", "DATA"),
         *("--teacher_cache", "OUT", "--output_dir", "UNUSED", "--use_cpu", "--bf16=False", "--lmbda=0"),
     ],
-    "init-student": ["MODEL", "OUT", "--drop-layers", "1"],
+    "init-student": ["MODEL", "OUT", "--drop-layers", "1", "--vocabulary", "300"],
     "merge": ["ADAPTER", "OUT"],
 }
 

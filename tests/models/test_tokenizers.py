@@ -99,9 +99,11 @@ def test_an_end_of_text_with_another_name_is_refused_where_a_text_ends(train, re
     train(teacher_model=path, train_dataset=endless).train()
 
 
-def test_a_word_that_the_teacher_lacks_is_refused_and_an_added_one_with_another_id_is_not(tokenizer):
+def test_a_word_that_one_side_lacks_is_refused_and_an_added_one_with_another_id_is_not(tokenizer):
     with pytest.raises(ValueError, match="differ in 20 tokens"):
         renamed_tokens(tokenizer, tiny_tokenizer(vocab_size=340))
+    with pytest.raises(ValueError, match=r"differ in 20 tokens .*: id None and 3[45]\d\)"):
+        renamed_tokens(tiny_tokenizer(vocab_size=340), tokenizer)
     swapped = tiny_tokenizer()
     swapped.add_tokens(["one", "two"])
     tokenizer.add_tokens(["two", "one"])
