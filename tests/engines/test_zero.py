@@ -22,10 +22,9 @@ def engine(request) -> str:
 
 @pytest.fixture(scope="module")
 def two(engine, models, tmp_path_factory) -> Runs:
-    cases = CASES | engines.AVERAGED | engines.MERGED | engines.EVALUATED | engines.RESUMED | engines.BEST | engines.REPLAYED
-    return engines.launch(
-        models, tmp_path_factory.mktemp(engine), engine, cases | engines.SKIPPED | engines.MISREAD | PLACED
-    )
+    cases = CASES | engines.AVERAGED | engines.MERGED | engines.EVALUATED | engines.RESUMED | engines.BEST
+    cases |= engines.REPLAYED | engines.SKIPPED | engines.MISREAD | PLACED
+    return engines.launch(models, tmp_path_factory.mktemp(engine), engine, cases)
 
 
 @pytest.mark.parametrize("case", CASES)
