@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, refuse_sparse
+from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, check_counts, refuse_sparse
 from amid_trl.choosing.grid import ALPHAS, LAMBDAS, Grid
 from amid_trl.fields import json_dict, require_package
 from amid_trl.launch import flags, recipes, script
@@ -21,6 +21,7 @@ def measure_landscape(argv: Sequence[str]) -> int:
     own, of_train = _parser().parse_known_args(argv)
     axes = {name: getattr(own, name) for name in ("divergences", "orders", "alphas", "lambdas", "temperatures")}
     Grid(**axes)
+    check_counts(own.rows, own.tokens)
     of_train = recipes.resolve(of_train)
     # Most mistakes need no torch.
     if (config := flags.check_flags(of_train, "landscape")) is not None:

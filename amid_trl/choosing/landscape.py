@@ -21,6 +21,8 @@ from amid_trl.maths.objective import Objective, Term
 
 
 DRAWS = 200
+# Root mean square of |g| that may be what rounding leaves of none; that of KL(p‖q) is at most √2.
+ROUNDING = 1e-6
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 FORWARD_KL = Setting("kl", "pq", None, None, 1.0)
@@ -36,9 +38,21 @@ POINT_COLUMNS = (
 class Landscape:
     """The figures of every setting, and of KL(p‖q) and KL(q‖p) to compare them with.
 
-    A point is a dict: the fields of its `Setting`; the numbers of POINT_COLUMNS, means over the tokens or sums over them
-    divided by sums, None where that is not a finite number; `gradient_quantiles`, by level; `intervals`, by column.
-    docs/choosing.md defines them.
+    A point is a dict: the fields of its `Setting`; the numbers of POINT_COLUMNS, which are quotients of sums over the
+    tokens, None where that is no finite number; `gradient_quantiles`, by level; and `intervals`, the ends by column.
+
+    - loss: mean of the divergence.
+    - gradient_norm, gradient_deviation: mean and standard deviation of |g|, g a token's gradient on the student's
+      logits; gradient_quantiles, of |g|.
+    - participation: (Σ|g|)² / (tokens · Σ|g|²): 1 where all tokens have one norm, 1/tokens where one token has all.
+    - cosine_forward, cosine_reverse: between the gradients of all tokens, as one vector, and those of KL(p‖q) and of
+      KL(q‖p) at temperature 1.
+    - covering, seeking: with -g the direction of descent, the parts of Σ|g| over all tokens and logits in which -g > 0
+      and p > q, and in which -g < 0 and p < q; p and q are those of temperature 1. g sums to 0 over the logits of a
+      token, so each is at most 1/2; what is missing of 1 moves q away from p.
+    - r_entropy, kl_pr, kl_qr: means of H(r), KL(p‖r), KL(q‖r), at the setting's temperature; None without r.
+
+    Intervals have the 2.5 % and the 97.5 % quantile over 200 bootstrap draws of rows; None of a single row.
 
     Attributes:
         points: Those of the grid, in the order of `Grid.settings`.
@@ -163,8 +177,7 @@ def _figures(student: States, teacher: States, calls: list[_Call], settings: int
         log_q, log_p = _log_probs(student_logits, 1.0), _log_probs(teacher_logits, 1.0)
         references = log_q.exp() - log_p.exp(), logit_gradient(Term("kl", "qp"), log_p, log_q)[1]
         for temperature, of_temperature in itertools.groupby(calls, key=lambda call: call.temperature):
-            if temperature != 1:
-                log_q, log_p = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
+            log_q, log_p = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
             for call in of_temperature:
                 call(found[tokens], log_q, log_p, *references)
     return found
@@ -177,10 +190,8 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
 def _blocks(student: States, teacher: States) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(tokens, student's logits, teacher's logits), a few tokens at a time, projected many at a time."""
     vocabulary, device = len(student.head.weight), student.hidden.device
-    elements = (
-        CPU_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
-    )  # of a chunk, of a block that a cache holds
-    in_block = max(1, elements[1] // vocabulary)
+    _, elements = CPU_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS  # of a block that fits the cache
+    in_block = max(1, elements // vocabulary)
     in_chunk = max(1, chunk_tokens(vocabulary, device))
     for start in range(0, len(student.hidden), in_chunk):
         chunk = [states.head(states.hidden[start : start + in_chunk]).to(device) for states in (student, teacher)]
@@ -194,30 +205,28 @@ def _blocks(student: States, teacher: States) -> Iterator[tuple[slice, Tensor, T
 
 def _summary(settings: tuple[Setting, ...], figures: Tensor, rows: Tensor, of_tokens: int, seed: int) -> Landscape:
     norms = figures[..., OF_TERM.index("square")].sqrt()
-    # Per token: a count, the norm, and all figures; every column is a function of their sums.
-    addends = torch.cat([torch.ones_like(norms)[..., None], norms[..., None], figures], -1)
+    # Every column is a function of these, summed over tokens.
+    addends = torch.cat([torch.stack([torch.ones_like(norms), norms], -1), figures], -1)
     names, of_row = rows.unique(return_inverse=True)
     of_rows = addends.new_zeros(len(names), *addends.shape[1:]).index_add_(0, of_row, addends)
-    columns = _columns(of_rows.sum(0))
-    draws = torch.randint(len(names), (DRAWS, len(names)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(DRAWS, len(names), dtype=torch.double).scatter_add_(
-        1, draws, torch.ones(draws.shape, dtype=torch.double)
-    )
-    resampled = _columns(torch.tensordot(counts, of_rows, 1))
-    intervals = {name: values.quantile(values.new_tensor([0.025, 0.975]), 0) for name, values in resampled.items()}
-    levels = norms.quantile(norms.new_tensor(QUANTILES), 0).T.tolist()
-    whole = _points(settings, columns)
-    ends = {name: values.T.tolist() for name, values in intervals.items()}
-    for place, point in enumerate(whole):
-        point["gradient_quantiles"] = dict(zip(map(str, QUANTILES), map(_finite, levels[place]), strict=True))
-        point["intervals"] = {
-            name: None if len(names) == 1 or None in [*map(_finite, of_setting[place])] else of_setting[place]
-            for name, of_setting in ends.items()
-        }
-    others = [_points(settings, {name: values[i] for name, values in resampled.items()}) for i in range(DRAWS)]
-    *of_grid, forward, reverse = whole
-    redrawn = [(each[:-2], each[-2]) for each in others]
-    return Landscape(of_grid, forward, reverse, len(figures), of_tokens, len(names), redrawn)
+    drawn = _columns(torch.tensordot(_draws(len(names), seed), of_rows, 1))
+    ends = {name: column.quantile(column.new_tensor([0.025, 0.975]), 0).T.tolist() for name, column in drawn.items()}
+    quantiles = norms.quantile(norms.new_tensor(QUANTILES), 0).T.tolist()
+    points = _points(settings, _columns(of_rows.sum(0)))
+    for place, point in enumerate(points):
+        point["gradient_quantiles"] = dict(zip(map(str, QUANTILES), map(_finite, quantiles[place]), strict=True))
+        known = {name: len(names) > 1 and all(map(math.isfinite, of_all[place])) for name, of_all in ends.items()}
+        point["intervals"] = {name: ends[name][place] if known[name] else None for name in POINT_COLUMNS}
+    redrawn = [_points(settings, {name: column[i] for name, column in drawn.items()}) for i in range(DRAWS)]
+    *of_grid, forward, reverse = points
+    others = [(of_draw[:-2], of_draw[-2]) for of_draw in redrawn]
+    return Landscape(of_grid, forward, reverse, len(figures), of_tokens, len(names), others)
+
+
+def _draws(rows: int, seed: int) -> Tensor:
+    """How often each of the rows is in each draw of as many: (draws, rows)."""
+    drawn = torch.randint(rows, (DRAWS, rows), generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(DRAWS, rows, dtype=torch.double).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
 
 
 def _points(settings: tuple[Setting, ...], columns: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -233,15 +242,19 @@ def _columns(sums: Tensor) -> dict[str, Tensor]:
     by_name = dict(zip(("tokens", "norm", *OF_TERM, *OF_ASSISTANT), sums.unbind(-1), strict=True))
     tokens, mean, square = by_name["tokens"], by_name["norm"] / by_name["tokens"], by_name["square"]
     forward, reverse = square[..., -2:].unsqueeze(-2).unbind(-1)  # those of KL(p‖q) and KL(q‖p)
-    return {
-        "loss": by_name["loss"] / tokens,
-        "gradient_norm": mean,
-        "gradient_deviation": (square / tokens - mean.square()).clamp(min=0).sqrt(),
+    columns = {
         "participation": mean.square() / (square / tokens),
         "cosine_forward": by_name["along_forward"] / (square * forward).sqrt(),
         "cosine_reverse": by_name["along_reverse"] / (square * reverse).sqrt(),
         "covering": by_name["covering"] / by_name["mass"],
         "seeking": by_name["seeking"] / by_name["mass"],
+    }
+    rounding = square <= ROUNDING**2 * tokens
+    return {
+        "loss": by_name["loss"] / tokens,
+        "gradient_norm": mean,
+        "gradient_deviation": (square / tokens - mean.square()).clamp(min=0).sqrt(),
+        **{name: column.masked_fill(rounding, math.nan) for name, column in columns.items()},
         **{name: by_name[name] / tokens for name in OF_ASSISTANT},
     }
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 
-from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, refuse_sparse
+from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, check_counts, refuse_sparse
 from amid_trl.choosing.grid import Grid
 from amid_trl.choosing.landscape import Landscape, landscape
 from amid_trl.data.batches import Batch, trained_targets
@@ -43,13 +43,12 @@ def trainer_landscape(
     `tokens` of them are drawn with `seed`, by default as many as `affordable_tokens` says. Raises what
     `trained_tokens` and `landscape` do.
     """
+    check_counts(rows, tokens)
     grid, found = grid or Grid(), trained_tokens(trainer, rows)
-    parameters = sum(
-        parameter.numel()
-        for model in (trainer.model, trainer.teacher_model or trainer.model)
-        for parameter in model.parameters()
-    )
-    tokens = tokens or affordable_tokens(parameters, found.seen, trainer.vocabulary, len(grid.settings))
+    if tokens is None:
+        models = (trainer.model, trainer.teacher_model or trainer.model)
+        parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
+        tokens = affordable_tokens(parameters, found.seen, trainer.vocabulary, len(grid.settings))
     return landscape(found.student, found.teacher, grid, tokens=tokens, rows=found.rows, seed=seed)
 
 
@@ -69,8 +68,7 @@ def trained_tokens(trainer: AMiDTrainer, rows: int = ROWS) -> TrainedTokens:
     Raises:
         ValueError: rows below 1, what `check_alone` says, or rows without a trained token.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1; got {rows}")
+    check_counts(rows, None)
     check_alone(trainer.args)
     base = causal_lm(trainer.model)
     of_student, of_teacher, of_row, seen = [], [], [], 0
