@@ -16,7 +16,7 @@ PANELS = {
     "cosine_reverse": ("cosine with KL(q‖p)'s", "PuOr", (-1, 1)),
     "covering": ("covering: up where p > q", "viridis", (0, 0.5)),
 }
-FONT = {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "amid_trl"}
+FONT: dict[Any, Any] = {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "amid_trl"}
 
 
 def heat_map(results: Mapping[str, Any]) -> Any:

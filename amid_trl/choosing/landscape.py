@@ -22,7 +22,7 @@ from amid_trl.maths.objective import Objective, Term
 
 DRAWS = 200
 # Root mean square of |g| that may be what rounding leaves of none; that of KL(p‖q) is at most √2.
-ROUNDING = 1e-6
+NO_GRADIENT = 1e-6
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 FORWARD_KL = Setting("kl", "pq", None, None, 1.0)
@@ -194,10 +194,12 @@ def _blocks(student: States, teacher: States) -> Iterator[tuple[slice, Tensor, T
     in_block = max(1, elements // vocabulary)
     in_chunk = max(1, chunk_tokens(vocabulary, device))
     for start in range(0, len(student.hidden), in_chunk):
-        chunk = [states.head(states.hidden[start : start + in_chunk]).to(device) for states in (student, teacher)]
-        for first in range(0, len(chunk[0]), in_block):
-            tokens = slice(start + first, min(start + first + in_block, start + len(chunk[0])))
-            yield tokens, *(logits[first : first + in_block] for logits in chunk)
+        of_student, of_teacher = (
+            states.head(states.hidden[start : start + in_chunk]).to(device) for states in (student, teacher)
+        )
+        for first in range(0, len(of_student), in_block):
+            block = slice(first, min(first + in_block, len(of_student)))
+            yield slice(start + block.start, start + block.stop), of_student[block], of_teacher[block]
 
 
 # ---- What they come to ----
@@ -249,7 +251,7 @@ def _columns(sums: Tensor) -> dict[str, Tensor]:
         "covering": by_name["covering"] / by_name["mass"],
         "seeking": by_name["seeking"] / by_name["mass"],
     }
-    rounding = square <= ROUNDING**2 * tokens
+    rounding = square <= NO_GRADIENT**2 * tokens
     return {
         "loss": by_name["loss"] / tokens,
         "gradient_norm": mean,

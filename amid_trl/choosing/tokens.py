@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import DistributedType
@@ -70,16 +71,14 @@ def trained_tokens(trainer: AMiDTrainer, rows: int = ROWS) -> TrainedTokens:
     """
     check_counts(rows, None)
     check_alone(trainer.args)
-    base = causal_lm(trainer.model)
+    base, answer = causal_lm(trainer.model), cast(Any, None)
     of_student, of_teacher, of_row, seen = [], [], [], 0
     with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for batch in _batches(trainer, rows):
             hidden = backbone_states(base, batch["input_ids"], batch["attention_mask"])
             of_student.append(trained_states(hidden, language_model_head(base), batch).hidden)
-            answer = trainer.teacher(batch)
-            assert isinstance(answer, States)
-            teacher_hidden, teacher_head = answer
-            of_teacher.append(teacher_hidden)
+            answer = cast(States, trainer.teacher(batch))
+            of_teacher.append(answer.hidden)
             of_row.append((trained_targets(batch) != UNTRAINED).sum(-1).cpu())
             seen += batch["input_ids"].numel()
         if not any(counts.any() for counts in of_row):
@@ -89,7 +88,7 @@ def trained_tokens(trainer: AMiDTrainer, rows: int = ROWS) -> TrainedTokens:
         counts = torch.cat(of_row)
         return TrainedTokens(
             States(torch.cat(of_student), language_model_head(base).cut(trainer.vocabulary)).frozen(),
-            States(torch.cat(of_teacher), teacher_head.cut(trainer.vocabulary)).frozen(),
+            States(torch.cat(of_teacher), answer.head.cut(trainer.vocabulary)).frozen(),
             torch.arange(len(counts)).repeat_interleave(counts),
             seen,
         )
@@ -112,9 +111,10 @@ def check_alone(args: AMiDConfig) -> None:
 
 
 def _batches(trainer: AMiDTrainer, rows: int) -> Iterator[Batch]:
-    left = rows
-    for batch in trainer.get_train_dataloader():
+    left, loader = rows, cast(Any, trainer.get_train_dataloader())
+    for batch in loader:
         yield {name: column[:left] for name, column in batch.items()}
         left -= len(batch["input_ids"])
         if left <= 0:
+            loader.end()  # or accelerate takes it for the one that is trained on
             return
