@@ -20,8 +20,8 @@ from amid_trl.training.trainer import AMiDTrainer
 
 
 # What a setting costs for one logit, counted in operations of the models' matrix products: measured on two CPU cores
-# (benchmarks/landscape.py) and rounded up.
-OPERATIONS = 900
+# (benchmarks/landscape_cost.py) and rounded up.
+OPERATIONS = 1200
 # However few the forward passes pay for: of fewer the intervals say nothing.
 FEWEST_TOKENS = 256
 

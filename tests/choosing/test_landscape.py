@@ -176,6 +176,15 @@ def test_the_assistant_is_the_alpha_mixture(alpha, lam):
     assert not weight.isnan().any() and (weight >= 0).all() and (weight <= 1).all()
 
 
+def test_under_autocast_the_products_are_in_its_dtype_as_in_the_loss():
+    student, teacher = states(0, torch.float32), states(1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        [point] = landscape(student, teacher, Grid(("kl",), ("pr",), (0.5,), (0.3,))).points
+        z_q, z_p = (each.head(each.hidden) for each in (student, teacher))
+    assert z_q.dtype == torch.bfloat16
+    assert_is_naive(point, z_q.double(), z_p.double(), rtol=1e-4)
+
+
 def test_chunks_and_blocks_change_nothing(monkeypatch):
     student, teacher = states(0), states(1)
     grid = Grid(("kl", "js"), ("pr", "qp"), (0.5,), (0.3,), (1.0, 2.0))
