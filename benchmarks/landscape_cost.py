@@ -144,8 +144,8 @@ def report(results: dict[str, Any]) -> str:
             *lines,
             "",
             f"A setting takes {per_logit * 1e9:.1f} ns of the processor for a logit. The first landscape of a machine "
-            f"compiles, {compiling[0]:.0f} s longer by the clock and {compiling[1]:.0f} s of this process; torch keeps "
-            "what it has compiled.",
+            f"compiles, {compiling[0]:.0f} s longer by the clock and {compiling[1]:.0f} s of this process; torch "
+            "keeps what it has compiled.",
             "",
             about_line(results["about"]),
             "",
