@@ -60,7 +60,7 @@ def test_rows_bound_what_is_read(train):
 
 
 def test_students_with_an_adapter_are_measured_with_it(train):
-    trainer = train(peft_config=LoraConfig(**LORA))
+    trainer = train(peft_config=LoraConfig(**LORA, lora_dropout=0.5), disable_dropout=False)
     trainer.model.train()
     found = trainer_landscape(trainer, SMALL)
     assert trainer.model.training
