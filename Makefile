@@ -61,6 +61,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/linear_loss.py
 	$(BIN)/python benchmarks/trainer_step.py
 	$(BIN)/python benchmarks/engine_memory.py
+	$(BIN)/python benchmarks/landscape_cost.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,6 +16,10 @@ COMMANDS = {
         "the same work through several objectives, with intervals",
         "amid_trl.comparison.command:compare_runs",
     ),
+    "landscape": (
+        "what each α, λ, divergence and temperature would do, without training",
+        "amid_trl.choosing.command:measure_landscape",
+    ),
     "init-student": (
         "make a student from some of the teacher's layers or tokens",
         "amid_trl.models.command:init_student",

@@ -199,3 +199,20 @@ def test_every_engine_is_measured_in_processes_of_its_own(tmp_path):
             for name in ("student", "optimizer", "teacher"):
                 assert rank["said"][name] == pytest.approx(rank[name], rel=0.02), (engine, name)
             assert rank["libraries"] < rank["resident"] <= rank["peak"]
+
+
+def test_a_landscape_is_measured_beside_its_forward_passes(monkeypatch, tmp_path, train):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import landscape_cost
+
+    monkeypatch.setattr(landscape_cost, "open_trainer", lambda *_: train())
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    threads = torch.get_num_threads()
+    landscape_cost.main(["--rows", "4", "--repeats", "2", "--threads", "1", "--output", str(tmp_path)])
+    torch.set_num_threads(threads)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    record = json.loads((tmp_path / "landscape_cost.json").read_text())
+    assert record["settings"] == 100 and record["tokens"] == record["trained"] < record["seen"]
+    assert len(record["all"]["passes"]) == len(record["all"]["landscape"]) == 2
+    ratio = record["seconds"]["landscape"] / record["seconds"]["passes"]
+    assert f"| {ratio:.2f} | {'met' if ratio <= 3 else 'missed'} |" in (tmp_path / "landscape_cost.md").read_text()

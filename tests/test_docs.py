@@ -33,6 +33,8 @@ def in_place_of(tmp_path, student, teacher, models, rows_file):
         "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 1": ({**trainer, "prompts": prompt_only_dataset(8)}, config),
+        "choosing.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
+        "choosing.md 1": ({**tensors, **heads}, {}),
         "loss.md 0": ({**tensors, **heads}, {}),
         "evaluation.md 0": (
             {},

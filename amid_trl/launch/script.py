@@ -183,15 +183,15 @@ def process(command: str, work: Callable[..., None]) -> None:
         raise SystemExit(2) from None
 
 
-def parse(argv: list[str] | None = None) -> list[Any]:
+def parse(argv: list[str] | None = None, of_launcher: bool | None = None) -> list[Any]:
     """The arguments in the classes of `make_parser`; ValueError for unknown ones.
 
-    Under a launcher, keys of the YAML file that are the launcher's are passed over.
+    With `of_launcher`, by default under a launcher, keys of the YAML file that are the launcher's are passed over.
     """
     parser = make_parser()
     resolved = recipes.resolve(sys.argv[1:] if argv is None else argv)
     *parsed, from_config, from_flags = parse_with(parser, resolved)
-    if is_launched():
+    if is_launched() if of_launcher is None else of_launcher:
         from amid_trl.launch.launcher import unknown_to_launcher
 
         from_config = [flag for flag in unknown_to_launcher(from_config) if flag != "--accelerate_config"]

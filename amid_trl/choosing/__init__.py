@@ -1,0 +1,1 @@
+"""Which α, λ, divergence and temperature: `amid-trl landscape`."""
