@@ -18,6 +18,11 @@ ZERO_LOG = -1e30
 LARGEST_EXPONENT = 1e15
 
 
+# Stands for h = 0: so near to it that the power mean is the geometric one to the last bit of a float64, and so is its
+# support, because alpha is just above 1.
+NO_EXPONENT = -(2.0**-66)
+
+
 # |h| below which dividing by h would show the rounding error of what is divided.
 SMALL_EXPONENT = 0.25
 
@@ -59,7 +64,7 @@ class MixtureNumbers(NamedTuple):
     """
 
     exponent: float | Tensor  # h
-    geometric: bool | Tensor  # alpha = 1
+    geometric: bool  # alpha = 1, for good
     lam: float | Tensor
     rest: float | Tensor  # 1 - lam
     log_lam: float | Tensor
@@ -73,7 +78,7 @@ class MixtureNumbers(NamedTuple):
 
         Logarithms in Python, because a share may be too small for a float32.
         """
-        exponent = 0.5 if alpha == 1 else max(-LARGEST_EXPONENT, min((1 - alpha) / 2, LARGEST_EXPONENT))
+        exponent = max(-LARGEST_EXPONENT, min((1 - alpha) / 2, LARGEST_EXPONENT)) or NO_EXPONENT
         share = 0.5 if lam in (0, 1) else lam
         logarithms = math.log(share), math.log1p(-share)
         return cls(exponent, alpha == 1, share, 1 - share, *logarithms, only_p=lam == 1, only_q=lam == 0)
@@ -90,9 +95,7 @@ def mixture(
         return torch.where(torch.full((), only_p is True, device=log_q.device), log_p, log_q)
 
     finite = log_p.clamp(min=ZERO_LOG), log_q.clamp(min=ZERO_LOG)
-    log_r = _chosen(
-        numbers.geometric, lambda: _log_geometric_mean(*finite, numbers), lambda: _log_power_mean(*finite, numbers)
-    )
+    log_r = (_log_geometric_mean if numbers.geometric else _log_power_mean)(*finite, numbers)
     unsupported = log_r < ZERO_LOG / 2  # there it is ZERO_LOG, but for what the shares add
     if isinstance(numbers.exponent, Tensor) or numbers.exponent != 1:
         log_r = log_r.log_softmax(-1)  # the arithmetic mixture of two distributions is one already
@@ -149,11 +152,17 @@ def _log_power_mean(log_p: Tensor, log_q: Tensor, numbers: MixtureNumbers) -> Te
         torch.where(p_leads, odds, -odds) + behind, threshold=EXACT_SOFTPLUS
     )
     if isinstance(exponent, Tensor) or abs(exponent) < SMALL_EXPONENT:
-        # The division below would magnify the rounding of two logarithms that cancel; expm1 has nothing to cancel.
+        # The division below would magnify the rounding of two logarithms that cancel; here nothing does.
         follower_share = torch.where(p_leads, _like(gap, numbers.rest), _like(gap, numbers.lam))
-        near = torch.log1p(follower_share * torch.expm1(behind.clamp(min=-1)))
+        near = torch.log1p(follower_share * _expm1(behind.clamp(min=-1)))
         log_sum = torch.where(behind > -1, near, log_sum)
     return leader + log_sum / exponent
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1 of x <= 0. On a CPU torch.compile makes exp(x) - 1 of torch.expm1, which is 0 for a small x."""
+    half = torch.tanh(x / 2)
+    return 2 * half / (1 - half)
 
 
 def _like(x: Tensor, number: float | Tensor) -> Tensor:

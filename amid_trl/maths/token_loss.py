@@ -109,7 +109,7 @@ class DistillationTokenLoss:
             return None
         moving = MixtureNumbers(*numbers)
         if not self.alpha_stays:
-            return moving
+            return moving._replace(geometric=False)
         fixed = MixtureNumbers.of(self.objective.alpha, self.objective.lam)
         return moving._replace(exponent=fixed.exponent, geometric=fixed.geometric)
 
