@@ -180,17 +180,21 @@ def test_the_model_card_names_no_folder_above_the_plain_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "moving", "alpha"),
+    ("settings", "windows", "alpha"),
     [
-        ({}, (), -5.0),
-        ({"assistant_alpha_schedule": {"kind": "linear", "start": -1, "end": 3}}, ("alpha",), 0.0),
-        ({"assistant_lambda_schedule": {"kind": "cosine", "start": 0.0, "end": 1.0}}, ("lam",), -5.0),
-        ({"objective": "taid", "assistant_lambda_schedule": {"kind": "taid"}}, ("lam",), 1.0),
+        ({}, 1, -5.0),
+        ({"assistant_alpha_schedule": {"kind": "linear", "start": -1, "end": 3}}, 6, 0.0),
+        ({"assistant_lambda_schedule": {"kind": "cosine", "start": 0.0, "end": 1.0}}, 6, -5.0),
+        (
+            {"objective": "taid", "assistant_lambda_schedule": {"kind": "taid"}},
+            5,
+            1.0,
+        ),  # t begins to follow after two windows
     ],
     ids=["fixed", "alpha", "lambda", "taid"],
 )
 def test_one_kernel_serves_all_windows_and_knows_alpha_where_it_stays(
-    train, tokenizer, monkeypatch, settings, moving, alpha
+    train, tokenizer, monkeypatch, settings, windows, alpha
 ):
     kernels, calls = [], []
 
@@ -210,7 +214,7 @@ def test_one_kernel_serves_all_windows_and_knows_alpha_where_it_stays(
     [kernel] = set(kernels)
     assert kernel.token_loss.objective.alpha == alpha
     numbers = {tuple(tensor.item() for tensor in call if tensor.ndim == 0) for call in calls}
-    assert len(numbers) == (6 if moving else 1)
+    assert len(numbers) == windows
 
     monkeypatch.setattr(amid_trl.maths.kernel, "COMPILE_FROM_VOCAB", 2**62)
     uncompiled = train(model=tiny_llama(tokenizer), lmbda=0.0, max_steps=6, **settings)
