@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -85,7 +85,10 @@ class RowKernel:
     def _template(self) -> tuple["RowKernel", tuple[float, ...]]:
         """The kernel that is compiled, and its numbers."""
         numbers: tuple[float, ...] = getattr(self.token_loss, "numbers", ())
-        return (dataclasses.replace(self, token_loss=self.token_loss.template) if numbers else self), numbers
+        if not numbers:
+            return self, ()
+        moving: Any = self.token_loss
+        return dataclasses.replace(self, token_loss=moving.template), numbers
 
     def plain(self, student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by autograd, operation by operation."""

@@ -107,11 +107,11 @@ class DistillationTokenLoss:
     def _mixture_numbers(self, numbers: tuple[Tensor, ...]) -> MixtureNumbers | None:
         if not numbers:
             return None
-        moving = MixtureNumbers(*numbers)
+        exponent, _, *of_lam = numbers
         if not self.alpha_stays:
-            return moving._replace(geometric=False)
+            return MixtureNumbers(exponent, False, *of_lam)
         fixed = MixtureNumbers.of(self.objective.alpha, self.objective.lam)
-        return moving._replace(exponent=fixed.exponent, geometric=fixed.geometric)
+        return MixtureNumbers(fixed.exponent, fixed.geometric, *of_lam)
 
     def _assistant_nll(
         self,
