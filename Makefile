@@ -59,6 +59,7 @@ soak: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pip install --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python benchmarks/linear_loss.py
+	$(BIN)/python benchmarks/moving_objectives.py
 	$(BIN)/python benchmarks/trainer_step.py
 	$(BIN)/python benchmarks/engine_memory.py
 	$(BIN)/python benchmarks/landscape_cost.py

@@ -65,6 +65,20 @@ def test_the_script_measures_and_writes_its_three_files(tmp_path):
     assert (tmp_path / "linear_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_moves_is_measured_beside_what_is_fixed(tmp_path):
+    sizes = ("--tokens", "8", "--vocabulary", "64", "--repeats", "2", "--output", tmp_path)
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "moving_objectives.py", *sizes], check=True, stdout=subprocess.DEVNULL
+    )
+    results = json.loads((tmp_path / "moving_objectives.json").read_text())
+    report = (tmp_path / "moving_objectives.md").read_text()
+    for record in results["records"]:
+        counts = {way: len(seconds) for way, seconds in record["all_seconds"].items()}
+        assert counts == {"fixed": 2, "moving": 2, "moving, not compiled": 1}
+        assert record["ratio"] > 0 and f"| {record['case']} |" in report
+        assert record["compilations"] == 0  # so small a vocabulary is not compiled
+
+
 def test_the_peak_counts_memory_that_is_freed_before_the_call_ends(measure):
     mebibytes = 2**20 / measure.MB
     torch.ones(64, 2**20)  # an earlier, higher peak

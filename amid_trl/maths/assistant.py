@@ -1,6 +1,8 @@
 """The assistant: a distribution between teacher and student, mixed in the geometry that alpha names."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,11 @@ ZERO_LOG = -1e30
 
 # |h| of the power mean above which it is max or min to the last bit; keeps h * 0 from becoming inf * 0.
 LARGEST_EXPONENT = 1e15
+
+
+# Stands for h = 0: so near to it that the power mean is the geometric one to the last bit of a float64, and so is its
+# support, because alpha is just above 1.
+NO_EXPONENT = -(2.0**-66)
 
 
 # |h| below which dividing by h would show the rounding error of what is divided.
@@ -46,16 +53,61 @@ def alpha_mixture(
     check_mixture(alpha, lam)
     if log_p.shape != log_q.shape:
         raise ValueError(f"log_p and log_q must have one shape; got {tuple(log_p.shape)} and {tuple(log_q.shape)}")
-    log_p, log_q = at_least_float32(log_p), at_least_float32(log_q)
-    if lam in (0, 1):
-        # Chosen by `where`, so that a loss built on it stays attached to the student even at lam = 1.
-        return torch.where(torch.full((), lam == 1, device=log_q.device), log_p, log_q)
+    return mixture(log_p, log_q, MixtureNumbers.of(alpha, lam))
 
-    log_r = _log_power_mean(log_p.clamp(min=ZERO_LOG), log_q.clamp(min=ZERO_LOG), exponent=(1 - alpha) / 2, lam=lam)
+
+class MixtureNumbers(NamedTuple):
+    """alpha and lam as `mixture` computes with them. Each is a number, or a tensor of shape () that stands for one.
+
+    What depends on a number is chosen when the mixture is traced. What depends on a tensor is chosen in every call, so
+    that one compiled kernel serves every value that the tensor may have.
+    """
+
+    exponent: float | Tensor  # h
+    geometric: bool  # alpha = 1, for good
+    lam: float | Tensor
+    rest: float | Tensor  # 1 - lam
+    log_lam: float | Tensor
+    log_rest: float | Tensor
+    only_p: bool | Tensor  # lam = 1
+    only_q: bool | Tensor  # lam = 0
+
+    @classmethod
+    def of(cls, alpha: float, lam: float) -> "MixtureNumbers":
+        """Numbers alone; at a limit h and lam are those of a mixture beside it, which has nothing infinite in it.
+
+        Logarithms in Python, because a share may be too small for a float32.
+        """
+        exponent = max(-LARGEST_EXPONENT, min((1 - alpha) / 2, LARGEST_EXPONENT)) or NO_EXPONENT
+        share = 0.5 if lam in (0, 1) else lam
+        logarithms = math.log(share), math.log1p(-share)
+        return cls(exponent, alpha == 1, share, 1 - share, *logarithms, only_p=lam == 1, only_q=lam == 0)
+
+
+def mixture(
+    log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens vocab"], numbers: MixtureNumbers
+) -> Float[Tensor, "*tokens vocab"]:
+    """`alpha_mixture` of arguments that were checked."""
+    log_p, log_q = at_least_float32(log_p), at_least_float32(log_q)
+    only_p, only_q = numbers.only_p, numbers.only_q
+    if only_p is True or only_q is True:
+        # Chosen by `where`, so that a loss built on it stays attached to the student even at lam = 1.
+        return torch.where(torch.full((), only_p is True, device=log_q.device), log_p, log_q)
+
+    finite = log_p.clamp(min=ZERO_LOG), log_q.clamp(min=ZERO_LOG)
+    log_r = (_log_geometric_mean if numbers.geometric else _log_power_mean)(*finite, numbers)
     unsupported = log_r < ZERO_LOG / 2  # there it is ZERO_LOG, but for what the shares add
-    if alpha != -1:  # the arithmetic mixture of two distributions is one already
-        log_r = log_r.log_softmax(-1)
-    return log_r.masked_fill(unsupported, -math.inf)
+    if isinstance(numbers.exponent, Tensor) or numbers.exponent != 1:
+        log_r = log_r.log_softmax(-1)  # the arithmetic mixture of two distributions is one already
+    log_r = log_r.masked_fill(unsupported, -math.inf)
+    return _chosen(only_p, lambda: log_p, lambda: _chosen(only_q, lambda: log_q, lambda: log_r))
+
+
+def _chosen(condition: bool | Tensor, yes: Callable[[], Tensor], no: Callable[[], Tensor]) -> Tensor:
+    """One of both now, or in every call where the condition is a tensor; neither may be NaN then."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition > 0, yes(), no())
+    return yes() if condition else no()
 
 
 def check_mixture(alpha: float, lam: float) -> None:
@@ -76,30 +128,43 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _log_power_mean(log_p: Tensor, log_q: Tensor, *, exponent: float, lam: float) -> Tensor:
+def _log_geometric_mean(log_p: Tensor, log_q: Tensor, numbers: MixtureNumbers) -> Tensor:
+    """log p^lam q^(1 - lam), not normalised; ZERO_LOG where either is."""
+    shared = has_mass(log_p) & has_mass(log_q)
+    return (numbers.lam * log_p + numbers.rest * log_q).masked_fill(~shared, ZERO_LOG)
+
+
+def _log_power_mean(log_p: Tensor, log_q: Tensor, numbers: MixtureNumbers) -> Tensor:
     """log (lam p^h + (1 - lam) q^h)^(1/h), not normalised; the rounding error is O(eps) for every exponent h.
 
     ZERO_LOG stands for probability zero in the arguments and, nearly, in the result.
     """
-    if exponent == 0:
-        shared = has_mass(log_p) & has_mass(log_q)
-        return (lam * log_p + (1 - lam) * log_q).masked_fill(~shared, ZERO_LOG)
-    exponent = max(-LARGEST_EXPONENT, min(exponent, LARGEST_EXPONENT))
+    exponent = numbers.exponent
     gap = exponent * (log_p - log_q)
 
     # Factor out the larger of p^h and q^h; what is left is log(leader's share + follower's share * e^behind).
     p_leads = gap > 0
     leader = torch.where(p_leads, log_p, log_q)
     behind = torch.where(p_leads, -gap, gap)  # <= 0
-    # Logarithms in Python, because a share may be too small for a float32.
-    share_p, share_q = gap.new_full((), math.log(lam)), gap.new_full((), math.log1p(-lam))
+    share_p, share_q = _like(gap, numbers.log_lam), _like(gap, numbers.log_rest)
     odds = share_q - share_p
     log_sum = torch.where(p_leads, share_p, share_q) + F.softplus(
         torch.where(p_leads, odds, -odds) + behind, threshold=EXACT_SOFTPLUS
     )
-    if abs(exponent) < SMALL_EXPONENT:
-        # The division below would magnify the rounding of two logarithms that cancel; expm1 has nothing to cancel.
-        follower_share = torch.where(p_leads, gap.new_full((), 1 - lam), gap.new_full((), lam))
-        near = torch.log1p(follower_share * torch.expm1(behind.clamp(min=-1)))
+    if isinstance(exponent, Tensor) or abs(exponent) < SMALL_EXPONENT:
+        # The division below would magnify the rounding of two logarithms that cancel; here nothing does.
+        follower_share = torch.where(p_leads, _like(gap, numbers.rest), _like(gap, numbers.lam))
+        near = torch.log1p(follower_share * _expm1(behind.clamp(min=-1)))
         log_sum = torch.where(behind > -1, near, log_sum)
     return leader + log_sum / exponent
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1 of x <= 0. On a CPU torch.compile makes exp(x) - 1 of torch.expm1, which is 0 for a small x."""
+    half = torch.tanh(x / 2)
+    return 2 * half / (1 - half)
+
+
+def _like(x: Tensor, number: float | Tensor) -> Tensor:
+    """The number as a tensor of shape (), in the dtype of x and on its device."""
+    return number.to(x.dtype) if isinstance(number, Tensor) else x.new_full((), number)

@@ -4,6 +4,7 @@ Written out by autograd it is a few dozen passes over (rows, vocab) tensors, mos
 beside its matrix products. Where the vocabulary makes it worth a compilation, torch.compile fuses them into a few.
 """
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -11,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,8 @@ progress = logging.getLogger(f"{__name__}.progress")
 
 # (student logits, teacher logits, *columns) -> (loss per row, figures per row), or without the teacher's logits.
 # Columns are tensors with an entry for every row, such as labels. Compiled only if its attribute `compiles` is true:
-# it must not read what may change later.
+# it must not read what may change later, but for `numbers`, if it has any. These are inputs of the kernel, tensors of
+# shape () behind the columns, and what is compiled is its `template`, which is equal whatever they are.
 TokenLoss = Callable[..., tuple[Tensor, Tensor]]
 
 # The same with the gradient: (projection, *others) -> (losses, figures, gradient).
@@ -71,9 +73,22 @@ class RowKernel:
         # A single row would be a compilation of its own: shapes of size 1 are special to it.
         large = len(student) > 1 and student.shape[-1] >= COMPILE_FROM_VOCAB
         if large and getattr(self.token_loss, "compiles", False):
-            rows_of = tuple((tensor.dtype, tensor.shape[1:]) for tensor in (student, *others))
-            return _compiled(self, rows_of, student.device.type)(student, *others)
+            kernel, numbers = self._template
+            dtypes = [tensor.dtype for tensor in (student, *others) if tensor.is_floating_point()]
+            inputs = _inputs(numbers, functools.reduce(torch.promote_types, dtypes, torch.float32), student.device)
+            tensors = (student, *others, *inputs)
+            rows_of = tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors)
+            return _compiled(kernel, rows_of, student.device.type)(*tensors)
         return self.plain(student, *others)
+
+    @functools.cached_property
+    def _template(self) -> tuple["RowKernel", tuple[float, ...]]:
+        """The kernel that is compiled, and its numbers."""
+        numbers: tuple[float, ...] = getattr(self.token_loss, "numbers", ())
+        if not numbers:
+            return self, ()
+        moving: Any = self.token_loss
+        return dataclasses.replace(self, token_loss=moving.template), numbers
 
     def plain(self, student: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same by autograd, operation by operation."""
@@ -120,7 +135,14 @@ def _few_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """Tensors to trace with. Equal sizes in them count as one size, so they have as many rows as nothing else has."""
     widths = {width for tensor in tensors for width in tensor.shape[1:]}
     rows = next(rows for rows in itertools.count(3) if rows not in widths)
-    return [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
+    return [tensor.new_zeros(rows, *tensor.shape[1:]) if tensor.ndim else tensor for tensor in tensors]
+
+
+@functools.lru_cache(maxsize=8)
+def _inputs(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The numbers as tensors of shape (); kept, because every copy to an accelerator waits for it."""
+    with torch.inference_mode(False):  # kept for later calls, which may be training
+        return tuple(torch.tensor(number, dtype=dtype, device=device) for number in numbers)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from amid_trl.maths.assistant import ZERO_LOG, alpha_mixture, at_least_float32, check_mixture
+from amid_trl.maths.assistant import ZERO_LOG, MixtureNumbers, alpha_mixture, at_least_float32, check_mixture, mixture
 from amid_trl.maths.divergences import DIVERGENCES
 from amid_trl.maths.names import ORDERS
 
@@ -112,16 +112,22 @@ class Objective:
         return scaled.masked_fill(scaled == -math.inf, torch.finfo(scaled.dtype).min).log_softmax(-1)
 
     def from_log_probs(
-        self, log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens vocab"]
+        self,
+        log_p: Float[Tensor, "*tokens vocab"],
+        log_q: Float[Tensor, "*tokens vocab"],
+        numbers: MixtureNumbers | None = None,
     ) -> Float[Tensor, "*tokens"]:
-        """The loss of every token from the log-probabilities of teacher and student, in this order."""
+        """The loss of every token from the log-probabilities of teacher and student, in this order.
+
+        `numbers` take the place of alpha and lam, where these are inputs of a compiled kernel.
+        """
         if log_p.shape != log_q.shape:
             raise ValueError(
                 f"teacher and student must have one shape; got {tuple(log_p.shape)} and {tuple(log_q.shape)}"
             )
         logs = {"p": log_p.detach(), "q": log_q}
         if self.uses_assistant:
-            logs["r"] = self.assistant(logs["p"], log_q)
+            logs["r"] = self.assistant(logs["p"], log_q, numbers)
 
         total = torch.zeros((), dtype=torch.float32, device=log_q.device)
         for term in self.terms:
@@ -131,10 +137,16 @@ class Objective:
         return total
 
     def assistant(
-        self, log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens vocab"]
+        self,
+        log_p: Float[Tensor, "*tokens vocab"],
+        log_q: Float[Tensor, "*tokens vocab"],
+        numbers: MixtureNumbers | None = None,
     ) -> Float[Tensor, "*tokens vocab"]:
-        """log r, without a gradient if `detach_assistant`."""
-        log_r = alpha_mixture(log_p, log_q, alpha=self.alpha, lam=self.lam)
+        """log r, without a gradient if `detach_assistant`; `numbers` as in `from_log_probs`."""
+        if numbers is None:
+            log_r = alpha_mixture(log_p, log_q, alpha=self.alpha, lam=self.lam)
+        else:
+            log_r = mixture(log_p, log_q, numbers)
         return log_r.detach() if self.detach_assistant else log_r
 
 

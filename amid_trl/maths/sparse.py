@@ -72,12 +72,14 @@ class SparseTokenLoss(DistillationTokenLoss):
         ids: Int[Tensor, "tokens k"],
         log_p: Float[Tensor, "tokens k"],
         log_tail: Float[Tensor, " tokens"],
+        *numbers: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
         """Losses, and figures without gradient: kl, teacher_entropy and assistant_nll are of the buckets."""
         log_q = self.objective.log_probs(student_logits)
         p = torch.cat([log_p, log_tail[:, None]], dim=-1).to(log_q)
         q = _buckets(log_q, ids, log_p > -math.inf)
-        distilled = self.objective.from_log_probs(p, q)
+        mixed = self._mixture_numbers(numbers)
+        distilled = self.objective.from_log_probs(p, q, mixed)
         nll = label_nll(log_q, labels)
         with torch.no_grad():
             student_top1 = log_q.argmax(-1)
@@ -88,7 +90,7 @@ class SparseTokenLoss(DistillationTokenLoss):
                 "top1_agreement": (student_top1 == teacher_top1).to(log_q),
                 "student_entropy": entropy(log_q),
                 "teacher_entropy": entropy(p),
-                "assistant_nll": self._assistant_nll(p, q),
+                "assistant_nll": self._assistant_nll(p, q, mixed),
                 "student_top1": student_top1.to(log_q),
             }
         return self._with_figures(distilled, nll, **others)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from amid_trl.maths.assistant import ZERO_LOG, at_least_float32
+from amid_trl.maths.assistant import ZERO_LOG, MixtureNumbers, at_least_float32
 from amid_trl.maths.divergences import kl
 from amid_trl.maths.objective import Objective, entropy
 
@@ -45,33 +45,50 @@ class DistillationTokenLoss:
 
     The objective sees its own temperature; the cross-entropy and the figures see the models as they are, at 1.
 
-    `moves` says that the objective is another one in the next window. Then it is not compiled, which takes longer than
-    many windows, and the figure assistant_nll is CE(r, q) at the objective's temperature, which TAID follows; else 0.
+    `moves` says that alpha or lam is another one in the next window. Then they are `numbers`, inputs of a kernel that
+    is compiled once for all windows, and the figure assistant_nll is CE(r, q) at the objective's temperature, which
+    TAID follows; else 0. `alpha_stays` says that of the two lam alone moves: a kernel for one alpha computes less.
     """
 
     objective: Objective
     sft_weight: float = 0.0
     moves: bool = False
+    alpha_stays: bool = False
 
     means: ClassVar[tuple[str, ...]] = MEANS
     figures: ClassVar[tuple[str, ...]] = (*MEANS, *NO_MEANS)
 
     @property
     def compiles(self) -> bool:
-        """Whether its value depends on nothing but its fields, and they stay."""
-        return self.objective.is_constant and not self.moves
+        """Whether its value depends on nothing but its fields."""
+        return self.objective.is_constant
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What the next window may change; none where nothing moves."""
+        if not self.moves:
+            return ()
+        return tuple(map(float, MixtureNumbers.of(self.objective.alpha, self.objective.lam)))
+
+    @property
+    def template(self) -> "DistillationTokenLoss":
+        """The same in every window: with `numbers` as tensors behind its columns it computes what this one does."""
+        alpha = self.objective.alpha if self.alpha_stays else 0.0
+        return dataclasses.replace(self, objective=dataclasses.replace(self.objective, alpha=alpha, lam=0.5))
 
     def __call__(
         self,
         student_logits: Float[Tensor, "tokens vocab"],
         teacher_logits: Float[Tensor, "tokens vocab"],
         labels: Int[Tensor, " tokens"],
+        *numbers: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
         """Losses, and figures without gradient."""
         log_p, log_q = self.objective.log_probs(teacher_logits), self.objective.log_probs(student_logits)
-        distilled = self.objective.from_log_probs(log_p, log_q)
+        mixed = self._mixture_numbers(numbers)
+        distilled = self.objective.from_log_probs(log_p, log_q, mixed)
         with torch.no_grad():
-            assistant_nll = self._assistant_nll(log_p, log_q)
+            assistant_nll = self._assistant_nll(log_p, log_q, mixed)
         if self.objective.temperature != 1.0:
             plain = dataclasses.replace(self.objective, temperature=1.0)
             log_p, log_q = plain.log_probs(teacher_logits), plain.log_probs(student_logits)
@@ -87,12 +104,25 @@ class DistillationTokenLoss:
         losses = distilled + self.sft_weight * nll if self.sft_weight else distilled
         return losses, torch.stack([by_name[name] for name in self.figures], dim=-1)
 
+    def _mixture_numbers(self, numbers: tuple[Tensor, ...]) -> MixtureNumbers | None:
+        if not numbers:
+            return None
+        exponent, _, *of_lam = numbers
+        if not self.alpha_stays:
+            return MixtureNumbers(exponent, False, *of_lam)
+        fixed = MixtureNumbers.of(self.objective.alpha, self.objective.lam)
+        return MixtureNumbers(fixed.exponent, fixed.geometric, *of_lam)
+
     def _assistant_nll(
-        self, log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]
+        self,
+        log_p: Float[Tensor, "tokens vocab"],
+        log_q: Float[Tensor, "tokens vocab"],
+        numbers: MixtureNumbers | None,
     ) -> Float[Tensor, " tokens"]:
         if not self.moves:
             return torch.zeros_like(log_q[:, 0])
-        return -(self.objective.assistant(log_p, log_q).exp() * log_q.clamp(min=ZERO_LOG)).sum(-1)
+        log_r = self.objective.assistant(log_p, log_q, numbers)
+        return -(log_r.exp() * log_q.clamp(min=ZERO_LOG)).sum(-1)
 
 
 @dataclass(frozen=True)

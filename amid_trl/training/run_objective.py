@@ -33,7 +33,8 @@ class RunObjective:
         self._of_student_text: Objective | None = build_student_text_objective(config)
         self._sft_weight = config.sft_weight
         self._schedules = {name: build_schedule(config, name) for name in MOVABLE if _is_scheduled(config, name)}
-        self._moves = any(schedule.moves for schedule in self._schedules.values())
+        moving = {name for name, schedule in self._schedules.items() if schedule.moves}
+        self._moves, self._alpha_stays = bool(moving), "assistant_alpha" not in moving
         self._taid = next((rule for rule in self._schedules.values() if isinstance(rule, TaidLambda)), None)
         self._window_loss = Means(("assistant_nll",), accelerator.device)
         self._sum_over_processes: Any = partial(accelerator.reduce, reduction="sum")
@@ -55,9 +56,9 @@ class RunObjective:
     def token_loss(self, source: Source | None) -> DistillationTokenLoss:
         """The loss of text from `source`, None for an evaluation; the cross-entropy never joins on the student's."""
         if source not in STUDENT_TEXT:
-            return self._token_loss(self.current, self._sft_weight, self._moves)
+            return self._token_loss(self.current, self._sft_weight, self._moves, self._alpha_stays)
         if self._of_student_text is None:
-            return self._token_loss(self.current, moves=self._moves)
+            return self._token_loss(self.current, moves=self._moves, alpha_stays=self._alpha_stays)
         return self._token_loss(self._of_student_text)
 
     def add(self, rows: Figures) -> None:

@@ -70,7 +70,8 @@ def test_lambda_moves_in_named_objectives_and_a_constant_is_not_logged():
     assert skewed.advance(0.25) == OBJECTIVES["skl"](0.1)
     fixed = run_objective(assistant_lambda_schedule={"kind": "constant", "value": 0.3})
     assert fixed.advance(0.7).lam == 0.3 and fixed.figures == {} and fixed.token_loss(None).compiles
-    assert not skewed.token_loss(None).compiles
+    moving = skewed.token_loss(None)
+    assert moving.compiles and moving.numbers and not fixed.token_loss(None).numbers
 
 
 @pytest.mark.parametrize("source", ["dataset", "teacher", "student", "replay", None])
@@ -178,21 +179,47 @@ def test_the_model_card_names_no_folder_above_the_plain_text(tmp_path):
     assert "| `pretrain_dataset` | `somebody/books` |" in objective_table(config, Objective())
 
 
-def test_an_objective_that_moves_is_never_compiled(train, tokenizer, monkeypatch):
-    compiled = []
+@pytest.mark.parametrize(
+    ("settings", "windows", "alpha"),
+    [
+        ({}, 1, -5.0),
+        ({"assistant_alpha_schedule": {"kind": "linear", "start": -1, "end": 3}}, 6, 0.0),
+        ({"assistant_lambda_schedule": {"kind": "cosine", "start": 0.0, "end": 1.0}}, 6, -5.0),
+        (
+            {"objective": "taid", "assistant_lambda_schedule": {"kind": "taid"}},
+            5,
+            1.0,
+        ),  # t begins to follow after two windows
+    ],
+    ids=["fixed", "alpha", "lambda", "taid"],
+)
+def test_one_kernel_serves_all_windows_and_knows_alpha_where_it_stays(
+    train, tokenizer, monkeypatch, settings, windows, alpha
+):
+    kernels, calls = [], []
 
-    def refuse(kernel, *_):
-        compiled.append(kernel)
-        return kernel.plain
+    def plain(kernel, *_):
+        kernels.append(kernel)
+
+        def fused(*tensors):
+            calls.append(tensors)
+            return kernel.plain(*tensors)
+
+        return fused
 
     monkeypatch.setattr(amid_trl.maths.kernel, "COMPILE_FROM_VOCAB", 0)
-    monkeypatch.setattr(amid_trl.maths.kernel, "_compiled", refuse)
-    train(model=tiny_llama(tokenizer), max_steps=2).train()
-    assert compiled
-    compiled.clear()
-    moving = {"kind": "linear", "start": 0.1, "end": 0.9}
-    train(model=tiny_llama(tokenizer), assistant_lambda_schedule=moving, max_steps=2).train()
-    assert not compiled
+    monkeypatch.setattr(amid_trl.maths.kernel, "_compiled", plain)
+    compiled = train(model=tiny_llama(tokenizer), lmbda=0.0, max_steps=6, **settings)
+    compiled.train()
+    [kernel] = set(kernels)
+    assert kernel.token_loss.objective.alpha == alpha
+    numbers = {tuple(tensor.item() for tensor in call if tensor.ndim == 0) for call in calls}
+    assert len(numbers) == windows
+
+    monkeypatch.setattr(amid_trl.maths.kernel, "COMPILE_FROM_VOCAB", 2**62)
+    uncompiled = train(model=tiny_llama(tokenizer), lmbda=0.0, max_steps=6, **settings)
+    uncompiled.train()
+    assert logged(compiled, "loss") == pytest.approx(logged(uncompiled, "loss"), rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
