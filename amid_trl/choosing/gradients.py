@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amid_trl.maths.assistant import ZERO_LOG, has_mass
+from amid_trl.maths.assistant import ZERO_LOG, expm1, has_mass
 from amid_trl.maths.divergences import DIVERGENCES, kl
 from amid_trl.maths.objective import Term, entropy
 
@@ -42,7 +42,7 @@ def assistant_of(log_p: Tensor, log_q: Tensor, alpha: Tensor, lam: Tensor) -> tu
     leader_share, follower_share = torch.where(p_leads, lam, 1 - lam), torch.where(p_leads, 1 - lam, lam)
     behind = -gap.abs()
     follower = behind.exp()
-    total, less = leader_share + follower_share * follower, follower_share * _expm1(behind, follower)
+    total, less = leader_share + follower_share * follower, follower_share * expm1(behind)
     log_total = torch.where(less > -0.5, torch.log1p(less), torch.log(total))
     log_r = torch.where(p_leads, finite_p, finite_q) + log_total / exponent
     weight = (1 - lam) * torch.where(p_leads, follower, 1.0) / total
@@ -51,11 +51,6 @@ def assistant_of(log_p: Tensor, log_q: Tensor, alpha: Tensor, lam: Tensor) -> tu
     log_r = log_r.masked_fill(unsupported, ZERO_LOG).log_softmax(-1).masked_fill(unsupported, -torch.inf)
     log_r = torch.where(lam == 0, log_q, torch.where(lam == 1, log_p, log_r))
     return log_r, torch.where(lam == 0, 1.0, torch.where(lam == 1, 0.0, weight))
-
-
-def _expm1(x: Tensor, e: Tensor) -> Tensor:
-    """e^x - 1 of e = e^x, by Kahan's quotient: torch.compile computes torch.expm1 on a CPU as exp(x) - 1."""
-    return torch.where(e == 1, x, torch.where(x < -1, e - 1, (e - 1) * x / e.log()))
 
 
 def logit_gradient(

@@ -154,13 +154,16 @@ def _log_power_mean(log_p: Tensor, log_q: Tensor, numbers: MixtureNumbers) -> Te
     if isinstance(exponent, Tensor) or abs(exponent) < SMALL_EXPONENT:
         # The division below would magnify the rounding of two logarithms that cancel; here nothing does.
         follower_share = torch.where(p_leads, _like(gap, numbers.rest), _like(gap, numbers.lam))
-        near = torch.log1p(follower_share * _expm1(behind.clamp(min=-1)))
+        near = torch.log1p(follower_share * expm1(behind.clamp(min=-1)))
         log_sum = torch.where(behind > -1, near, log_sum)
     return leader + log_sum / exponent
 
 
-def _expm1(x: Tensor) -> Tensor:
-    """e^x - 1 of x <= 0. On a CPU torch.compile makes exp(x) - 1 of torch.expm1, which is 0 for a small x."""
+def expm1(x: Tensor) -> Tensor:
+    """e^x - 1 of x <= 0, to the rounding of x.
+
+    On a CPU torch.compile makes exp(x) - 1 of torch.expm1, which is 0 for a small x.
+    """
     half = torch.tanh(x / 2)
     return 2 * half / (1 - half)
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from amid_trl.maths.assistant import ZERO_LOG, alpha_mixture, at_least_float32, has_mass
+from amid_trl.maths.assistant import ZERO_LOG, alpha_mixture, at_least_float32, expm1, has_mass
 
 
 Divergence = Callable[..., Tensor]
@@ -169,7 +169,7 @@ def _alpha_beta_entries(log_a: Tensor, log_b: Tensor, alpha: float, beta: float)
     rises = gap > 0
     distance = torch.where(rises, gap, -gap)
     steps = high - middle, middle - low
-    falls = [-torch.expm1(-step * distance) for step in steps]
+    falls = [-expm1(-step * distance) for step in steps]
     upper, lower = (fall / step if step > 0 else distance for fall, step in zip(falls, steps, strict=True))
     first, second = torch.where(rises, upper, lower), torch.where(rises, lower, upper)
     # Exactly 0 at the end of the fall: the distance beside it may be 1e30.
