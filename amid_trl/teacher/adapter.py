@@ -1,6 +1,6 @@
 """The student's base, held in memory once, as the teacher: under an adapter of its own or under none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ class AdapterTeacher:
     """The student's base, held in memory once, under the teacher's adapter or under none."""
 
     rows_at_once = 1
+    is_sparse = False
 
     def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):
         if not is_peft_model(student):
@@ -40,6 +41,9 @@ class AdapterTeacher:
                 )
             adapted.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
             compare_base(path, adapted)
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Nothing to prepare."""
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient and dropout; the student's adapter is the active one again afterwards."""

@@ -6,7 +6,7 @@ row is found by its tokens and by which of them are trained; only its trained po
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -207,9 +207,13 @@ class CachedTeacher:
     """Looks every row up in a cache, which has the dataset's own text."""
 
     rows_at_once = 1
+    is_sparse = True
 
     def __init__(self, cache: TeacherCache):
         self._cache, self.name = cache, cache.teacher
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Nothing to prepare."""
 
     def __call__(self, batch: Batch) -> SparseTeacher:
         """The predictions at the trained tokens, rows one after the other."""

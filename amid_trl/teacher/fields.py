@@ -54,8 +54,9 @@ class TeacherFields(Fields):
     )
     teacher_model_server_url: str | None = option(
         None,
-        "A vLLM server (OpenAI-compatible, with prompt_logprobs) that the teacher runs on, in place of a model in "
-        "memory. Its teacher_top_k likeliest tokens are compared, and all others as one.",
+        "A server that the teacher runs on, in place of a model in memory: `amid-trl serve-teacher`, whose teacher is "
+        "compared exactly, or vLLM (OpenAI-compatible, with prompt_logprobs), of which the teacher_top_k likeliest "
+        "tokens are compared, and all others as one.",
     )
     teacher_server_patience: float = option(
         300.0,
@@ -68,16 +69,11 @@ class TeacherFields(Fields):
         "on the dataset's text. The command takes it beside teacher_model_server_url too, training does not.",
     )
     teacher_top_k: int = option(
-        100, "How many of the teacher's likeliest tokens the server gives, or the cache holds, for each token."
+        100, "How many of the teacher's likeliest tokens vLLM gives, or the cache holds, for each token."
     )
     teacher_cache_dtype: Literal["float16", "float32"] = option(
         "float16", "In what `amid-trl cache-teacher` writes their log-probabilities."
     )
-
-    @property
-    def teacher_is_sparse(self) -> bool:
-        """Whether only the teacher's likeliest tokens are known."""
-        return self.teacher_model_server_url is not None or self.teacher_cache is not None
 
     @property
     def absent_teacher(self) -> str | None:
@@ -120,7 +116,7 @@ class TeacherFields(Fields):
             without_effect(self, others, "beside teacher_adapter_path")
             if self.seq_kd:
                 raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
-        if not self.teacher_is_sparse:
+        if self.teacher_model_server_url is None and self.teacher_cache is None:
             of_others = ("teacher_top_k", "teacher_cache_dtype", "teacher_server_patience")
             without_effect(self, of_others, "on a teacher in memory")
             return

@@ -1,6 +1,6 @@
 """A teacher that is a model of its own in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ class ModelTeacher:
     """
 
     rows_at_once = 1
+    is_sparse = False
 
     def __init__(
         self,
@@ -41,6 +42,9 @@ class ModelTeacher:
         """Its name or path."""
         teacher: Any = self._accelerator.unwrap_model(self._wrapped)
         return self._name or str(causal_lm(teacher).name_or_path)
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Nothing to prepare."""
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""

@@ -1,6 +1,6 @@
 """What a teacher is to the trainer, which kinds there are, and the one that the settings name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -20,10 +20,15 @@ class Teacher(Protocol):
     """What the teacher predicts for a micro-batch's trained tokens, rows one after the other."""
 
     rows_at_once: int  # it is worth asking about so many together
+    is_sparse: bool  # whether its answers are SparseTeacher, lists of the likeliest tokens, rather than States
 
     @property
     def name(self) -> str:
         """By which a cache of its answers is known."""
+        ...
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """A window whose micro-batches will be asked about next: requests may start; most teachers do nothing."""
         ...
 
     def __call__(self, batch: Batch) -> States | SparseTeacher:

@@ -68,7 +68,7 @@ def complete_card(trainer: Any) -> None:
         adapted = ", with an adapter" if causal_lm(teacher) is not teacher else ""
         from_teacher = f" Its teacher was `{shown_name(teacher)}`{adapted}."
     card += f"\n\n## Distillation\n\nTrained with `amid_trl.AMiDTrainer`.{from_teacher}"
-    card += f"\n\n{objective_table(trainer.args, trainer.objective)}"
+    card += f"\n\n{objective_table(trainer.args, trainer.objective, is_sparse=trainer.teacher.is_sparse)}"
     file.write_text(card, encoding="utf-8")
 
 
@@ -83,7 +83,7 @@ def _without_folders(name: str) -> str:
     return Path(name).resolve().name if name and Path(name).exists() else name
 
 
-def objective_table(config: AMiDConfig, objective: Objective) -> str:
+def objective_table(config: AMiDConfig, objective: Objective, *, is_sparse: bool = False) -> str:
     """The settings of the objective, as it was at the end, in Markdown."""
     settings = {"objective": config.objective, "divergence": " + ".join(map(_term, objective.terms))}
     if objective.uses_assistant:
@@ -94,7 +94,7 @@ def objective_table(config: AMiDConfig, objective: Objective) -> str:
     shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
     settings |= {name: getattr(config, name) for name in shares}
     settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
-    if config.teacher_is_sparse:
+    if is_sparse:
         settings["teacher_top_k"] = config.teacher_top_k
     if config.pretrain_dataset:
         settings["pretrain_dataset"] = _without_folders(config.pretrain_dataset)

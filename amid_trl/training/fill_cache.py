@@ -29,7 +29,7 @@ def cache_teacher(
     A teacher of which only the likeliest tokens are known is asked for as many as `teacher_top_k` says.
     """
     accelerator, args, teacher = trainer.accelerator, trainer.args, trainer.teacher
-    assert not args.teacher_is_sparse or top_k == args.teacher_top_k
+    assert not teacher.is_sparse or top_k == args.teacher_top_k
     top_k, size = min(top_k, trainer.vocabulary), max(args.per_device_eval_batch_size, teacher.rows_at_once)
     about = CacheAbout(
         teacher=teacher.name,

@@ -101,8 +101,9 @@ def _elements(parameter: nn.Parameter) -> int:
 class MemoryReport(TrainerCallback):
     """Prints the table when training begins; from then on it has the figures for the logs."""
 
-    def __init__(self, run: Run[AMiDConfig], teacher: nn.Module | None):
+    def __init__(self, run: Run[AMiDConfig], teacher: nn.Module | None, *, is_sparse: bool = False):
         self._accelerator, self._teacher, self._vocabulary = run.accelerator, teacher, run.vocabulary
+        self._is_sparse = is_sparse
 
     def on_train_begin(self, args: Any, state, control, **kwargs):
         """Print as transformers prints its logs: what a logger says as `info` is hidden by default."""
@@ -143,7 +144,7 @@ class MemoryReport(TrainerCallback):
     def _chunk(self, args: AMiDConfig) -> tuple[int, str]:
         """The logits of all models that are projected; a teacher without a model of its own has the student's head."""
         models: list[Any] = [self._student]
-        if not args.teacher_is_sparse:
+        if not self._is_sparse:
             models.append(self._student if self._teacher is None else self._teacher)
         unwrapped: list[Any] = [self._accelerator.unwrap_model(model) for model in models]
         with self._accelerator.autocast():

@@ -101,7 +101,7 @@ def open_parts(
         answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
-    sources, objective = WindowSources(run), RunObjective(run)
+    sources, objective = WindowSources(run), RunObjective(run, is_sparse=teacher.is_sparse)
     # Where sources are mixed one curve would show their figures in turn.
     by_source = [f"{name}/{source}" for name in ("objective", "kl") for source in get_args(Source) if sources.mixes]
     train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss", *by_source), run.accelerator.device)
@@ -118,7 +118,7 @@ def open_parts(
         windows=Windows(run, writers, sources, plain_text, train_means, deals=deals),
         balancing=Balancing(run, student, wrapped_student),
         nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
-        memory=MemoryReport(run, teacher_model),
+        memory=MemoryReport(run, teacher_model, is_sparse=teacher.is_sparse),
         unmoved=UnmovedWeights(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
     )

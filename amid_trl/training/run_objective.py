@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from amid_trl.fields import build_schedule
+from amid_trl.fields import build_schedule, without_effect
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.maths.objective import Objective
@@ -16,6 +16,7 @@ from amid_trl.run import Run
 from amid_trl.sources.source import STUDENT_TEXT, Source
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.objective_fields import build_objective, build_student_text_objective
+from amid_trl.training.run_fields import LIKELIEST_ALONE
 
 
 # The fields of Objective that move, by the name of their number in AMiDConfig and in the logs.
@@ -25,12 +26,11 @@ MOVABLE = {"assistant_alpha": "alpha", "assistant_lambda": "lam"}
 class RunObjective:
     """What each window is trained with; `current` is the objective of dataset and teacher text, and of evaluations."""
 
-    def __init__(
-        self,
-        run: Run[AMiDConfig],
-    ):
+    def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False):
         config, accelerator = run.args, run.accelerator
-        self._token_loss = SparseTokenLoss if config.teacher_is_sparse else DistillationTokenLoss
+        if is_sparse:
+            without_effect(config, ("distill_temperature",), LIKELIEST_ALONE)
+        self._token_loss = SparseTokenLoss if is_sparse else DistillationTokenLoss
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
         self._sft_weight = config.sft_weight
