@@ -16,6 +16,10 @@ COMMANDS = {
         "the same work through several objectives, with intervals",
         "amid_trl.comparison.command:compare_runs",
     ),
+    "serve-teacher": (
+        "answer for a teacher, exactly, to trainings",
+        "amid_trl.teacher.command:serve_teacher",
+    ),
     "init-student": ("make a student from some of the teacher's layers", "amid_trl.models.command:init_student"),
     "merge": ("merge a trained adapter into its base model", "amid_trl.models.command:merge"),
 }

@@ -13,6 +13,7 @@ from amid_trl.teacher.adapter import AdapterTeacher
 from amid_trl.teacher.cache import open_cache
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.in_memory import ModelTeacher
+from amid_trl.teacher.remote import open_remote
 from amid_trl.teacher.server import open_server
 
 
@@ -53,5 +54,5 @@ def open_teacher(
     if run.args.teacher_adapter_path is not None:
         return AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
     if run.args.teacher_model_server_url is not None:
-        return open_server(run)
+        return open_remote(run) or open_server(run)
     return open_cache(run, datasets)
