@@ -91,9 +91,8 @@ def _serve(args: Any, key: str | None, place: Any, url: str, folder: Path) -> No
     hosting = Hosting(
         *(args.model, args.revision, args.dtype, args.device_map, bits, args.adapter, args.trust_remote_code)
     )
-    model, tokenizer = load_hosted(hosting)
     bounds = Bounds(args.max_rows, args.max_tokens, args.max_body_bytes, args.pass_tokens)
-    teacher = HostedTeacher(model, tokenizer, bounds)
+    teacher = HostedTeacher(load_hosted(hosting), bounds)
     head = write_head(teacher.head, folder)
     about = teacher.about(hosting, head.stem)
     line = f"{url}: {about.name} in {about.dtype}, vocabulary {about.vocabulary}, dim {about.dim}"

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
@@ -22,8 +22,8 @@ from amid_trl.teacher.exchange import AboutTeacher, Question
 from amid_trl.teacher.loading import bitsandbytes_config
 
 
-# What a configuration says that has no part in what the model computes.
-_NAMES = ("_name_or_path", "transformers_version")
+# What a configuration says that has no part in what the model computes, or that its weights say.
+_UNREAD = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,16 @@ class Bounds:
     pass_tokens: int
 
 
-def load_hosted(hosting: Hosting) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
-    """The teacher as training would load it, and its tokenizer; a ValueError if the loss could not read it."""
+class Loaded(NamedTuple):
+    """A frozen model, the tokenizer beside it, and the model's `identity`."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    identity: str
+
+
+def load_hosted(hosting: Hosting) -> Loaded:
+    """The teacher as training would load it; a ValueError if the loss could not read it."""
     where: Any = {"revision": hosting.revision, "trust_remote_code": hosting.trust_remote_code}
     init_kwargs = {**where, "dtype": hosting.dtype}
     if hosting.device_map is not None:
@@ -67,8 +75,9 @@ def load_hosted(hosting: Hosting) -> tuple[nn.Module, PreTrainedTokenizerBase | 
     stays = getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False)
     if not stays and torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    check_own_logits(freeze(model), "teacher")
-    return model, tokenizer
+    known = identity(freeze(model))
+    check_own_logits(model, "teacher")
+    return Loaded(model, tokenizer, known)
 
 
 def _adapted(model: nn.Module, hosting: Hosting) -> nn.Module:
@@ -87,14 +96,15 @@ def _adapted(model: nn.Module, hosting: Hosting) -> nn.Module:
 class HostedTeacher:
     """A frozen model that gives its last hidden states, those that its head multiplies."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, bounds: Bounds):
-        self._model, self.tokenizer, self.bounds = model, tokenizer, bounds
+    def __init__(self, loaded: Loaded, bounds: Bounds):
+        model, self.tokenizer, self._identity = loaded
+        self.bounds = bounds
         self._base: Any = causal_lm(model)
         self.head = language_model_head(self._base)
         self._positions = common_positions(model)
         self._vocabulary = self._base.config.get_text_config().vocab_size
         ends: Any = (
-            getattr(tokenizer, name, None) if tokenizer is not None else None
+            getattr(self.tokenizer, name, None) if self.tokenizer is not None else None
             for name in ("pad_token_id", "eos_token_id")
         )
         self._pad = next((token for token in ends if token is not None), 0)
@@ -107,7 +117,7 @@ class HostedTeacher:
         return AboutTeacher(
             name=name,
             revision=hosting.revision,
-            identity=identity(self._model),
+            identity=self._identity,
             tokenizer=None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer),
             vocabulary=len(self.head.weight),
             dim=states.shape[1],
@@ -159,10 +169,13 @@ def passes(lengths: list[int], pass_tokens: int) -> Iterator[list[int]]:
 def identity(model: nn.Module) -> str:
     """A hash of all weights and buffers, as they lie in memory, and of the configuration.
 
-    The same for the same checkpoint, loaded in the same way. Weights that a device map has put on disk are read.
+    The same for the same checkpoint, loaded in the same way. Weights that a device map has put on disk are read. Asked
+    before the model has run: bitsandbytes packs 4-bit weights for a CPU then, and its state would be another one.
     """
-    config = json.loads(causal_lm(model).config.to_json_string())
-    hashed = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in _NAMES}).encode())
+    base = causal_lm(model)
+    config = json.loads(base.config.to_json_string())
+    read = {name: value for name, value in config.items() if name not in _UNREAD}
+    hashed = hashlib.sha256(f"{type(base).__name__} {json.dumps(read, sort_keys=True)}".encode())
     for prefix, module in model.named_modules():
         with align_module_device(module):
             for name, tensor in sorted(_own_tensors(module).items()):
