@@ -13,9 +13,6 @@ from amid_trl.models.names import check_adapter_name, check_model_name
 from amid_trl.parser import OneLineParser
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
 # Of one request, and of one pass of the model: option -> (what is used where it is not given, what it says).
 BOUNDS = {
     "--max-rows": (256, "rows of a request"),
@@ -34,7 +31,8 @@ def serve_teacher(argv: Sequence[str]) -> int:
         "--host", default="127.0.0.1", help="likewise (default: 127.0.0.1, for this machine alone); 0.0.0.0 for all"
     )
     parser.add_argument("--revision", help="revision of the teacher on the Hub")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of its weights (default: the checkpoint's)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of its weights (default: the checkpoint's)")
     parser.add_argument("--device-map", help="where its weights lie, as in from_pretrained: a word, or JSON")
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-in-8bit", action="store_true", help="quantise it with bitsandbytes: LLM.int8()")

@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,34 @@ def hosting(
         finally:
             server.should_exit = True
             thread.join()
+
+
+def changing(change: Callable[[str, dict[str, str], bytes], bytes]) -> Callable[[ASGIApp], ASGIApp]:
+    """Meddles with answers: `change` gets path, headers, which it may change, and body, and returns another body."""
+
+    def around(app: ASGIApp) -> ASGIApp:
+        async def meddled(scope, receive, send):
+            starts, body = [], bytearray()
+
+            async def keep(message):
+                if message["type"] == "http.response.start":
+                    starts.append(message)
+                    return
+                body.extend(message.get("body", b""))
+                if message.get("more_body"):
+                    return
+                headers = {name.decode(): value.decode() for name, value in starts[0]["headers"]}
+                sent = change(scope["path"], headers, bytes(body))
+                headers["content-length"] = str(len(sent))
+                encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+                await send({**starts[0], "headers": encoded})
+                await send({"type": "http.response.body", "body": sent})
+
+            await app(scope, receive, keep)
+
+        return meddled
+
+    return around
 
 
 def free_port() -> int:

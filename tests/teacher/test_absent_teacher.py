@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from observe import logged, weights
+from observe import logged, same_runs, weights
 from server import HANG_UP, serving
 from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
@@ -58,14 +58,6 @@ def run(tmp_path, tokenizer):
         return trainer
 
     return train
-
-
-def same_runs(trainer, reference, rel=1e-5):
-    for name in ("loss", "grad_norm", "kl", "teacher_entropy", "top1_agreement", "nll", "eval_loss", "eval_kl"):
-        assert logged(trainer, name) == pytest.approx(logged(reference, name), rel=rel), name
-    want = weights(reference.model)
-    for name, mine in weights(trainer.model).items():
-        torch.testing.assert_close(mine, want[name], rtol=rel, atol=1e-6)
 
 
 # ---- A server ----

@@ -37,12 +37,6 @@ HTTP = urllib3.PoolManager(retries=False)
 LENGTHS = [(5, 3), (1, 9), (7, 1), (2, 2), (4, 0), (5, 3)]
 
 
-@pytest.fixture(autouse=True)
-def heads(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "amid_trl" / "heads"
-
-
 def batch_of(lengths=LENGTHS, seed: int = 0, least: int = 3):
     """Rows of so many tokens of prompt and completion; in the one without a completion nothing is trained."""
     draw = torch.Generator().manual_seed(seed)
