@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def serve_teacher(argv: Sequence[str]) -> int:
     with bind(args.host, args.port) as place, tempfile.TemporaryDirectory() as folder:
         signal.signal(signal.SIGTERM, _end)
         if key is None and not is_loopback(place):
-            print("amid-trl serve-teacher: no AMID_TRL_API_KEY: whoever reaches the port may ask", flush=True)
+            print("amid-trl serve-teacher: no AMID_TRL_API_KEY: whoever reaches the port may ask", file=sys.stderr)
         _serve(args, key, place, url_of(place), Path(folder))
     return 0
 

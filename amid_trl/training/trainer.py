@@ -191,6 +191,7 @@ class AMiDTrainer(GKDTrainer):
         self.objective = self._parts.objective.advance(step / steps)
         window = self._windows.window(batches, step, steps, self._prepare_inputs)
         self._parts.window = window = self._parts.balancing(window)
+        self._parts.teacher.expect(window.batches)
         return window.batches, self._get_num_items_in_batch(window.batches, device)
 
     # ---- The loss ----

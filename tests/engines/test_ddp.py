@@ -50,6 +50,12 @@ def test_each_process_holds_all_of_both_models(two, one):
     engines.assert_held(two, one, 1.0, CASES)
 
 
+def test_a_teacher_on_another_machine_is_the_teacher_in_memory(two, one):
+    for rank in two.ranks["student's text, remote teacher"]:
+        engines.assert_equal_figures(rank, one("student's text")[0])
+        engines.assert_equal_weights(two.folder / "student's text, remote teacher", one("student's text")[1])
+
+
 @pytest.mark.parametrize("case", ["student's text", "student's text, lora"])
 def test_ranks_stop_at_different_lengths(two, case):
     engines.assert_ranks_stop_at_different_lengths(two, case)

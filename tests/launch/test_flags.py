@@ -41,6 +41,7 @@ UNREAD = {
 HELP = [
     *(["--help"], ["train", "--help"], ["train", "-h"], ["train", "--help-all"], ["cache-teacher", "--help"]),
     *(["evaluate", "--help"], ["compare", "--help"], ["init-student", "--help"], ["merge", "--help"]),
+    ["serve-teacher", "--help"],
 ]
 # Packages that a machine may have, without which these are mistakes.
 ABSENT = ("vllm", "liger_kernel", "trackio", "lm_eval")

@@ -1,5 +1,6 @@
 """`amid-trl serve-teacher` for tests: its app in a thread, its command in a process, and a wire that can be cut."""
 
+import math
 import socket
 import threading
 import time
@@ -125,14 +126,17 @@ def wait_for(port: int, process: Forked) -> None:
 
 
 class Wire:
-    """A TCP connection to a port that counts what goes over it in both directions, and lets nothing through if cut."""
+    """A TCP connection to a port that counts the bytes in both directions, and lets nothing through if it is cut.
+
+    It is cut for a moment once it has `received` as many bytes as `breaks_at`.
+    """
 
     def __init__(self, port: int):
         self._to, self._place = port, socket.create_server(("127.0.0.1", 0))
         self.port = self._place.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.sent = self.received = 0
-        self.is_cut = False
+        self.is_cut, self.breaks_at = False, math.inf
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -165,6 +169,9 @@ class Wire:
         try:
             while data := source.recv(2**16):
                 setattr(self, direction, getattr(self, direction) + len(data))
+                if self.received >= self.breaks_at:
+                    self.breaks_at = math.inf
+                    break
                 target.sendall(data)
         except OSError:
             pass
