@@ -97,8 +97,8 @@ class RemoteTeacher:
         window: dict[bytes, _Request] = {}
         for batch in batches:
             rows = self._rows(batch)
-            window |= {key: pending[key] for key in rows if key in pending}
-            window |= self._begin(row for key, row in rows.items() if key not in window)
+            window |= {row.key: pending[row.key] for row in rows if row.key in pending}
+            window |= self._begin(row for row in rows if row.key not in window)
         forgotten, *kept = [*self._expected, window]
         self._expected = kept
         for request in {*forgotten.values()} - {request for window in kept for request in window.values()}:
@@ -107,8 +107,8 @@ class RemoteTeacher:
     def __call__(self, batch: Batch) -> States:
         """The states at the trained tokens, rows one after the other, with the head."""
         rows = self._rows(batch)
-        begun = {key: request for key in rows if (request := self._taken(key)) is not None}
-        requests = begun | self._begin(row for key, row in rows.items() if key not in begun)
+        begun = {row.key: request for row in rows if (request := self._taken(row.key)) is not None}
+        requests = begun | self._begin(row for row in rows if row.key not in begun)
         found: dict[bytes, Tensor] = {}
         try:
             for request in dict.fromkeys(requests.values()):
@@ -118,7 +118,7 @@ class RemoteTeacher:
                 request.cancel()
             self._expected = [{}, {}]
             raise
-        parts = [found[key] for key in self._keys(batch) if key in found]
+        parts = [found[row.key] for row in rows]
         dtype = getattr(torch, self._about.dtype)
         hidden = torch.cat(parts) if parts else torch.empty(0, self._about.dim, dtype=dtype)
         return States(hidden.to(self._head.weight.device), self._head)
@@ -127,25 +127,21 @@ class RemoteTeacher:
         requests = [window.pop(key, None) for window in self._expected]
         return next((request for request in requests if request is not None), None)
 
-    def _keys(self, batch: Batch) -> list[bytes]:
-        return [row_key(ids, labels) for ids, labels in unpadded_rows(batch)]
-
-    def _rows(self, batch: Batch) -> dict[bytes, _Row]:
-        """Those of which something is trained, each once."""
+    def _rows(self, batch: Batch) -> list[_Row]:
+        """Those of which something is trained, in order."""
         if self._renamed.names:
             self._renamed.check(batch["input_ids"][batch["attention_mask"].bool()])
-        rows: dict[bytes, _Row] = {}
+        rows = []
         for ids, labels in unpadded_rows(batch):
             asked = torch.cat([labels[1:] != UNTRAINED, torch.tensor([False])])  # a state predicts what follows
             if asked.any():
-                key = row_key(ids, labels)
-                rows[key] = _Row(key, ids, asked)
+                rows.append(_Row(row_key(ids, labels), ids, asked))
         return rows
 
     def _begin(self, rows: Iterable[_Row]) -> dict[bytes, _Request]:
-        """Requests for the rows, by their keys."""
+        """Requests for the rows, each once, by their keys."""
         requests: dict[bytes, _Request] = {}
-        for some in self._portions(rows):
+        for some in self._portions({row.key: row for row in rows}.values()):
             unwanted = threading.Event()
             request = _Request(self._threads.submit(self._ask, some, unwanted), unwanted)
             requests |= {row.key: request for row in some}
