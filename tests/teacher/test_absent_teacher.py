@@ -81,6 +81,12 @@ def test_a_server_that_gives_the_whole_vocabulary_is_the_teacher_in_memory(run, 
     assert logged(served, "eval_teacher_tail_mass") == [0.0]
 
 
+def test_a_temperature_is_refused_when_the_server_has_said_that_it_gives_lists(run, teacher):
+    refused = "distill_temperature has no effect on a teacher of which only the likeliest tokens are known"
+    with serving(teacher) as server, pytest.raises(ValueError, match=refused):
+        run(teacher_model_server_url=server.url, teacher_top_k=8, distill_temperature=2.0)
+
+
 def test_what_the_server_leaves_out_is_logged_and_kl_is_a_lower_bound(run, teacher):
     with serving(teacher) as server:
         served = run(
