@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
-PROTOCOL = 1
+PROTOCOL = 1  # another one after any change of what is said
 
 
 ABOUT_PATH = "/amid-trl/teacher"
