@@ -142,8 +142,8 @@ def together(runs: list[Record]) -> Record:
     }
 
 
-def build(trainer: str, mode: str, checkpointing: bool, steps: int, models: Path, folder: str) -> Trainer:
-    """The trainer, with its library's default for whatever the work does not fix."""
+def build(trainer: str, mode: str, checkpointing: bool, steps: int, models: Path, folder: str, **more: Any) -> Trainer:
+    """The trainer, with its library's default for whatever the work and `more` settings do not fix."""
     teacher, tokenizer = load_teacher(models)
     settings = {
         "output_dir": folder,
@@ -160,6 +160,7 @@ def build(trainer: str, mode: str, checkpointing: bool, steps: int, models: Path
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        **more,
     }
     if trainer == TRL:
         trainer_class, config = GKDTrainer, GKDConfig(**settings)

@@ -194,7 +194,7 @@ def test_the_notebook_is_stored_with_what_a_run_has_shown(request):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_notebook_runs(request, tmp_path, monkeypatch):
     """All of it in a real kernel, on the real model, with a small budget."""
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -202,7 +202,7 @@ def test_the_notebook_runs(request, tmp_path, monkeypatch):
     [parameters] = [cell for cell in stored.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = f"STEPS, QUESTIONS_ANSWERED, ANSWER_TOKENS, FOLDER = 4, 2, 4, {str(tmp_path)!r}"
     examples = {"metadata": {"path": str(request.config.rootpath / "examples")}}
-    NotebookClient(stored, timeout=800, kernel_name="python3", resources=examples).execute()
+    NotebookClient(stored, timeout=1700, kernel_name="python3", resources=examples).execute()
     shown = outputs(stored.cells)
     assert "stopped in step 3 of 4" in shown and "2 of 2 answers of the saved student" in shown
     before, after = map(float, re.search(r"([\d.]+) nats a token before, ([\d.]+) after", shown).groups())

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from amid_trl.data.rows import UNTRAINED, DataSettings, Row, tokens_row
 Batch = dict[str, Tensor]
 
 ROW_COLUMNS = ("input_ids", "labels", "prompt_ids")
+# Of a row whose teacher reads another prompt before the same completion.
+TEACHER_COLUMNS = tuple(f"teacher_{name}" for name in ROW_COLUMNS)
+PREFIXES = ("", "teacher_")
 
 
 def pad_rows(
@@ -43,13 +46,39 @@ def unpadded(rows: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[seen] for row, seen in zip(rows, mask.bool(), strict=True)]
 
 
+class PromptTokens(NamedTuple):
+    """What a completion is written for; `teacher_ids` is what the teacher reads before it, None for the same."""
+
+    ids: Tensor
+    teacher_ids: Tensor | None = None
+
+    def read_by(self, teacher: bool) -> Tensor:
+        """What the teacher, or else the student, reads."""
+        return self.ids if self.teacher_ids is None or not teacher else self.teacher_ids
+
+
+class TokenRow(NamedTuple):
+    """A row without padding: token ids, labels and prompt; `teacher_ids` and `teacher_labels` are the teacher's row.
+
+    The two rows have the same trained tokens behind prompts of their own. None: the teacher reads the same row.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    prompt: PromptTokens
+    teacher_ids: Tensor | None = None
+    teacher_labels: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class DistillationCollator:
     """Prepared rows -> the batch of GKDTrainer.
 
     `input_ids`, `attention_mask`, `labels` are (rows, tokens) and padded on the right, `prompts` and
-    `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns. A row that was not
-    prepared here, without `prompt_ids`, is read as `tokens_row` does.
+    `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns. Rows with a
+    `teacher_prompt_ids` add `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, `teacher_prompts` and
+    `teacher_prompt_attention_mask` likewise. A row that was not prepared here, without `prompt_ids`, is read as
+    `tokens_row` does.
     """
 
     pad_token_id: int
@@ -57,36 +86,66 @@ class DistillationCollator:
 
     def __call__(self, rows: Iterable[Row]) -> Batch:
         rows = [row if "prompt_ids" in row else tokens_row(row, DataSettings()) for row in rows]
-        ids, labels, prompts = ([torch.as_tensor(row[name], dtype=torch.long) for row in rows] for name in ROW_COLUMNS)
-        return _batch(ids, labels, prompts, self.pad_token_id, self.pad_to_multiple_of)
+        return _batch([_token_row(row) for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+
+
+def _token_row(row: Row) -> TokenRow:
+    own, teachers = (
+        [None if row.get(name) is None else torch.as_tensor(row[name], dtype=torch.long) for name in names]
+        for names in (ROW_COLUMNS, TEACHER_COLUMNS)
+    )
+    ids, labels, prompt = cast(list[Tensor], own)
+    return TokenRow(ids, labels, PromptTokens(prompt, teachers[2]), *teachers[:2])
 
 
 def completion_batch(
-    prompts: Sequence[Tensor], completions: Sequence[Tensor], pad_token_id: int, pad_to_multiple_of: int | None = None
+    prompts: Sequence[PromptTokens],
+    completions: Sequence[Tensor],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
 ) -> Batch:
     """The same batch from prompts and the completions generated for them, both without padding.
 
     All of a completion is trained, with its EOS if it has one, and nothing of the prompt.
     """
-    input_ids = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
-    labels = [
-        torch.cat([torch.full_like(prompt, UNTRAINED), completion])
+    rows = [
+        TokenRow(*_completed(prompt.ids, completion), prompt, *_completed(prompt.teacher_ids, completion))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return _batch(input_ids, labels, prompts, pad_token_id, pad_to_multiple_of)
+    return _batch(rows, pad_token_id, pad_to_multiple_of)
 
 
-def window_prompts(batches: Sequence[Batch], writer: str) -> list[Tensor]:
+def _completed(prompt: Tensor | None, completion: Tensor) -> tuple[Any, Any]:
+    """Token ids and labels of a prompt and its completion; None of no prompt."""
+    if prompt is None:
+        return None, None
+    return torch.cat([prompt, completion]), torch.cat([torch.full_like(prompt, UNTRAINED), completion])
+
+
+def window_prompts(batches: Sequence[Batch], writer: str) -> list[PromptTokens]:
     """The prompts of a window's rows, which `writer` continues: without padding, in order."""
     if not all("prompts" in batch and batch["prompt_attention_mask"].any(-1).all() for batch in batches):
         raise ValueError(
             f"the {writer} writes this window, but the data_collator's batches have no `prompts` and "
             "`prompt_attention_mask`, or a row without a prompt"
         )
-    return [ids.cpu() for batch in batches for ids in unpadded(batch["prompts"], batch["prompt_attention_mask"])]
+    return [prompt for batch in batches for prompt in _prompts({name: x.cpu() for name, x in batch.items()})]
 
 
-def several_each(prompts: Sequence[Tensor], times: int) -> list[Tensor]:
+def _prompts(batch: Batch) -> Iterator[PromptTokens]:
+    return map(
+        PromptTokens, *(_optional(batch, prefix + "prompts", prefix + "prompt_attention_mask") for prefix in PREFIXES)
+    )
+
+
+def _optional(batch: Batch, name: str, mask: str) -> Iterable[Tensor | None]:
+    """The rows of a column without padding, or None for each row of a batch that has no such column."""
+    if name not in batch:
+        return [None] * len(batch["input_ids"])
+    return unpadded(batch[name], batch[mask])
+
+
+def several_each(prompts: Sequence[PromptTokens], times: int) -> list[PromptTokens]:
     """As many prompts, but only every `times`-th of them, that often in a row."""
     return [prompts[i - i % times] for i in range(len(prompts))]
 
@@ -96,30 +155,32 @@ def deal_by_length(batches: Sequence[Batch], pad_token_id: int, pad_to_multiple_
 
     For a loss that is a sum over the rows of all these batches, as over an optimizer step, nothing else changes.
     """
-    rows = [row for batch in batches for row in _without_padding(batch)]
-    rows.sort(key=lambda row: len(row[0]))
-    rest, dealt = iter(rows), []
-    for batch in batches:
-        ids, labels, prompts = zip(*islice(rest, len(batch["input_ids"])), strict=True)
-        dealt.append(_batch(ids, labels, prompts, pad_token_id, pad_to_multiple_of))
-    return dealt
+    rows = [row for batch in batches for row in _token_rows(batch)]
+    rows.sort(key=lambda row: len(row.ids))
+    rest = iter(rows)
+    return [_batch([*islice(rest, len(batch["input_ids"]))], pad_token_id, pad_to_multiple_of) for batch in batches]
 
 
-def _without_padding(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Token ids, labels and prompt of every row."""
+def _token_rows(batch: Batch) -> Iterator[TokenRow]:
     ids, labels = (unpadded(batch[name], batch["attention_mask"]) for name in ("input_ids", "labels"))
-    return zip(ids, labels, unpadded(batch["prompts"], batch["prompt_attention_mask"]), strict=True)
+    teachers = (_optional(batch, name, "teacher_attention_mask") for name in ("teacher_input_ids", "teacher_labels"))
+    return map(TokenRow, ids, labels, _prompts(batch), *teachers)
 
 
-def _batch(
-    input_ids: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    prompts: Sequence[Tensor],
-    pad_token_id: int,
-    multiple_of: int | None,
+def _batch(rows: Sequence[TokenRow], pad_token_id: int, multiple_of: int | None) -> Batch:
+    own = _padded([row[:2] for row in rows], [row.prompt.ids for row in rows], pad_token_id, multiple_of)
+    if any(row.teacher_ids is None for row in rows):
+        return own
+    theirs: Any = [(row.teacher_ids, row.teacher_labels) for row in rows]
+    teachers = _padded(theirs, [cast(Tensor, row.prompt.teacher_ids) for row in rows], pad_token_id, multiple_of)
+    return {**own, **{f"teacher_{name}": tensor for name, tensor in teachers.items()}}
+
+
+def _padded(
+    rows: Sequence[tuple[Tensor, Tensor]], prompts: Sequence[Tensor], pad_token_id: int, multiple_of: int | None
 ) -> Batch:
-    ids, mask = pad_rows(input_ids, pad_token_id, multiple_of=multiple_of)
-    padded_labels, _ = pad_rows(labels, UNTRAINED, multiple_of=multiple_of)
+    ids, mask = pad_rows([ids for ids, _ in rows], pad_token_id, multiple_of=multiple_of)
+    padded_labels, _ = pad_rows([labels for _, labels in rows], UNTRAINED, multiple_of=multiple_of)
     prompt_ids, prompt_mask = pad_rows(prompts, pad_token_id, side="left")
     return {
         "input_ids": ids,
@@ -128,6 +189,13 @@ def _batch(
         "prompts": prompt_ids,
         "prompt_attention_mask": prompt_mask,
     }
+
+
+def teachers_view(batch: Batch) -> Batch:
+    """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any."""
+    if "teacher_input_ids" not in batch:
+        return batch
+    return {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
 
 
 def trained_targets(batch: Batch) -> Tensor:

@@ -37,11 +37,12 @@ from typing import Any, Literal
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.data.batches import ROW_COLUMNS
+from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS
 from amid_trl.data.conversations import conversation_row
 from amid_trl.data.rendering import training_template
 from amid_trl.data.reports import StreamReport, noted, said_of
 from amid_trl.data.rows import BAD, DROPPED, NO_ANSWER, BadRow, DataSettings, Row, fit, text_row, tokens_row
+from amid_trl.data.teacher_prompts import has_teacher_prompts, with_teachers_row
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ NOTED = Features(
         "number": Value("int64"),
     }
 )
-FEATURES = Features({**{name: List(Value("int64")) for name in ROW_COLUMNS}, **NOTED})
+IDS = List(Value("int64"))
+FEATURES = Features({**dict.fromkeys(ROW_COLUMNS, IDS), **NOTED})
+WITH_TEACHERS = Features({**FEATURES, **dict.fromkeys(TEACHER_COLUMNS, IDS)})
 
 
 Format = Literal["tokens", "messages", "prompt", "text"]
@@ -105,6 +108,7 @@ def prepare_dataset(
         tokenizer=tokenizer,
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
+        teachers=has_teacher_prompts(columns, settings),
     )
     if isinstance(plain, IterableDataset):
         prepared, reasons, said = _prepare_stream(plain, make_row, columns, settings, name)
@@ -129,7 +133,7 @@ def _prepare_rows(
         make_row,
         with_indices=True,
         remove_columns=[column for column in dataset.column_names if column not in stays],
-        features=Features({**FEATURES, **{column: dataset.features[column] for column in stays}}),
+        features=Features({**_features(make_row), **{column: dataset.features[column] for column in stays}}),
         num_proc=settings.num_proc,
         desc=f"Tokenizing {name} dataset",
     ).with_format(None)
@@ -141,7 +145,8 @@ def _prepare_rows(
         return None, set(found) & DROPPED, f"no row can be used. {said}"
     if said:
         logger.warning(said)
-    if set(ROW_COLUMNS) <= set(columns) <= {*ROW_COLUMNS, *stays} and not found and not _is_transformed(dataset):
+    made = {*ROW_COLUMNS, *(TEACHER_COLUMNS if make_row.keywords["teachers"] else ())}
+    if made <= set(columns) <= {*made, *stays} and not found and not _is_transformed(dataset):
         return dataset, set(), said
     rows = rows.remove_columns(list(NOTED))
     return rows if len(kept) == len(rows) else rows.select(kept), set(), said
@@ -150,13 +155,17 @@ def _prepare_rows(
 def _prepare_stream(
     dataset: IterableDataset, make_row: partial[dict[str, Any]], columns: list[str], settings: DataSettings, name: str
 ) -> Prepared:
-    rows = dataset.map(make_row, with_indices=True, remove_columns=columns, features=FEATURES)
+    rows = dataset.map(make_row, with_indices=True, remove_columns=columns, features=_features(make_row))
     keep = StreamReport(name, settings)
     if not any(map(keep, islice(rows, STREAM_ROWS_TRIED))):
         found = keep.seen
         said = f"none of the first {STREAM_ROWS_TRIED} rows of the {name} dataset can be used"
         return None, set(found) & DROPPED, f"{said}. {said_of(name, settings, found)}"
     return rows.filter(keep).remove_columns(list(NOTED)), set(), ""
+
+
+def _features(make_row: partial[dict[str, Any]]) -> Features:
+    return WITH_TEACHERS if make_row.keywords["teachers"] else FEATURES
 
 
 def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
@@ -264,13 +273,19 @@ def _noted_row(
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     settings: DataSettings,
+    teachers: bool,
 ) -> dict[str, Any]:
     words = ""
     try:
         row, notes = _row(example, format, tokenizer, template, settings)
         cut, fitting = fit(row, settings)
+        if teachers and DROPPED.isdisjoint(fitting):
+            cut, said = with_teachers_row(example, cut, tokenizer, settings)
+            fitting += said
+        elif teachers:
+            cut |= {column: [] for column in TEACHER_COLUMNS}
     except BadRow as error:
-        row = cut = {column: [] for column in ROW_COLUMNS}
+        row = cut = {column: [] for column in (*ROW_COLUMNS, *(TEACHER_COLUMNS if teachers else ()))}
         notes, fitting, words = [BAD], [], str(error)
     lengths = {"tokens": len(row["input_ids"]), "prompt_tokens": len(row["prompt_ids"])}
     return {**cut, **lengths, "notes": [*notes, *fitting], "words": words, "number": number}

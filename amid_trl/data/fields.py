@@ -14,6 +14,11 @@ class DataFields(Fields):
         "all", "Which turns of a conversation are trained: all assistant turns, or the last one, as GKD does."
     )
     chat_template_kwargs: JSON = option(None, 'Passed to the chat template, e.g. {"enable_thinking": false}.')
+    teacher_chat_template_kwargs: JSON = option(
+        None,
+        "Passed to the chat template besides for the prompt that the teacher reads, the column teacher_prompt or else "
+        "the student's.",
+    )
     pretrain_dataset: str | None = option(
         None,
         "Name or path of a dataset of plain text whose train split is streamed beside the distillation. Its column "

@@ -12,6 +12,7 @@ from amid_trl.data.rows import (
     DROPPED,
     EMPTY_THOUGHT,
     LONG_PROMPT,
+    LONG_TEACHER_PROMPT,
     MESSAGE_LEFT_OUT,
     NO_ANSWER,
     NO_CONTEXT,
@@ -43,6 +44,8 @@ REPORTS = {
     NO_ROOM: "{rows} dropped: prompt leaves no room for the completion within max_length={settings.max_length}",
     NO_PROMPT: "{rows} dropped: no prompt to generate from",
     LONG_PROMPT: "{rows} dropped: prompt longer than {settings.prompt_budget} tokens ({settings.budget_is})",
+    LONG_TEACHER_PROMPT: "{rows} dropped: the teacher's prompt leaves no room for the completion in the models' "
+    "{settings.positions} positions",
     REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow: a row for each "
     "answer trains them all, and so do {{% generation %}} markers in the template where the turn itself stays",
     NOT_SHOWN: UNTRAINED_TURN + "the chat template renders its context differently once it is answered, and does not "

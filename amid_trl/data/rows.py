@@ -22,6 +22,7 @@ NO_ANSWER = "no answer"
 NO_ROOM = "no room"
 NO_PROMPT = "no prompt"
 LONG_PROMPT = "long prompt"
+LONG_TEACHER_PROMPT = "long teacher prompt"
 REWRITTEN = "rewritten"
 NOT_SHOWN = "not shown"
 NO_CONTEXT = "no context"
@@ -35,7 +36,7 @@ OTHER_CONTEXT = "other context"
 TOOLS_IGNORED = "tools ignored"
 MESSAGE_LEFT_OUT = "message left out"
 
-DROPPED = {BAD, NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT}
+DROPPED = {BAD, NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT, LONG_TEACHER_PROMPT}
 
 
 class BadRow(ValueError):
@@ -55,6 +56,9 @@ class DataSettings:
         completion_only_loss: False trains the prompt of `prompt`/`completion` rows too; True refuses text without one.
         text_field: name of the text column.
         chat_template_kwargs: passed to the chat template; a row's own column of that name wins.
+        teacher_chat_template_kwargs: passed besides where the teacher's prompt is rendered.
+        positions: the longest row that both models read; None without a bound.
+        teacher_room: tokens that may be written behind the teacher's prompt in a run that generates.
         eos_token_ids: tokens that end a turn besides the tokenizer's EOS (those of the model's generation config).
         formatting_func: row -> text; not applied to a dataset that is tokenised already.
         num_proc: processes that tokenise a `Dataset`.
@@ -71,6 +75,9 @@ class DataSettings:
     completion_only_loss: bool | None = None
     text_field: str = "text"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    teacher_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    positions: int | None = None
+    teacher_room: int = 0
     eos_token_ids: tuple[int, ...] = ()
     formatting_func: Callable[[dict[str, Any]], str] | None = None
     num_proc: int | None = None
@@ -97,12 +104,13 @@ def fit(row: Row, settings: DataSettings) -> tuple[Row, list[str]]:
         return cut, [NO_PROMPT]
     if settings.generates and settings.prompt_budget is not None and prompt_length > settings.prompt_budget:
         return cut, [LONG_PROMPT]
-    if settings.trains_on_dataset and not _is_trained(cut["labels"]):
-        return cut, [NO_ROOM if _is_trained(row["labels"]) else NO_ANSWER]
+    if settings.trains_on_dataset and not is_trained(cut["labels"]):
+        return cut, [NO_ROOM if is_trained(row["labels"]) else NO_ANSWER]
     return cut, [CUT] if len(cut["input_ids"]) < len(row["input_ids"]) else []
 
 
-def _is_trained(labels: list[int]) -> bool:
+def is_trained(labels: list[int]) -> bool:
+    """Whether any token is trained."""
     # No logit predicts the first token.
     return any(label != UNTRAINED for label in labels[1:])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from amid_trl.data.batches import completion_batch
+from amid_trl.data.batches import PromptTokens, completion_batch
 from amid_trl.evaluation import harness
 from amid_trl.evaluation import sets as evaluation_sets
 from amid_trl.evaluation.figures import row_figures
@@ -139,7 +139,8 @@ def _reference_figures(models: EvaluationModels, rows: Sequence[EncodedExample],
     """Sums over the tokens of each row's reference."""
     parts = []
     for batch in tqdm(batches, desc="references", unit="batch"):
-        padded = completion_batch([rows[i].context for i in batch], [rows[i].reference for i in batch], models.pad)
+        prompts = [PromptTokens(rows[i].context) for i in batch]
+        padded = completion_batch(prompts, [rows[i].reference for i in batch], models.pad)
         parts.append(row_figures(models.student, models.teacher, padded, models.vocabulary))
     by_length = torch.cat([part.columns for part in parts])
     columns = torch.empty_like(by_length)
@@ -189,7 +190,7 @@ def _completions(
     ]
     if models.teacher is None:
         return records
-    padded = completion_batch(prompts, completions, models.pad)
+    padded = completion_batch([PromptTokens(ids) for ids in prompts], completions, models.pad)
     nll = row_figures(models.teacher, None, padded, models.vocabulary)["nll"]
     return [record | {"teacher_nll": value} for record, value in zip(records, nll.tolist(), strict=True)]
 

@@ -12,7 +12,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     folder = training_args.teacher_cache
     with train.before_training():
         train.require_cache(training_args)
-        training_args.teacher_cache = None
+        training_args.teacher_cache_states |= training_args.teacher_cache_fill
+        training_args.teacher_cache, training_args.teacher_cache_fill = None, False
         trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     try:
         cache_teacher(trainer, folder, training_args.teacher_top_k, training_args.teacher_cache_dtype)

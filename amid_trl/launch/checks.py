@@ -93,7 +93,7 @@ def check_run(config: Any, model_args: Any, command: str) -> None:
         if given and not os.path.exists(given) and not HUB_NAME.fullmatch(given):
             raise ValueError(f"{name}: {given} is neither there nor a name on the Hub")
     if command == "train":
-        if config.teacher_cache is not None and not os.path.isdir(config.teacher_cache):
+        if config.reads_cache and not os.path.isdir(config.teacher_cache):
             raise ValueError(f"teacher_cache: there is no folder {config.teacher_cache}")
         _check_checkpoint(config)
     check_teacher_given(config, command)

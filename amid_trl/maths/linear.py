@@ -49,6 +49,10 @@ class Head:
             return self
         return Head(self.weight[:vocab], None if self.bias is None else self.bias[:vocab], self.finish)
 
+    def to(self, device: torch.device) -> "Head":
+        """The head there."""
+        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device), self.finish)
+
     @property
     def product_dtype(self) -> torch.dtype:
         """The weight's, or what autocast gives its product where it is on."""

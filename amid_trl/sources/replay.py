@@ -11,8 +11,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from amid_trl.data.batches import PromptTokens
 
-Pair = tuple[Tensor, Tensor]
+
+Pair = tuple[PromptTokens, Tensor]
 
 
 class ReplayBuffer:
@@ -32,11 +34,12 @@ class ReplayBuffer:
         """Whether the next row makes the oldest one leave."""
         return len(self._rows) == self._rows.maxlen
 
-    def add(self, prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> None:
+    def add(self, prompts: Sequence[PromptTokens], completions: Sequence[Tensor]) -> None:
         """Append rows, the newest last."""
-        self._rows.extend([(_own(prompt), _own(text)) for prompt, text in zip(prompts, completions, strict=True)])
+        own = (PromptTokens(_own(ids), None if read is None else _own(read)) for ids, read in prompts)
+        self._rows.extend([(prompt, _own(text)) for prompt, text in zip(own, completions, strict=True)])
 
-    def sample(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    def sample(self, count: int) -> tuple[list[PromptTokens], list[Tensor]]:
         """Prompts and completions of `count` different rows, all equally likely; ValueError if there are fewer."""
         if count > len(self):
             raise ValueError(f"the replay buffer holds {len(self)} rows; {count} were asked for")
@@ -77,13 +80,24 @@ def _own(ids: Tensor) -> Tensor:
 
 
 def _packed(rows: Sequence[Pair]) -> dict[str, Tensor]:
-    """All tokens in a row, `ids`, and the lengths of prompts and completions, (rows, 2)."""
-    parts = [part for row in rows for part in row]
-    lengths = torch.tensor([len(part) for part in parts], dtype=torch.long)
+    """All tokens in a row, `ids`, and the lengths of prompts and completions, (rows, 2).
+
+    With prompts of the teacher's (rows, 3): theirs come last, and have -1 tokens where the teacher reads the same.
+    """
+    several = any(prompt.teacher_ids is not None for prompt, _ in rows)
+    parts = [(prompt.ids, text, *([prompt.teacher_ids] if several else [])) for prompt, text in rows]
+    lengths = [[-1 if part is None else len(part) for part in row] for row in parts]
+    there = [part for row in parts for part in row if part is not None]
     # The empty tensor in front, because nothing at all cannot be concatenated.
-    return {"ids": torch.cat([lengths[:0], *parts]), "lengths": lengths.view(-1, 2)}
+    ids = torch.cat([torch.tensor([], dtype=torch.long), *there])
+    return {"ids": ids, "lengths": torch.tensor(lengths, dtype=torch.long).view(-1, 3 if several else 2)}
 
 
 def _unpacked(state: Mapping[str, Tensor]) -> list[Pair]:
-    parts = iter([_own(part) for part in state["ids"].split(state["lengths"].flatten().tolist())])
-    return list(zip(parts, parts, strict=True))
+    lengths = state["lengths"]
+    parts = iter(state["ids"].split(lengths.clamp(min=0).flatten().tolist()))
+    rows = []
+    for _, _, *teacher in lengths.tolist():
+        ids, text, *read = (_own(next(parts)) for _ in range(lengths.shape[1]))
+        rows.append((PromptTokens(ids, read[0] if teacher and teacher[0] >= 0 else None), text))
+    return rows

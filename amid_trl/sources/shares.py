@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amid_trl.data.batches import PromptTokens
 from amid_trl.fields import build_schedule
 from amid_trl.maths.schedules import AdaptiveShare
 from amid_trl.run import Run
 from amid_trl.sources.fields import SourceFields
 from amid_trl.sources.replay import ReplayBuffer, deal
-from amid_trl.sources.source import FRESH_PARTS, Source, next_source, replay_seed, window_draw
+from amid_trl.sources.source import DATASET_TEXT, FRESH_PARTS, Source, next_source, replay_seed, window_draw
 
 
 class WindowSources:
@@ -29,29 +30,37 @@ class WindowSources:
 
     def choose(self, step: int, steps: int) -> Source:
         """The source of window `step` of `steps`; all processes have to ask."""
-        u = window_draw(self._config.seed, step, self._config.sampling_block_size)
         if self._adaptive is None:
             self._lmbda = self._schedule(step / steps)
-            return next_source(u, lmbda=self._lmbda, seq_kd=self._config.seq_kd)
+            return self._by_share(step, self._lmbda)
         return next_source(
-            u,
+            window_draw(self._config.seed, step, self._config.sampling_block_size),
             lmbda=self._adaptive.threshold,
             seq_kd=self._config.seq_kd,
             fresh_part=FRESH_PARTS[self._config.replay_share]((step + 1) / steps),  # DistiLLM counts this window too
             buffer_full=self._full_everywhere(),
         )
 
+    def _by_share(self, step: int, lmbda: float) -> Source:
+        u = window_draw(self._config.seed, step, self._config.sampling_block_size)
+        return next_source(u, lmbda=lmbda, seq_kd=self._config.seq_kd)
+
+    def will_read_dataset(self, step: int, steps: int) -> bool:
+        """Whether it is known beforehand that window `step` has the dataset's text; an adaptive share may move."""
+        known = self._adaptive is None and step < steps
+        return known and self._by_share(step, self._schedule(step / steps)) in DATASET_TEXT
+
     def _full_everywhere(self) -> bool:
         full = torch.tensor(float(self._replay.full), device=self._accelerator.device)
         share: Any = self._accelerator.reduce(full, reduction="mean")
         return share.item() == 1
 
-    def remember(self, prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> None:
+    def remember(self, prompts: Sequence[PromptTokens], completions: Sequence[Tensor]) -> None:
         """Keep what the student has just written, if it may be replayed."""
         if self._adaptive is not None:
             self._replay.add(prompts, completions)
 
-    def replayed(self, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+    def replayed(self, rows: int) -> tuple[list[PromptTokens], list[Tensor]]:
         """Prompts and completions of earlier windows."""
         return self._replay.sample(rows)
 

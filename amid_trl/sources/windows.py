@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amid_trl.data.batches import Batch, completion_batch, deal_by_length, several_each, window_prompts
+from amid_trl.data.batches import Batch, PromptTokens, completion_batch, deal_by_length, several_each, window_prompts
 from amid_trl.data.plain_text import PlainText
 from amid_trl.maths.balance import Routing, balance_loss, routing
 from amid_trl.maths.means import Means
@@ -108,7 +108,8 @@ class Windows:
             prompts = window_prompts(batches, writer=source)
             if source == "student":
                 prompts = several_each(prompts, self._num_generations)
-            completions = self._writers[source](prompts, step)
+            read = [prompt.read_by(source == "teacher") for prompt in prompts]
+            completions = self._writers[source](read, step)
             self._record(source, prompts, completions)
         if source == "student":
             self._sources.remember(prompts, completions)
@@ -118,12 +119,12 @@ class Windows:
             window.append(completion_batch(prompts[rows], completions[rows], *self._pad))
         return window
 
-    def _record(self, source: Source, prompts: list[Tensor], completions: list[Tensor]) -> None:
+    def _record(self, source: Source, prompts: list[PromptTokens], completions: list[Tensor]) -> None:
         clipped = are_clipped(completions, self._writers[source].config)
         self._means.add("completions/mean_length", sum(map(len, completions)), len(completions))
         self._means.add("completions/clipped_ratio", sum(clipped), len(completions))
         if self._log is not None:
-            self._log.remember(source, prompts, completions)
+            self._log.remember(source, [prompt.ids for prompt in prompts], completions)
 
     def write_table(self, step: int) -> None:
         """Print and save the table of completions, if one is wanted."""

@@ -12,8 +12,9 @@ from torch import nn
 
 from amid_trl._trl import forward_redirection, use_adapter
 from amid_trl.data.batches import Batch
-from amid_trl.maths.linear import States
+from amid_trl.maths.linear import Head, States
 from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.models.pairs import common_positions
 from amid_trl.models.quantised import compare_base
 
 
@@ -26,6 +27,7 @@ class AdapterTeacher:
     """The student's base, held in memory once, under the teacher's adapter or under none."""
 
     rows_at_once = 1
+    is_far = False
     is_sparse = False
 
     def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):
@@ -42,8 +44,21 @@ class AdapterTeacher:
             adapted.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
             compare_base(path, adapted)
 
+    @property
+    def positions(self) -> int | None:
+        """The longest row that it reads, in tokens; None without a bound."""
+        student: Any = self._accelerator.unwrap_model(self._wrapped())
+        return common_positions(student)
+
+    @property
+    def head(self) -> Head:
+        """The base's, or the adapter's own."""
+        student: Any = self._accelerator.unwrap_model(self._wrapped())
+        with use_adapter(student, self._adapter):
+            return language_model_head(causal_lm(student))
+
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Nothing to prepare."""
+        """It is at hand."""
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient and dropout; the student's adapter is the active one again afterwards."""

@@ -1,46 +1,48 @@
-"""The teacher's likeliest tokens on disk: written once, row by row, and read by every run over the same rows.
+"""What a teacher has answered, on disk: written once, row by row, and read by every run over the same rows.
 
-A folder holds `teacher.json`, which says what the numbers are of, and shards `shard-<process>-<number>.safetensors`. A
-row is found by its tokens and by which of them are trained; only its trained positions are kept.
+A folder holds `teacher.json`, which says what the numbers are of, and shards of rows (shards.py): the likeliest tokens
+of every trained position, or the hidden states there, with the head that makes logits of them in a file beside them.
+A row is found by its tokens and by which of them are trained; only its trained positions are kept.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import Batch, row_key, unpadded_rows
+from amid_trl.maths.kernel import Finish
+from amid_trl.maths.linear import Head, States
 from amid_trl.maths.sparse import SparseTeacher, joined
 from amid_trl.outputs import differences, write_whole
 from amid_trl.run import Run
 from amid_trl.teacher.fields import TeacherFields
-
-
-FORMAT = 1
+from amid_trl.teacher.shards import ShardReader, ShardWriter
 
 
 ABOUT = "teacher.json"
 
 
-# Numbers that wait to be written, at most: 100 MB with their ids.
-PENDING = 2**24
+class About(Protocol):
+    """What all rows of a cache have in common; `format` says of which kind they are."""
 
-
-TENSORS = ("ids", "log_p", "log_tail")  # the tensors of a shard beside the keys of its rows and where they end
+    @property
+    def format(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class CacheAbout:
-    """What all rows of a cache have in common; `tokenizer` is a `tokenizer_fingerprint`."""
+    """What rows of likeliest tokens have in common; `tokenizer` is a `tokenizer_fingerprint`."""
 
     teacher: str
     revision: str | None
@@ -48,7 +50,31 @@ class CacheAbout:
     vocabulary: int
     top_k: int
     dtype: Literal["float16", "float32"] = "float16"
-    format: int = FORMAT
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class StatesAbout:
+    """What rows of hidden states have in common.
+
+    `head` is the hash of the head, `logit_scale` and `softcap` what follows its product; `positions` the longest row
+    that the teacher reads.
+    """
+
+    teacher: str
+    revision: str | None
+    tokenizer: str
+    vocabulary: int
+    dtype: str
+    head: str
+    logit_scale: float
+    softcap: float | None
+    positions: int | None
+    format: int = 2
+
+
+# The tensors of a row, by the format.
+TENSORS = {1: ("ids", "log_p", "log_tail"), 2: ("hidden",)}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -56,61 +82,58 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-class CacheWriter:
-    """Appends rows to a cache, at most `rows_per_shard` to a file; as a context manager it writes the last on leaving.
+def head_fingerprint(head: Head) -> str:
+    """A hash of the weights of a head."""
+    content = hashlib.sha256()
+    for tensor in (head.weight, head.bias):
+        if tensor is not None:
+            content.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
-    A shard is there as a whole or not at all, and the rows of those that are there are not missing again, in a later
-    run either. ValueError if the folder holds rows about something else.
+
+def head_file(folder: Path, fingerprint: str) -> Path:
+    """Where the head of that hash lies."""
+    return folder / f"head-{fingerprint[:16]}.safetensors"
+
+
+def save_head(head: Head, file: Path) -> None:
+    """Write the weights of a head, unless they are there."""
+    if not file.exists():
+        tensors = {"weight": head.weight, "bias": head.bias}
+        own = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None}
+        write_whole(file, lambda beside: save_file(own, beside))
+
+
+class CacheWriter:
+    """Appends rows to a cache; as a context manager it writes the last on leaving.
+
+    ValueError if the folder holds rows about something else.
     """
 
-    def __init__(self, folder: str | Path, about: CacheAbout, rank: int = 0, *, rows_per_shard: int = 1024):
-        self._folder, self._about, self._rank, self._rows_per_shard = Path(folder), about, rank, rows_per_shard
+    def __init__(self, folder: str | Path, about: About, rank: int = 0, *, rows_per_shard: int = 1024):
+        self._folder, self._dtype = Path(folder), getattr(torch, about.dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
+        said: Any = about
         if not Path(folder, ABOUT).exists():
-            write_whole(self._folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
-        _check_about(self._folder, asdict(about))
-        self._known = {key for file in _shards(self._folder) for key in _keys(_open(file))}
-        own = [int(file.stem.split("-")[2]) for file in _shards(self._folder, rank)]
-        self._number = max(own, default=-1) + 1
-        self._pending: dict[bytes, SparseTeacher] = {}
+            write_whole(self._folder / ABOUT, json.dumps(asdict(said), indent=2) + "\n")
+        _check_about(self._folder, asdict(said))
+        self._shards = ShardWriter(self._folder, TENSORS[about.format], rank, rows_per_shard=rows_per_shard)
+        self.missing, self.waiting, self.flush = self._shards.missing, self._shards.waiting, self._shards.flush
 
     def __enter__(self) -> "CacheWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._write_shard()
+        self.flush()
 
-    def missing(self, keys: Iterable[bytes]) -> list[bytes]:
-        """Those of `keys` that are not written, each once."""
-        return [key for key in dict.fromkeys(keys) if key not in self._known]
-
-    def add(self, key: bytes, teacher: SparseTeacher) -> None:
-        """Take a row's trained positions, unless the row is known."""
-        if key in self._known:
-            return
-        self._known.add(key)
-        ids, log_p, log_tail = (tensor.cpu() for tensor in teacher)
-        self._pending[key] = SparseTeacher(ids.int(), log_p.to(getattr(torch, self._about.dtype)), log_tail.float())
-        numbers = sum(row.ids.numel() for row in self._pending.values())
-        if len(self._pending) >= self._rows_per_shard or numbers >= PENDING:
-            self._write_shard()
-
-    def _write_shard(self) -> None:
-        if not self._pending:
-            return
-        ids, log_p, log_tail = map(torch.cat, zip(*self._pending.values(), strict=True))
-        lengths = torch.tensor([len(teacher.log_tail) for teacher in self._pending.values()])
-        tensors = {
-            "keys": torch.tensor([list(key) for key in self._pending], dtype=torch.uint8),
-            "ends": lengths.cumsum(0),
-            "ids": ids,
-            "log_p": log_p,
-            "log_tail": log_tail,
-        }
-        shard = self._folder / f"shard-{self._rank}-{self._number:05d}.safetensors"
-        write_whole(shard, lambda file: save_file(tensors, file))
-        self._number += 1
-        self._pending.clear()
+    def add(self, key: bytes, answer: SparseTeacher | Tensor) -> None:
+        """Take a row's trained positions, of one kind or the other, unless the row is known."""
+        if isinstance(answer, SparseTeacher):
+            ids, log_p, log_tail = (tensor.cpu() for tensor in answer)
+            self._shards.add(key, (ids.int(), log_p.to(self._dtype), log_tail.float()))
+        else:
+            self._shards.add(key, (answer.to("cpu", self._dtype),))
 
 
 class TeacherCache:
@@ -118,18 +141,21 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
-        self.teacher: str = _check_about(self._folder, {"format": FORMAT})["teacher"]
-        self._places: dict[bytes, tuple[Any, int, int]] = {}
-        for file in _shards(self._folder):
-            shard = _open(file)
-            bounds = pairwise([0, *shard.get_tensor("ends").tolist()])
-            self._places.update({key: (shard, *places) for key, places in zip(_keys(shard), bounds, strict=True)})
+        self.about = _about(self._folder)
+        self.teacher: str = self.about["teacher"]
+        self._shards = ShardReader(self._folder, TENSORS[self.about["format"]])
+        self.refresh = self._shards.refresh
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._shards)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+    def __contains__(self, key: object) -> bool:
+        return key in self._shards
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether its rows are hidden states, and not the likeliest tokens."""
+        return self.about["format"] == StatesAbout.format
 
     def check(
         self,
@@ -137,85 +163,147 @@ class TeacherCache:
         teacher_name: str | None,
         revision: str | None,
         vocabulary: int,
-        top_k: int,
+        top_k: int | None = None,
     ) -> None:
         """ValueError, with what differs, unless the cache is of just these; a `teacher_name` of None is any."""
-        wanted = {"tokenizer": tokenizer_fingerprint(tokenizer), "vocabulary": vocabulary, "top_k": top_k}
+        wanted: dict[str, Any] = {"tokenizer": tokenizer_fingerprint(tokenizer), "vocabulary": vocabulary}
+        wanted |= {} if self.holds_states else {"top_k": top_k}
         teacher = {} if teacher_name is None else {"teacher": teacher_name, "revision": revision}
         _check_about(self._folder, {**teacher, **wanted})
 
-    def row(self, key: bytes) -> SparseTeacher:
-        """What the teacher expects at the trained positions of a row, in float32; ValueError for an unknown row."""
-        if key not in self._places:
+    def head(self, device: torch.device) -> Head:
+        """The head behind the hidden states; ValueError where its file is another one's or not there."""
+        file = head_file(self._folder, self.about["head"])
+        if not file.exists():
+            raise ValueError(f"the cache {self._folder} has lost {file.name}, the head of its teacher")
+        tensors = load_file(file)
+        finish = Finish(self.about["logit_scale"], self.about["softcap"])
+        head = Head(tensors["weight"], tensors.get("bias"), finish)
+        if (found := head_fingerprint(head)) != self.about["head"]:
+            raise ValueError(f"the cache {self._folder} was written with head {self.about['head']}, not {found}")
+        return head.to(device)
+
+    def row(self, key: bytes) -> SparseTeacher | Tensor:
+        """What the teacher answers at a row's trained positions, in float32, or its hidden states as they were kept.
+
+        ValueError for an unknown row.
+        """
+        if key not in self:
             raise ValueError(
                 f"the cache {self._folder} has no row {key.hex()}: it was written for other text, another chat "
                 "template or another max_length"
             )
-        shard, start, end = self._places[key]
-        ids, log_p, log_tail = (shard.get_slice(name)[start:end] for name in TENSORS)
+        row = self._shards.row(key)
+        if self.holds_states:
+            return row[0]
+        ids, log_p, log_tail = row
         # float16 has rounded the k; the sum is 1 again after this.
         buckets = torch.cat([log_p.float(), log_tail[:, None]], dim=-1).log_softmax(-1)
         return SparseTeacher(ids.long(), buckets[:, :-1], buckets[:, -1])
 
+    def missing(self, dataset: Any) -> list[int] | None:
+        """The indices of the rows of a prepared dataset that it does not hold; None where they are not known yet."""
+        if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
+            return None
+        plain = dataset.with_format(None)
+        prefix = "teacher_" if "teacher_input_ids" in dataset.column_names else ""  # the rows that the teacher reads
+        rows = zip(plain[f"{prefix}input_ids"], plain[f"{prefix}labels"], strict=True)
+        return [i for i, (ids, labels) in enumerate(rows) if row_key(ids, labels) not in self]
 
-def _shards(folder: Path, rank: int | str = "*") -> list[Path]:
-    return sorted(folder.glob(f"shard-{rank}-*.safetensors"))
+    def is_whole(self, datasets: Mapping[str, Any]) -> bool:
+        """Whether it is known to hold every row of the prepared datasets."""
+        return all(self.missing(dataset) == [] for dataset in datasets.values())
 
 
-def _open(shard: Path) -> Any:
-    return safe_open(shard, framework="pt")
-
-
-def _keys(shard: Any) -> list[bytes]:
-    return [bytes(key) for key in shard.get_tensor("keys").tolist()]
-
-
-def _check_about(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What the folder says of its rows; ValueError unless that is what is wanted."""
+def _about(folder: Path) -> dict[str, Any]:
     file = folder / ABOUT
     if not file.exists():
-        raise ValueError(f"{folder} holds no teacher's probabilities: it has no {ABOUT}")
+        raise ValueError(f"{folder} holds no teacher's answers: it has no {ABOUT}")
     about = json.loads(file.read_text(encoding="utf-8"))
+    if about.get("format") not in TENSORS:
+        raise ValueError(f"the cache {folder} was written with format {about.get('format')}, not one of {[*TENSORS]}")
+    return about
+
+
+def _check_about(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """ValueError unless what the folder says of its rows is what is wanted."""
+    about = _about(folder)
     if different := differences({name: about.get(name) for name in wanted}, wanted):
         raise ValueError(f"the cache {folder} was written with {different}")
-    return about
 
 
 def open_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> "CachedTeacher":
     """The teacher of `teacher_cache`; a ValueError if it is another one's, or lacks a row of the prepared datasets."""
+    cache = checked_cache(run)
+    for name, dataset in datasets.items():
+        if missing := cache.missing(dataset):
+            raise ValueError(
+                f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "
+                f"{missing[0]} first: write them with `amid-trl cache-teacher` and these settings"
+            )
+    return CachedTeacher(cache, run.accelerator.device)
+
+
+def cache_to_fill(args: TeacherFields) -> TeacherCache | None:
+    """The cache that a run goes on filling, if an earlier one has begun it."""
+    begun = args.teacher_cache_fill and Path(str(args.teacher_cache), ABOUT).exists()
+    if not begun:
+        return None
+    cache = TeacherCache(str(args.teacher_cache))
+    if not cache.holds_states:
+        raise ValueError(
+            f"teacher_cache_fill=True writes hidden states, but the cache {args.teacher_cache} holds the "
+            f"{cache.about['top_k']} likeliest tokens of each position; name another folder"
+        )
+    return cache
+
+
+def whole_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> TeacherCache | None:
+    """The cache that a run would fill, where it holds all rows of the prepared datasets already."""
+    if cache_to_fill(run.args) is None:
+        return None
+    cache = checked_cache(run)
+    return cache if cache.is_whole(datasets) else None
+
+
+def checked_cache(run: Run[TeacherFields]) -> TeacherCache:
+    """The cache of the settings; a ValueError if it is of another teacher or tokenizer, or holds other answers."""
     args, cache = run.args, TeacherCache(str(run.args.teacher_cache))
+    if cache.holds_states and args.teacher_top_k != TeacherFields.teacher_top_k:
+        raise ValueError(f"teacher_top_k has no effect: the cache {args.teacher_cache} holds hidden states")
+    if args.teacher_cache_states and not cache.holds_states:
+        raise ValueError(
+            f"teacher_cache_states=True, but the cache {args.teacher_cache} holds the {cache.about['top_k']} "
+            "likeliest tokens of each position"
+        )
+    if cache.holds_states and args.teacher_cache_dtype not in (None, cache.about["dtype"]):
+        raise ValueError(
+            f"the cache {args.teacher_cache} was written with dtype {cache.about['dtype']!r}, not "
+            f"{args.teacher_cache_dtype!r}"
+        )
     teacher = (args.teacher_model_name_or_path, args.teacher_model_revision)
     cache.check(run.tokenizer, *teacher, run.vocabulary, min(args.teacher_top_k, run.vocabulary))
-    for name, dataset in datasets.items():
-        if isinstance(dataset, Dataset) and {"input_ids", "labels"} <= set(dataset.column_names):
-            _check_rows(cache, name, dataset)
-    return CachedTeacher(cache)
-
-
-def _check_rows(cache: TeacherCache, name: str, dataset: Dataset) -> None:
-    plain = dataset.with_format(None)
-    rows = zip(plain["input_ids"], plain["labels"], strict=True)
-    missing = [i for i, (ids, labels) in enumerate(rows) if row_key(ids, labels) not in cache]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "
-            f"{missing[0]} first: write them with `amid-trl cache-teacher` and these settings"
-        )
+    return cache
 
 
 class CachedTeacher:
     """Looks every row up in a cache, which has the dataset's own text."""
 
     rows_at_once = 1
-    is_sparse = True
+    is_far = False
 
-    def __init__(self, cache: TeacherCache):
+    def __init__(self, cache: TeacherCache, device: torch.device):
         self._cache, self.name = cache, cache.teacher
+        self.is_sparse = not cache.holds_states
+        self._head = cache.head(device) if cache.holds_states else None
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Nothing to prepare."""
+        """A file answers at once."""
 
-    def __call__(self, batch: Batch) -> SparseTeacher:
+    def __call__(self, batch: Batch) -> States | SparseTeacher:
         """The predictions at the trained tokens, rows one after the other."""
-        rows = [self._cache.row(row_key(ids, labels)) for ids, labels in unpadded_rows(batch)]
-        return joined(rows, batch["input_ids"].device)
+        rows: list[Any] = [self._cache.row(row_key(ids, labels)) for ids, labels in unpadded_rows(batch)]
+        device = batch["input_ids"].device
+        if self._head is None:
+            return joined(rows, device)
+        return States(torch.cat(rows).to(device), self._head)

@@ -9,6 +9,7 @@ from amid_trl.fields import (
     check_at_least,
     check_choice,
     check_file,
+    check_shares,
     check_weights,
     option,
     without_effect,
@@ -26,6 +27,7 @@ LOADING_FIELDS = (
 PLACES = ("teacher_load_in_8bit", "teacher_load_in_4bit", "teacher_offload", "teacher_deepspeed")
 # Those of a teacher that has a model of its own here.
 MODEL_FIELDS = ("teacher_model_name_or_path", *dict.fromkeys((*LOADING_FIELDS, *PLACES)))
+BESIDE_ADAPTER = "beside teacher_adapter_path"
 
 
 @dataclass
@@ -37,6 +39,11 @@ class TeacherFields(Fields):
         None,
         "The teacher is the student's base model under this adapter, or 'base', under none. For a student with an "
         "adapter; the base is held in memory once.",
+    )
+    teacher_ema: float | None = option(
+        None,
+        "The teacher is the student's moving average, with this decay in [0, 1] for each step: 0.999 follows slowly, "
+        "0 is the student of the last step, 1 the student as it began.",
     )
     teacher_load_in_8bit: bool = option(
         False, "Quantise the teacher with bitsandbytes while it is loaded: LLM.int8(). Its head stays as it is."
@@ -65,20 +72,39 @@ class TeacherFields(Fields):
     )
     teacher_cache: str | None = option(
         None,
-        "A folder written by `amid-trl cache-teacher` with the same settings, in place of a model in memory. For runs "
-        "on the dataset's text. The command takes it beside teacher_model_server_url too, training does not.",
+        "A folder of the teacher's answers, written by `amid-trl cache-teacher` with the same settings, in place of a "
+        "teacher; with teacher_cache_fill, beside one. For runs on the dataset's text.",
+    )
+    teacher_cache_fill: bool = option(
+        False,
+        "Write the teacher's hidden states into teacher_cache while training. What is there is not asked for again: "
+        "from the second epoch on the teacher does not run, and of a cache that is whole it is not loaded.",
+    )
+    teacher_cache_states: bool = option(
+        False,
+        "`amid-trl cache-teacher` writes the teacher's hidden states and its head, in place of its likeliest tokens: "
+        "every objective is exact then, at every temperature.",
     )
     teacher_top_k: int = option(
         100, "How many of the teacher's likeliest tokens vLLM gives, or the cache holds, for each token."
     )
-    teacher_cache_dtype: Literal["float16", "float32"] = option(
-        "float16", "In what `amid-trl cache-teacher` writes their log-probabilities."
+    teacher_cache_dtype: Literal["bfloat16", "float16", "float32"] | None = option(
+        None,
+        "In what the cache is written: log-probabilities in float16 (the default) or float32; hidden states in "
+        "bfloat16, float16 or float32, by default that of the product with the head, which loses nothing.",
     )
 
     @property
+    def reads_cache(self) -> bool:
+        """Whether a cache stands for the teacher, and all of its answers are in it."""
+        return self.teacher_cache is not None and not self.teacher_cache_fill
+
+    @property
     def absent_teacher(self) -> str | None:
-        """What stands for a teacher with a model of its own: a server, a cache or an adapter."""
-        return self.teacher_model_server_url or self.teacher_cache or self.teacher_adapter_path
+        """What stands for a teacher with a model of its own: a server, a cache, an adapter, or the student."""
+        cache = self.teacher_cache if self.reads_cache else None
+        average = None if self.teacher_ema is None else f"teacher_ema={self.teacher_ema}"
+        return self.teacher_model_server_url or cache or self.teacher_adapter_path or average
 
     def __post_init__(self):
         """Refuse what cannot work, and what would have no effect."""
@@ -90,10 +116,11 @@ class TeacherFields(Fields):
 
     def check_trained_with(self) -> None:
         """Refuse a server beside a cache: `amid-trl cache-teacher` fills one from the other, training asks one."""
-        if self.teacher_model_server_url is not None and self.teacher_cache is not None:
+        if self.teacher_model_server_url is not None and self.reads_cache:
             raise ValueError(
                 "teacher_cache has no effect beside teacher_model_server_url: `amid-trl cache-teacher` fills the "
-                "cache from the server; a training that reads the cache leaves teacher_model_server_url out"
+                "cache from the server, teacher_cache_fill=True does while training; a training that reads the cache "
+                "leaves teacher_model_server_url out"
             )
 
     def _check_places(self) -> None:
@@ -111,23 +138,37 @@ class TeacherFields(Fields):
             )
 
     def _check_absent(self) -> None:
-        if self.teacher_adapter_path is not None:
-            others = ("teacher_model_server_url", "teacher_cache", *MODEL_FIELDS)
-            without_effect(self, others, "beside teacher_adapter_path")
+        if self.teacher_ema is not None:
+            check_shares(self, "teacher_ema")
+            others = ("teacher_model_server_url", "teacher_adapter_path", "teacher_cache", *MODEL_FIELDS)
+            without_effect(self, others, "beside teacher_ema")
             if self.seq_kd:
                 raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
-        if self.teacher_model_server_url is None and self.teacher_cache is None:
-            of_others = ("teacher_top_k", "teacher_cache_dtype", "teacher_server_patience")
-            without_effect(self, of_others, "on a teacher in memory")
-            return
+        if self.teacher_adapter_path is not None:
+            others = ("teacher_model_server_url", *MODEL_FIELDS)
+            without_effect(self, (*others, "teacher_cache") if self.reads_cache else others, BESIDE_ADAPTER)
+            if self.seq_kd:
+                raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
         if self.teacher_model_server_url is not None:
             without_effect(self, MODEL_FIELDS, "beside teacher_model_server_url")
             check_weights(self, "teacher_server_patience")
         else:
-            without_effect(self, ("teacher_server_patience",), "on a teacher's cache")
-        if self.teacher_cache is not None:
-            check_choice(self, "teacher_cache_dtype", ("float16", "float32"))
-        else:
-            without_effect(self, ("teacher_cache_dtype",), "beside teacher_model_server_url")
-        if self.seq_kd:
+            without_effect(self, ("teacher_server_patience",), "without a teacher_model_server_url")
+        self._check_cache()
+        if self.seq_kd and (self.teacher_model_server_url is not None or self.teacher_cache is not None):
             raise ValueError("seq_kd=True needs a teacher in memory, which writes the text")
+
+    def _check_cache(self) -> None:
+        of_cache = ("teacher_cache_fill", "teacher_cache_states", "teacher_cache_dtype")
+        if self.teacher_cache is None:
+            without_effect(self, of_cache, "without a teacher_cache")
+            if self.teacher_model_server_url is None:
+                without_effect(self, ("teacher_top_k",), "on a teacher in memory")
+            return
+        if self.teacher_cache_fill or self.teacher_cache_states:
+            without_effect(self, ("teacher_top_k",), "on a cache of hidden states")
+            allowed = ("bfloat16", "float16", "float32")
+        else:
+            allowed = ("float16", "float32")
+        if self.teacher_cache_dtype is not None:
+            check_choice(self, "teacher_cache_dtype", allowed)

@@ -10,9 +10,10 @@ from torch import nn
 
 from amid_trl._trl import forward_redirection
 from amid_trl.data.batches import Batch
-from amid_trl.maths.linear import States
+from amid_trl.maths.linear import Head, States
 from amid_trl.models.fsdp import reshard
 from amid_trl.models.heads import backbone_states, causal_lm, language_model_head, trained_states
+from amid_trl.models.pairs import common_positions
 from amid_trl.run import RenamedTokens
 
 
@@ -23,6 +24,7 @@ class ModelTeacher:
     """
 
     rows_at_once = 1
+    is_far = False
     is_sparse = False
 
     def __init__(
@@ -43,8 +45,21 @@ class ModelTeacher:
         teacher: Any = self._accelerator.unwrap_model(self._wrapped)
         return self._name or str(causal_lm(teacher).name_or_path)
 
+    @property
+    def positions(self) -> int | None:
+        """The longest row that it reads, in tokens; None without a bound."""
+        teacher: Any = self._accelerator.unwrap_model(self._wrapped)
+        return common_positions(teacher)
+
+    @property
+    def head(self) -> Head:
+        """On the device, also where the rest of it is not."""
+        teacher: Any = self._accelerator.unwrap_model(self._wrapped)
+        head = language_model_head(causal_lm(teacher))
+        return head.to(self._accelerator.device) if self._at_home else head
+
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Nothing to prepare."""
+        """It is at hand."""
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient."""

@@ -1,7 +1,7 @@
 """What a teacher is to the trainer, which kinds there are, and the one that the settings name."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -10,9 +10,11 @@ from amid_trl.maths.linear import States
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.run import Run
 from amid_trl.teacher.adapter import AdapterTeacher
-from amid_trl.teacher.cache import open_cache
+from amid_trl.teacher.cache import CachedTeacher, open_cache, whole_cache
 from amid_trl.teacher.fields import TeacherFields
+from amid_trl.teacher.filling import FillingTeacher, StatesTeacher
 from amid_trl.teacher.in_memory import ModelTeacher
+from amid_trl.teacher.moving_average import AverageTeacher
 from amid_trl.teacher.remote import open_remote
 from amid_trl.teacher.server import open_server
 
@@ -21,7 +23,8 @@ class Teacher(Protocol):
     """What the teacher predicts for a micro-batch's trained tokens, rows one after the other."""
 
     rows_at_once: int  # it is worth asking about so many together
-    is_sparse: bool  # whether its answers are SparseTeacher, lists of the likeliest tokens, rather than States
+    is_far: bool  # whether it is worth asking before the answer is needed
+    is_sparse: bool  # whether it answers with the likeliest tokens, and not with hidden states
 
     @property
     def name(self) -> str:
@@ -29,7 +32,10 @@ class Teacher(Protocol):
         ...
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """A window whose micro-batches will be asked about next: requests may start; most teachers do nothing."""
+        """Take note of the micro-batches of a window that will be asked about; one that is far away asks at once.
+
+        What was expected two windows ago and has not been asked about is forgotten.
+        """
         ...
 
     def __call__(self, batch: Batch) -> States | SparseTeacher:
@@ -48,11 +54,25 @@ def open_teacher(
 
     A ValueError if it is another one's, or does not know all rows of the prepared datasets.
     """
-    if model is not None:
-        name = run.args.teacher_model_name_or_path
-        return ModelTeacher(model, run.accelerator, run.renamed, name=name, offloaded=run.args.teacher_offload)
-    if run.args.teacher_adapter_path is not None:
-        return AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
+    if model is None and (cache := whole_cache(run, datasets)) is not None:
+        return CachedTeacher(cache, run.accelerator.device)
+    if run.args.reads_cache:
+        return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
-        return open_remote(run) or open_server(run)
-    return open_cache(run, datasets)
+        teacher: Teacher = open_remote(run) or open_server(run)
+    elif run.args.teacher_ema is not None:
+        teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
+    elif run.args.teacher_adapter_path is not None:
+        teacher = AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
+    else:
+        assert model is not None
+        name = run.args.teacher_model_name_or_path
+        teacher = ModelTeacher(model, run.accelerator, run.renamed, name=name, offloaded=run.args.teacher_offload)
+    if not run.args.teacher_cache_fill:
+        return teacher
+    if teacher.is_sparse:
+        raise ValueError(
+            f"teacher_cache_fill=True writes hidden states, but the server {run.args.teacher_model_server_url} gives "
+            "the likeliest tokens alone; `amid-trl cache-teacher` writes those"
+        )
+    return FillingTeacher(cast(StatesTeacher, teacher), run)

@@ -74,7 +74,7 @@ class RemoteTeacher:
     it stays away for longer than its `connection` waits.
     """
 
-    is_sparse = False
+    is_far, is_sparse = True, False
 
     def __init__(
         self,
@@ -90,6 +90,16 @@ class RemoteTeacher:
         self._threads = ThreadPoolExecutor(REQUESTS, "teacher")
         # Requests of the last two windows by the keys of their rows: the one that is trained, and the next.
         self._expected: list[dict[bytes, _Request]] = [{}, {}]
+
+    @property
+    def head(self) -> Head:
+        """Where the states go."""
+        return self._head
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row that it reads, in tokens; None without a bound."""
+        return self._about.positions
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Ask about a window's rows at once; what was expected two windows ago and is not used is forgotten."""

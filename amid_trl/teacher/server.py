@@ -244,14 +244,14 @@ def open_server(run: Run[TeacherFields]) -> "ServedTeacher":
 class ServedTeacher:
     """Asks a server about every row, whoever wrote it."""
 
-    is_sparse = True
+    is_far, is_sparse = False, True
 
     def __init__(self, server: TeacherServer):
         self._server, self.name = server, server.model
         self.rows_at_once = REQUESTS * server.batch_size
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Nothing to prepare."""
+        """Asked when the loss needs it."""
 
     def __call__(self, batch: Batch) -> SparseTeacher:
         """The predictions at the trained tokens, rows one after the other."""

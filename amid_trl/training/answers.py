@@ -32,7 +32,7 @@ class Answers:
 
         ROUGE-L is NaN for a prompt that the dataset does not answer.
         """
-        prompts = window_prompts([batch], writer="student")
+        prompts = [prompt.ids for prompt in window_prompts([batch], writer="student")]
         completions = self.write(prompts, step)
         self._last = ([], [])  # by the next time the weights are others
         references = self._references(batch, prompts)

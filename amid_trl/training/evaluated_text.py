@@ -31,6 +31,7 @@ class EvaluatedText:
         if self._write is None or bool((trained_targets(batch) != UNTRAINED).any()):
             return batch
         prompts = window_prompts([batch], writer="student")
-        number = zlib.crc32(torch.cat(prompts).numpy().tobytes())
-        written = completion_batch(prompts, self._write(prompts, number), *self._padding)
+        ids = [prompt.ids for prompt in prompts]
+        number = zlib.crc32(torch.cat(ids).numpy().tobytes())
+        written = completion_batch(prompts, self._write(ids, number), *self._padding)
         return {name: tensor.to(batch["input_ids"].device) for name, tensor in written.items()}

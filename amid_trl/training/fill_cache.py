@@ -1,19 +1,21 @@
 """What a run's teacher expects for every row of it, written into a folder."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from amid_trl.data.batches import Batch, row_key, trained_targets, unpadded_rows
+from amid_trl.data.batches import Batch, row_key, teachers_view, trained_targets, unpadded_rows
 from amid_trl.data.datasets import all_datasets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
+from amid_trl.run import Run
 from amid_trl.teacher.cache import CacheAbout, CacheWriter, tokenizer_fingerprint
+from amid_trl.teacher.filling import StatesTeacher, hidden_rows, states_writer
 from amid_trl.training.trainer import AMiDTrainer
 
 
@@ -21,35 +23,53 @@ from amid_trl.training.trainer import AMiDTrainer
 CHUNK = 128
 
 
-def cache_teacher(
-    trainer: AMiDTrainer, folder: str, top_k: int, dtype: Literal["float16", "float32"] = "float16"
-) -> None:
+def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None = None) -> None:
     """Write what is missing of the trainer's training and evaluation sets. All processes have to call it.
 
-    A teacher of which only the likeliest tokens are known is asked for as many as `teacher_top_k` says.
+    The `top_k` likeliest tokens in float16 or `dtype`, or with `teacher_cache_states` the hidden states. A teacher of
+    which only the likeliest tokens are known is asked for as many as `teacher_top_k` says.
     """
     accelerator, args, teacher = trainer.accelerator, trainer.args, trainer.teacher
     assert not teacher.is_sparse or top_k == args.teacher_top_k
-    top_k, size = min(top_k, trainer.vocabulary), max(args.per_device_eval_batch_size, teacher.rows_at_once)
-    about = CacheAbout(
-        teacher=teacher.name,
-        revision=args.teacher_model_revision,
-        tokenizer=tokenizer_fingerprint(trainer.processing_class),
-        vocabulary=trainer.vocabulary,
-        top_k=top_k,
-        dtype=dtype,
-    )
-    with CacheWriter(folder, about, accelerator.process_index) as writer:
+    size = max(args.per_device_eval_batch_size, teacher.rows_at_once)
+    with _writer(trainer, folder, top_k, dtype) as writer:
         for batch in tqdm(_batches(trainer, size), desc="Teacher", disable=not accelerator.is_main_process):
+            batch = teachers_view(batch)
             keys = [row_key(*row) for row in unpadded_rows(batch)]
             missing = len(writer.missing(keys))
             # A teacher that is sharded over the processes needs all of them.
             everywhere: Any = accelerator.reduce(torch.tensor(missing, device=accelerator.device))
             if not everywhere.item():
                 continue
-            for key, row in zip(keys, _rows(teacher(batch), batch, trainer.vocabulary, top_k), strict=True):
+            answer = teacher(batch)
+            if args.teacher_cache_states and isinstance(answer, States):
+                rows: Iterator[Any] = hidden_rows(answer, batch)
+            else:
+                rows = _rows(answer, batch, trainer.vocabulary, top_k)
+            for key, row in zip(keys, rows, strict=True):
                 writer.add(key, row)
     accelerator.wait_for_everyone()
+
+
+def _writer(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None) -> CacheWriter:
+    args, teacher = trainer.args, trainer.teacher
+    if args.teacher_cache_states:
+        if teacher.is_sparse:
+            raise ValueError(
+                f"teacher_cache_states=True needs hidden states, but the server {args.teacher_model_server_url} gives "
+                "the likeliest tokens alone"
+            )
+        run = Run(args, trainer.accelerator, trainer.processing_class, trainer.vocabulary, positions=None)
+        return states_writer(run, folder, cast(StatesTeacher, teacher))
+    about = CacheAbout(
+        teacher=teacher.name,
+        revision=args.teacher_model_revision,
+        tokenizer=tokenizer_fingerprint(trainer.processing_class),
+        vocabulary=trainer.vocabulary,
+        top_k=min(top_k, trainer.vocabulary),
+        dtype=cast(Any, dtype or "float16"),
+    )
+    return CacheWriter(folder, about, trainer.accelerator.process_index)
 
 
 def _batches(trainer: AMiDTrainer, size: int) -> Iterator[Batch]:

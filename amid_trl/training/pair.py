@@ -1,6 +1,8 @@
 """Student, teacher and tokenizer of a run: loaded where they are names, and checked against each other."""
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +23,12 @@ from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
 from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
-from amid_trl.models.pairs import check_adapter, check_text_only, common_positions
+from amid_trl.models.pairs import check_adapter, check_text_only, common_positions, common_vocabulary
 from amid_trl.models.quantised import quantisation
 from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.quiet import hide_old_names
-from amid_trl.run import RenamedTokens
+from amid_trl.run import RenamedTokens, Run
+from amid_trl.teacher.cache import cache_to_fill, whole_cache
 from amid_trl.teacher.loading import load_teacher
 from amid_trl.training.config import AMiDConfig
 
@@ -44,6 +47,7 @@ class LoadedPair(NamedTuple):
         renamed: tokens that mean another thing to the teacher.
         positions: the longest sequence that both have positions for; None if they declare no bound.
         generation: how the student's checkpoint says that it generates.
+        awaits_data: whether the teacher is None because its cache may know all rows, which only the data shows.
     """
 
     student: nn.Module
@@ -52,6 +56,7 @@ class LoadedPair(NamedTuple):
     renamed: RenamedTokens
     positions: int | None
     generation: GenerationConfig
+    awaits_data: bool = False
 
 
 def load_pair(
@@ -92,16 +97,10 @@ def load_pair(
     )
     warn_of_gguf(tokenizer)
     teacher, renamed = None, RenamedTokens()
-    if teacher_model is not None and not absent:
-        teacher = load_teacher(teacher_model, args)
-        file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
-        of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": remote, "gguf_file": file}
-        check_teacher(student, teacher)
-        writes = args.generates or args.eval_generate
-        teacher_tokenizer = load_tokenizer(teacher, teacher_model, **of_teacher)
-        if teacher_tokenizer is not None:
-            warn_of_gguf(tokenizer, teacher_tokenizer)
-        renamed = renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
+    cache = cache_to_fill(args)
+    awaits_data = cache is not None and isinstance(teacher_model, str) and not absent
+    if teacher_model is not None and not absent and not awaits_data:
+        teacher, renamed = load_checked_teacher(teacher_model, args, student, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
@@ -110,8 +109,38 @@ def load_pair(
     elif is_part(student) and (is_peft_model(student) or adapter_follows):
         folder = Path(str(args.output_dir), TEXT)
         name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
-    positions = common_positions(student, teacher)
-    return LoadedPair(student, teacher, tokenizer, renamed, positions, generation_config_of(student))
+    bounds = [common_positions(student, teacher), None if cache is None else cache.about["positions"]]
+    positions = min((bound for bound in bounds if bound is not None), default=None)
+    return LoadedPair(student, teacher, tokenizer, renamed, positions, generation_config_of(student), awaits_data)
+
+
+def load_checked_teacher(
+    teacher_model: str | nn.Module, args: AMiDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[nn.Module, RenamedTokens]:
+    """A teacher with a model of its own, and the tokens that mean another thing to it than to the student."""
+    teacher = load_teacher(teacher_model, args)
+    file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
+    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    check_teacher(student, teacher)
+    teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, **of_teacher)
+    if teacher_tokenizer is not None:
+        warn_of_gguf(tokenizer, teacher_tokenizer)
+    writes = args.generates or args.eval_generate
+    return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
+
+
+def with_teacher(
+    pair: LoadedPair, run: Run[AMiDConfig], student: nn.Module, datasets: Mapping[str, Any]
+) -> tuple[nn.Module | None, Run[AMiDConfig]]:
+    """The teacher that the pair has, or that turns out to be needed for the prepared datasets; the run with it."""
+    if not pair.awaits_data or whole_cache(run, datasets) is not None:
+        return pair.teacher, run
+    name = str(run.args.teacher_model_name_or_path)
+    teacher, renamed = load_checked_teacher(name, run.args, student, run.tokenizer)
+    common_vocabulary(student, teacher, run.tokenizer)
+    for dataset in datasets.values():
+        renamed.checked(dataset)
+    return teacher, dataclasses.replace(run, renamed=renamed)
 
 
 def load_student(

@@ -1,13 +1,14 @@
 """What AMiDTrainer is made of: each part built from the record of the run and from the parts before it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerCallback
 
+from amid_trl.data.batches import Batch, teachers_view
 from amid_trl.data.plain_text import PlainText, open_plain_text
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
@@ -23,6 +24,7 @@ from amid_trl.training.checkpoints import Stateful
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.evaluated_text import EvaluatedText
 from amid_trl.training.half_precision import UnmovedWeights
+from amid_trl.training.lookahead import Lookahead
 from amid_trl.training.memory import MemoryReport
 from amid_trl.training.nonfinite import NonfiniteLoss
 from amid_trl.training.run_objective import RunObjective
@@ -49,6 +51,13 @@ class Parts:
     unmoved: UnmovedWeights
     stop_on_sigterm: StopOnSigterm
     window: Window = field(default_factory=Window)
+    lookahead: Lookahead = field(default_factory=Lookahead)
+
+    def ask_ahead(self, epoch_iterator: Iterator[Batch], count: int, step: int, steps: int) -> None:
+        """Have a teacher that is far away asked about this window, and about window `step` where its text is known."""
+        self.teacher.expect([*map(teachers_view, self.window.batches)])
+        if self.teacher.is_far and self.sources.will_read_dataset(step, steps):
+            self.teacher.expect([*map(teachers_view, self.lookahead.peek(epoch_iterator, count))])
 
     def record(self, means: Means, rows: Figures) -> None:
         """Count the figures of some rows, also by who wrote them where the means have names for that."""
@@ -59,9 +68,16 @@ class Parts:
                     means.add(known, totals[name], totals["tokens"])
 
     @property
+    def callbacks(self) -> tuple[TrainerCallback, ...]:
+        """Those that want to know what the trainer does."""
+        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.teacher)
+        return tuple(part for part in parts if isinstance(part, TrainerCallback))
+
+    @property
     def stateful(self) -> tuple[Stateful, ...]:
         """Those whose state a checkpoint holds."""
-        parts = (self.sources, self.objective, self.plain_text)
+        teacher: Any = self.teacher if hasattr(self.teacher, "state_dict") else None
+        parts = (self.sources, self.objective, self.plain_text, teacher)
         return tuple(part for part in parts if part is not None)
 
     @property

@@ -17,8 +17,6 @@ WITHOUT_BF16 = (
     "one that has no bfloat16, --bf16 False"
 )
 
-LIKELIEST_ALONE = "on a teacher of which only the likeliest tokens are known"
-
 
 @dataclass
 class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
@@ -49,8 +47,6 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
         if self.student_shares.most == 0:
             without_effect(self, ("student_text_objective",), "on a run without student text; set lmbda")
-        if self.teacher_cache is not None:
-            without_effect(self, ("distill_temperature",), LIKELIEST_ALONE)
         if self.teacher_cache is not None and self.student_shares.most > 0:
             raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from amid_trl.fields import build_schedule, without_effect
+from amid_trl.fields import build_schedule
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.maths.objective import Objective
@@ -16,7 +16,6 @@ from amid_trl.run import Run
 from amid_trl.sources.source import STUDENT_TEXT, Source
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.objective_fields import build_objective, build_student_text_objective
-from amid_trl.training.run_fields import LIKELIEST_ALONE
 
 
 # The fields of Objective that move, by the name of their number in AMiDConfig and in the logs.
@@ -27,9 +26,8 @@ class RunObjective:
     """What each window is trained with; `current` is the objective of dataset and teacher text, and of evaluations."""
 
     def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False):
+        """With a teacher that `is_sparse` a ValueError for an objective that needs all of its distribution."""
         config, accelerator = run.args, run.accelerator
-        if is_sparse:
-            without_effect(config, ("distill_temperature",), LIKELIEST_ALONE)
         self._token_loss = SparseTokenLoss if is_sparse else DistillationTokenLoss
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
@@ -40,6 +38,8 @@ class RunObjective:
         self._window_loss = Means(("assistant_nll",), accelerator.device)
         self._sum_over_processes: Any = partial(accelerator.reduce, reduction="sum")
         self.advance(0.0)
+        for source in (None, "student"):
+            self.token_loss(source)  # refused now, not in the first window
 
     @property
     def means(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ saving and logging are SFTTrainer's, and what distillation adds lives in the mod
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
-from amid_trl.data.batches import DistillationCollator
+from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, teachers_view
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
@@ -43,7 +42,7 @@ from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save
 from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments
 from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
-from amid_trl.training.pair import load_pair
+from amid_trl.training.pair import load_pair, with_teacher
 from amid_trl.training.parts import open_parts
 from amid_trl.training.student import own_router_fields, prepare_student
 
@@ -111,14 +110,14 @@ class AMiDTrainer(GKDTrainer):
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
         functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics}
         args = own_arguments(args, model, train_dataset, eval_dataset, collator=data_collator, **functions)
-        student, teacher, tokenizer, self._renamed, self._positions, self._student_generation = load_pair(
-            model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config
-        )
-        with own_router_fields(student):
+        pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
+        tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
+        self._student_generation = pair.generation
+        with own_router_fields(pair.student):
             SFTTrainer.__init__(
                 self,
-                cast(Any, student),
-                args=for_sft(args, student, has_collator=data_collator is not None),
+                cast(Any, pair.student),
+                args=for_sft(args, pair.student, has_collator=data_collator is not None),
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -130,21 +129,24 @@ class AMiDTrainer(GKDTrainer):
                 formatting_func=formatting_func,
             )
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
-        self.vocabulary = common_vocabulary(self.model, teacher, tokenizer)
+        self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
         if data_collator is None:
             padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
             self.data_collator = DistillationCollator(*padding)
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
+        datasets = all_datasets(self.train_dataset, self.eval_dataset)
+        run = Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed)
+        teacher, run = with_teacher(pair, run, self.model, datasets)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
         self._parts = open_parts(
-            Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed),
+            run,
             self.model,
             lambda: self.model_wrapped,
             self._student_generation,
             self.teacher_model,
-            all_datasets(self.train_dataset, self.eval_dataset),
+            datasets,
             pretrain_dataset,
             deals=isinstance(self.data_collator, DistillationCollator),
         )
@@ -159,7 +161,7 @@ class AMiDTrainer(GKDTrainer):
         self.generation_config = parts.writers["student"].config
         self.objective, self.teacher, self._windows = parts.objective.current, parts.teacher, parts.windows
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
-        for callback in (parts.stop_on_sigterm, parts.memory, parts.unmoved):
+        for callback in parts.callbacks:
             self.add_callback(callback)
         if is_in_notebook():
             import_module("amid_trl.training.notebook").show_in_notebook(self)
@@ -178,20 +180,20 @@ class AMiDTrainer(GKDTrainer):
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "prompt_ids", "attention_mask"]
+        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, "attention_mask"]
 
     # ---- A window: the micro-batches of one optimizer step ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch a window, let its source write the completions, then count the trained tokens of all processes."""
         step, steps = self.state.global_step, self.state.max_steps
-        batches = list(islice(epoch_iterator, num_batches if step < steps else 0))  # resumed when it was over
+        batches = self._parts.lookahead.take(epoch_iterator, num_batches if step < steps else 0)
         if self._parts.sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
         self.objective = self._parts.objective.advance(step / steps)
         window = self._windows.window(batches, step, steps, self._prepare_inputs)
         self._parts.window = window = self._parts.balancing(window)
-        self._parts.teacher.expect(window.batches)
+        self._parts.ask_ahead(epoch_iterator, num_batches, step + 1, steps)
         return window.batches, self._get_num_items_in_batch(window.batches, device)
 
     # ---- The loss ----
@@ -213,7 +215,7 @@ class AMiDTrainer(GKDTrainer):
         window = self._parts.window if student.training else Window()
         token_loss = self._parts.objective.token_loss(window.source)
         # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
-        given = {"inputs": inputs, "teacher": self._parts.teacher(inputs), "token_loss": token_loss}
+        given = {"inputs": inputs, "teacher": self._parts.teacher(teachers_view(inputs)), "token_loss": token_loss}
         in_forward = partial(self._loss, **given, balance=window.balance)
         total, row_sums, predictions, plain_nll, aux_loss = forward_redirection(model, student, in_forward, student)
         rows = Figures(row_names(token_loss), row_sums)

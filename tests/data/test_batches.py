@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amid_trl.data.batches import DistillationCollator, completion_batch, deal_by_length, pad_rows
+from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_by_length, pad_rows
 from amid_trl.data.rows import UNTRAINED
 
 
@@ -40,7 +40,7 @@ def test_the_width_is_rounded_up_and_prompts_are_not():
 
 
 def test_a_completion_batch_is_the_batch_of_the_same_rows():
-    prompts = [torch.tensor([5, 6]), torch.tensor([7])]
+    prompts = [PromptTokens(torch.tensor([5, 6])), PromptTokens(torch.tensor([7]))]
     completions = [torch.tensor([8, 2]), torch.tensor([9, 10, 11])]
     rows = [
         {"input_ids": [5, 6, 8, 2], "labels": [-100, -100, 8, 2], "prompt_ids": [5, 6]},

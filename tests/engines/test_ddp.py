@@ -20,11 +20,20 @@ CASES = TRAINED | TRAINED_UNDER_DDP
 def two(models, tmp_path_factory) -> Runs:
     resumed = {name: engines.RESUMED[name] for name in ("whole", "resumed")}
     best = {name: engines.BEST[name] for name in ("best answers, lora",)}
-    cases = CASES | engines.MERGED | engines.EVALUATED | resumed | best | engines.READING | engines.SKIPPED
+    cases = (
+        CASES
+        | engines.AVERAGED
+        | engines.MERGED
+        | engines.EVALUATED
+        | resumed
+        | best
+        | engines.READING
+        | engines.SKIPPED
+    )
     return engines.launch(models, tmp_path_factory.mktemp("ddp"), "ddp", cases)
 
 
-@pytest.mark.parametrize("case", CASES | engines.MERGED)
+@pytest.mark.parametrize("case", CASES | engines.AVERAGED | engines.MERGED)
 def test_two_processes_train_like_one(two, one, case):
     engines.assert_trains_like_one(two, one, case)
 

@@ -13,13 +13,19 @@ PRECISION = {"half": {"bf16": True, "evaluates_first": True}}
 @pytest.fixture(scope="module")
 def two(models, tmp_path_factory) -> Runs:
     cases = CASES | engines.MERGED | engines.EVALUATED | engines.RESUMED | engines.BEST | engines.REPLAYED
-    cases |= engines.SKIPPED | engines.MISREAD | PRECISION
+    cases |= engines.SKIPPED | engines.MISREAD | engines.AVERAGED | PRECISION
     return engines.launch(models, tmp_path_factory.mktemp("fsdp2"), "fsdp2", cases)
 
 
 @pytest.mark.parametrize("case", CASES | engines.MERGED)
 def test_two_processes_train_like_one(two, one, case):
     engines.assert_trains_like_one(two, one, case)
+
+
+def test_a_moving_average_is_refused(two):
+    assert all(
+        "teacher_ema=0.5 averages whole weights, but FSDP2" in r["refused"] for r in two.ranks["moving average"]
+    )
 
 
 def test_two_processes_evaluate_like_one_that_has_not_trained(two, one):

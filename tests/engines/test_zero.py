@@ -22,7 +22,15 @@ def engine(request) -> str:
 
 @pytest.fixture(scope="module")
 def two(engine, models, tmp_path_factory) -> Runs:
-    cases = CASES | engines.MERGED | engines.EVALUATED | engines.RESUMED | engines.BEST | engines.REPLAYED
+    cases = (
+        CASES
+        | engines.AVERAGED
+        | engines.MERGED
+        | engines.EVALUATED
+        | engines.RESUMED
+        | engines.BEST
+        | engines.REPLAYED
+    )
     return engines.launch(
         models, tmp_path_factory.mktemp(engine), engine, cases | engines.SKIPPED | engines.MISREAD | PLACED
     )
@@ -37,6 +45,14 @@ def test_a_new_adapter_on_an_adapter_trains_or_is_refused(engine, two, one):
     [case] = engines.MERGED
     if engine == "zero3":
         assert all("give the model that `amid-trl merge` writes" in rank["refused"] for rank in two.ranks[case])
+    else:
+        engines.assert_trains_like_one(two, one, case)
+
+
+def test_a_moving_average_trains_or_is_refused(engine, two, one):
+    [case] = engines.AVERAGED
+    if engine == "zero3":
+        assert all("teacher_ema=0.5 averages whole weights, but ZeRO-3" in rank["refused"] for rank in two.ranks[case])
     else:
         engines.assert_trains_like_one(two, one, case)
 

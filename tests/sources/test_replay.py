@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amid_trl.data.batches import completion_batch
+from amid_trl.data.batches import PromptTokens, completion_batch
 from amid_trl.sources.replay import ReplayBuffer, deal
 
 
 def rows(*numbers: int):
     """Prompts and completions that tell their number: number 3 is [3, 3, ...] and [1003, ...], lengths differ."""
-    prompts = [torch.full((1 + n % 3,), n) for n in numbers]
+    prompts = [PromptTokens(torch.full((1 + n % 3,), n)) for n in numbers]
     return prompts, [torch.full((1 + n % 5,), 1000 + n) for n in numbers]
 
 
@@ -25,10 +25,11 @@ def filled(capacity: int, numbers, seed: int = 0) -> ReplayBuffer:
 def numbers(state) -> list[int]:
     """The numbers of a state's rows, the oldest first, each checked to be whole."""
     found, start = [], 0
-    for prompt_length, completion_length in state["lengths"].tolist():
+    for lengths in state["lengths"].tolist():
         n = int(state["ids"][start])
-        want = torch.cat([part[0] for part in rows(n)])
-        assert (prompt_length, completion_length) == tuple(len(part[0]) for part in rows(n))
+        [prompt], [completion] = rows(n)
+        want = torch.cat([prompt.ids, completion])
+        assert lengths == [len(prompt.ids), len(completion)]
         assert torch.equal(state["ids"][start : start + len(want)], want)
         found.append(n)
         start += len(want)
@@ -37,7 +38,7 @@ def numbers(state) -> list[int]:
 
 
 def draws(buffer: ReplayBuffer, times: int, count: int = 3) -> list[list[int]]:
-    return [[int(prompt[0]) for prompt in buffer.sample(count)[0]] for _ in range(times)]
+    return [[int(prompt.ids[0]) for prompt in buffer.sample(count)[0]] for _ in range(times)]
 
 
 def test_the_oldest_rows_leave_first():
@@ -57,12 +58,12 @@ def test_the_oldest_rows_leave_first():
 
 def test_a_replayed_row_makes_the_batch_that_it_made_when_it_was_written():
     eos = 0
-    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    prompts = [PromptTokens(torch.tensor([5, 6, 7])), PromptTokens(torch.tensor([8]), torch.tensor([3, 8]))]
     completions = [torch.tensor([9, eos]), torch.tensor([eos, eos, 4])]  # EOS is the padding here, and also inside
     buffer = ReplayBuffer(2, seed=0)
     buffer.add(prompts, completions)
     replayed_prompts, replayed_completions = buffer.sample(2)
-    order = [0, 1] if len(replayed_prompts[0]) == 3 else [1, 0]
+    order = [0, 1] if len(replayed_prompts[0].ids) == 3 else [1, 0]
     want = completion_batch([prompts[i] for i in order], [completions[i] for i in order], pad_token_id=eos)
     got = completion_batch(replayed_prompts, replayed_completions, pad_token_id=eos)
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -71,10 +72,10 @@ def test_a_replayed_row_makes_the_batch_that_it_made_when_it_was_written():
 def test_rows_are_copies_and_keep_no_larger_tensor_alive():
     generated = torch.arange(1000).view(10, 100)
     buffer = ReplayBuffer(10, seed=0)
-    buffer.add([row[:3] for row in generated], [row[3:7] for row in generated])
+    buffer.add([PromptTokens(row[:3]) for row in generated], [row[3:7] for row in generated])
     generated.zero_()
     prompts, completions = buffer.sample(10)
-    assert sorted(int(prompt[0]) for prompt in prompts) == list(range(0, 1000, 100))
+    assert sorted(int(prompt.ids[0]) for prompt in prompts) == list(range(0, 1000, 100))
     assert {row.untyped_storage().nbytes() for row in completions} == {4 * 8}
     buffer.load_state_dict(buffer.state_dict())
     assert {row.untyped_storage().nbytes() for row in buffer.sample(10)[1]} == {4 * 8}
@@ -82,8 +83,10 @@ def test_rows_are_copies_and_keep_no_larger_tensor_alive():
 
 def test_ids_are_kept_as_longs_on_the_cpu():
     buffer = ReplayBuffer(1, seed=0)
-    buffer.add([torch.tensor([1], dtype=torch.int32)], [torch.tensor([2], dtype=torch.int32)])
-    assert [part[0].dtype for part in buffer.sample(1)] == [torch.int64, torch.int64]
+    short = [torch.tensor([n], dtype=torch.int32) for n in range(3)]
+    buffer.add([PromptTokens(short[0], short[1])], [short[2]])
+    [[prompt], [completion]] = buffer.sample(1)
+    assert {part.dtype for part in (*prompt, completion)} == {torch.int64}
 
 
 def test_prompts_without_completions_change_nothing():
@@ -106,7 +109,7 @@ def test_samples_are_different_rows_with_equal_chances():
 
 def test_a_prompt_comes_with_its_own_completion():
     prompts, completions = filled(8, range(8)).sample(8)
-    assert [int(text[0]) - int(prompt[0]) for prompt, text in zip(prompts, completions, strict=True)] == [1000] * 8
+    assert [int(text[0]) - int(prompt.ids[0]) for prompt, text in zip(prompts, completions, strict=True)] == [1000] * 8
 
 
 def test_drawing_is_the_buffers_own_affair():
@@ -185,6 +188,22 @@ def test_a_smaller_buffer_loads_the_newest_rows_and_stays_small():
     assert numbers(buffer.state_dict()) == [5, 6, 7]
     buffer.add(*rows(8))
     assert numbers(buffer.state_dict()) == [6, 7, 8]
+
+
+def test_prompts_of_the_teachers_survive_and_are_dealt(tmp_path):
+    prompts = [PromptTokens(torch.tensor([n]), torch.tensor([n, n]) if n % 2 else None) for n in range(5)]
+    buffer = ReplayBuffer(5, seed=0)
+    buffer.add(prompts, [torch.tensor([100 + n]) for n in range(5)])
+    state = saved_with_torch(buffer.state_dict(), tmp_path / "replay")
+    hands = [ReplayBuffer(5, seed=1) for _ in range(2)]
+    for rank, hand in enumerate(hands):
+        hand.load_state_dict(deal([state], rank, 2))
+    rows = [row for hand in hands for row in zip(*hand.sample(len(hand)), strict=True)]
+    assert len(rows) == 5
+    for prompt, completion in rows:
+        n = int(prompt.ids)
+        assert completion.tolist() == [100 + n]
+        assert (prompt.teacher_ids is None) if n % 2 == 0 else (prompt.teacher_ids.tolist() == [n, n])
 
 
 # ---- Another number of processes ----

@@ -9,6 +9,7 @@ from observe import Windows, completions_of, logged, weights
 from tiny import messages_dataset, tiny_llama
 
 from amid_trl import AMiDConfig
+from amid_trl.data.batches import PromptTokens
 from amid_trl.run import Run
 from amid_trl.sources.shares import WindowSources
 
@@ -96,7 +97,7 @@ def test_an_adaptive_run_has_distillms_shares(replay_share, fresh, full):
     steps = 10_000
     run = sources(full=full, **{**ADAPTIVE, "adaptive_threshold": 0.6, "replay_share": replay_share})
     row = [torch.tensor([1])] * 8
-    run.remember(row, row)  # this process's own buffer is full
+    run.remember([*map(PromptTokens, row)], row)  # this process's own buffer is full
     chosen = [run.choose(step, steps) for step in range(steps)]
     counts = Counter(chosen)
     # Averages over the run; without one full buffer on every process nothing is replayed. Five standard deviations.
@@ -111,7 +112,7 @@ def test_an_adaptive_run_has_distillms_shares(replay_share, fresh, full):
 def test_distillm_counts_the_window_itself():
     run = sources(full=True, **{**ADAPTIVE, "adaptive_threshold": 1.0})
     row = [torch.tensor([1])] * 8
-    run.remember(row, row)
+    run.remember([*map(PromptTokens, row)], row)
     assert run.choose(0, 1) == "replay"  # g = 1 of G = 1: nothing is written anew
 
 
@@ -162,7 +163,8 @@ def test_replayed_rows_are_those_that_the_student_wrote_token_for_token(adaptive
     seen, remembered, remember = Windows(trainer), [], trainer._parts.sources.remember
 
     def remember_too(prompts, completions):
-        remembered.append([torch.cat(row).tolist() for row in zip(prompts, completions, strict=True)])
+        rows = zip(prompts, completions, strict=True)
+        remembered.append([[*prompt.ids.tolist(), *completion.tolist()] for prompt, completion in rows])
         remember(prompts, completions)
 
     trainer._parts.sources.remember = remember_too

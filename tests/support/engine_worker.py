@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.data.batches import DistillationCollator
+from amid_trl.teacher.filling import FillingTeacher
 from amid_trl.training.fill_cache import cache_teacher
 
 
@@ -115,12 +116,15 @@ def run(
     `teacher_cache` is written first, by all processes.
     """
     if "teacher_cache" in settings:
-        cache, top_k = str(output_dir / settings["teacher_cache"]), settings["teacher_top_k"]
+        settings["teacher_cache"] = str(output_dir / settings["teacher_cache"])
+    if "teacher_cache" in settings and not settings.get("teacher_cache_fill"):
         in_memory = {name: value for name, value in settings.items() if not name.startswith("teacher_")}
-        cache_teacher(build(models, output_dir, **in_memory), cache, top_k, "float32")
-        settings |= {"teacher": None, "teacher_cache": cache}
+        caching = build(models, output_dir, **in_memory)
+        caching.args.teacher_cache_states = settings.get("teacher_cache_states", False)
+        cache_teacher(caching, settings["teacher_cache"], settings.get("teacher_top_k", 100), "float32")
+        settings["teacher"] = None
     trainer = build(models, output_dir, **settings)
-    seen = Windows(trainer)
+    seen, filled = Windows(trainer), fillings(trainer)
     if evaluates_first:
         trainer.evaluate()
     if trains:
@@ -133,11 +137,26 @@ def run(
     return {
         "log": trainer.state.log_history,
         "sources": seen.sources,
+        "filled": filled,
         "completions": [completions_of(window) for window in seen.windows],
         "bytes": resident,
         "parts": [parts(model) for model in models_held],
         "logits": logits(trainer.model.eval()),
     }
+
+
+def fillings(trainer: AMiDTrainer) -> list[float]:
+    """Grows by the epoch whenever a filling teacher asks the one behind it."""
+    asked: list[float] = []
+    if isinstance(trainer.teacher, FillingTeacher):
+        behind = trainer.teacher._teacher
+
+        def noted(batch):
+            asked.append(trainer.state.epoch or 0.0)
+            return behind(batch)
+
+        trainer.teacher._teacher = noted
+    return asked
 
 
 def build(
@@ -150,11 +169,13 @@ def build(
     rows: int | list[int] = 12,
     silent: list[int] | None = None,
     asks: bool = False,
+    hints: bool = False,
     **settings,
 ) -> AMiDTrainer:
     """A trainer for so many `rows`, or these of them; none of the `silent` ones is trained.
 
-    It `asks` in evaluations: prompts alone, which the student answers. `lora` puts a new adapter on the student.
+    It `asks` in evaluations: prompts alone, which the student answers. With `hints` the teacher reads more than the
+    student. `lora` puts a new adapter on the student.
     """
     for name in ("teacher_adapter_path", "pretrain_dataset"):
         if name in settings:
@@ -162,6 +183,10 @@ def build(
     if "teacher_model_server_url" in settings:  # the name of a file, because every run of the tests has another port
         settings["teacher_model_server_url"] = (models / settings["teacher_model_server_url"]).read_text()
     train_dataset = messages_dataset(rows) if isinstance(rows, int) else messages_dataset(len(QUESTIONS)).select(rows)
+    if hints:
+        asked = [messages[:1] for messages in train_dataset["messages"]]
+        hinted = [[{**turn, "content": f"It is short. {turn['content']}"}] for [turn] in asked]
+        train_dataset = train_dataset.add_column("teacher_prompt", hinted)
     if silent is not None:
         train_dataset = train_dataset.add_column("trained", [row not in silent for row in range(rows)])
     return AMiDTrainer(

@@ -39,6 +39,14 @@ TRAINED = {
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
     "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
     "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
+    "cached states of the teacher": {"teacher_cache": "cache", "teacher_cache_states": True},
+    # In the second epoch each process has rows that the other has kept.
+    "filled cache": {
+        "teacher_cache": "cache",
+        "teacher_cache_fill": True,
+        "num_train_epochs": 2,
+        "train_sampling_strategy": "random",
+    },
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
     "student's text, remote teacher": {
@@ -47,6 +55,7 @@ TRAINED = {
     },
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
+    "prompts of the teachers": {"hints": True, "lmbda": 1.0},
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -88,10 +97,12 @@ TRAINED_UNDER_FSDP2 = {
     "layers by name": {"teacher": "gpt2", "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
     "loaded once": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
 }
+# Needs weights that are whole.
+AVERAGED = {"moving average": {"teacher": None, "teacher_ema": 0.5, "sft_weight": 0.5}}
 MERGED = {"adapter on an adapter": {"student": "adapter", "lora": {}}}
 EVALUATED = {"evaluated alone": {"trains": False}}
 # What one process does as well; it is told nothing of how two share their work.
-REFERENCES = TRAINED | TRAINED_IN_PARTS | TRAINED_UNDER_DDP | TRAINED_UNDER_FSDP2 | MERGED | EVALUATED
+REFERENCES = TRAINED | TRAINED_IN_PARTS | TRAINED_UNDER_DDP | TRAINED_UNDER_FSDP2 | AVERAGED | MERGED | EVALUATED
 # Drawn text and an optimizer with moments: both have a state.
 SAVING = {"lmbda": 0.5, "top_k": 0, "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 RESUMED = {
@@ -201,10 +212,12 @@ def assert_equal_weights(folder: Path, other: Path, rtol: float = 1e-5) -> None:
 
 def assert_trains_like_one(two: Runs, one: One, case: str) -> None:
     result, folder = one(case)
-    steps = 4 if REFERENCES[case].get("rows") in (14, 16) else 3
+    settings = REFERENCES[case]
+    steps = settings.get("num_train_epochs", 1) * (4 if settings.get("rows") in (14, 16) else 3)
     assert len(figures(result)["loss"]) == len(figures(result)["grad_norm"]) == steps
     for rank in two.ranks[case]:
         assert_equal_figures(rank, result)
+        assert not [epoch for epoch in rank["filled"] if 1 <= epoch < 2], "the teacher runs in the first epoch alone"
     assert_equal_weights(two.folder / case, folder)
 
 

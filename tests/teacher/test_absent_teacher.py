@@ -82,7 +82,7 @@ def test_a_server_that_gives_the_whole_vocabulary_is_the_teacher_in_memory(run, 
 
 
 def test_a_temperature_is_refused_when_the_server_has_said_that_it_gives_lists(run, teacher):
-    refused = "distill_temperature has no effect on a teacher of which only the likeliest tokens are known"
+    refused = "temperature must be 1 with a teacher known by its likeliest tokens: .* got 2.0"
     with serving(teacher) as server, pytest.raises(ValueError, match=refused):
         run(teacher_model_server_url=server.url, teacher_top_k=8, distill_temperature=2.0)
 
@@ -306,19 +306,27 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monke
     ("settings", "message"),
     [
         ({"teacher_top_k": 5}, "teacher_top_k has no effect on a teacher in memory"),
-        ({"teacher_cache_dtype": "float32"}, "teacher_cache_dtype has no effect on a teacher in memory"),
+        ({"teacher_cache_dtype": "float32"}, "teacher_cache_dtype has no effect without a teacher_cache"),
+        ({"teacher_cache_fill": True}, "teacher_cache_fill has no effect without a teacher_cache"),
+        ({"teacher_cache_states": True}, "teacher_cache_states has no effect without a teacher_cache"),
+        ({"teacher_cache": "x", "lmbda": 0.0, "teacher_cache_dtype": "bfloat16"}, "'float16' or 'float32'; got 'bf"),
+        (
+            {"teacher_cache": "x", "lmbda": 0.0, "teacher_cache_states": True, "teacher_cache_dtype": "int8"},
+            "'bfloat16', 'float16' or 'float32'; got 'int8'",
+        ),
+        (
+            {"teacher_cache": "x", "lmbda": 0.0, "teacher_cache_fill": True, "teacher_top_k": 5},
+            "teacher_top_k has no effect on a cache of hidden states",
+        ),
+        ({"teacher_cache": "x", "teacher_cache_fill": True}, "dataset's text alone; set lmbda=0.0"),
         ({"teacher_cache": "x", "lmbda": 0.0, "teacher_cache_dtype": "int8"}, "'float16' or 'float32'; got 'int8'"),
         ({"teacher_cache": "x", "teacher_top_k": 0}, "teacher_top_k must be at least 1; got 0"),
         ({"teacher_cache": "x"}, "teacher_cache holds .* dataset's text alone; set lmbda=0.0"),
         ({"teacher_cache": "x", "lmbda": 0.0, "seq_kd": True}, "seq_kd=True needs a teacher in memory"),
-        (
-            {"teacher_cache": "x", "lmbda": 0.0, "distill_temperature": 2.0},
-            "distill_temperature has no effect on a teacher of which only",
-        ),
         ({"teacher_model_server_url": "x", "teacher_cache": "y"}, "teacher_cache holds .* set lmbda=0.0"),
         (
             {"teacher_model_server_url": "x", "teacher_cache_dtype": "float32"},
-            "teacher_cache_dtype has no effect beside",
+            "teacher_cache_dtype has no effect without a teacher_cache",
         ),
         (
             {"teacher_model_server_url": "x", "teacher_model_name_or_path": "y"},
@@ -331,13 +339,19 @@ def test_what_an_absent_teacher_cannot_do_is_refused(settings, message):
         AMiDConfig(output_dir="unused", use_cpu=True, **settings)
 
 
+def test_a_temperature_is_refused_where_only_the_likeliest_tokens_are_known(run, cache):
+    folder = cache(top_k=8)
+    with pytest.raises(ValueError, match="temperature must be 1 with a teacher known by its likeliest tokens"):
+        run(teacher_cache=folder, teacher_top_k=8, lmbda=0.0, distill_temperature=2.0)
+
+
 def test_a_teacher_is_given_once(run, teacher):
     with pytest.raises(ValueError, match="the teacher is given twice: as teacher_model and as http://somewhere"):
         run(teacher, teacher_model_server_url="http://somewhere")
 
 
 def test_a_folder_that_is_no_cache_is_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="holds no teacher's probabilities"):
+    with pytest.raises(ValueError, match="holds no teacher's answers"):
         run(teacher_cache=str(tmp_path), lmbda=0.0)
 
 

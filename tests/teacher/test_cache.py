@@ -132,7 +132,7 @@ def test_a_shard_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("amid_trl.teacher.cache.save_file", breaks_off)
+    monkeypatch.setattr("amid_trl.teacher.shards.save_file", breaks_off)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, range(2))
     assert files(tmp_path) == [] and len(TeacherCache(tmp_path)) == 0
@@ -146,7 +146,7 @@ def test_what_is_written_when_the_teacher_fails_stays(tmp_path):
 
 
 def test_a_shard_is_written_when_it_is_large_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("amid_trl.teacher.cache.PENDING", 1)
+    monkeypatch.setattr("amid_trl.teacher.shards.PENDING", 1)
     write(tmp_path, range(3), rows_per_shard=1000)
     assert len(list(tmp_path.glob("shard-*"))) == 3
 
@@ -215,6 +215,6 @@ def test_what_is_no_cache_is_refused(tmp_path):
         TeacherCache(tmp_path / "nowhere")
     write(tmp_path, range(2))
     about = json.loads((tmp_path / "teacher.json").read_text())
-    (tmp_path / "teacher.json").write_text(json.dumps({**about, "format": 2}))
-    with pytest.raises(ValueError, match="format 2, not 1"):
+    (tmp_path / "teacher.json").write_text(json.dumps({**about, "format": 3}))
+    with pytest.raises(ValueError, match=r"format 3, not one of \[1, 2\]"):
         TeacherCache(tmp_path)

@@ -206,6 +206,15 @@ def test_a_cache_is_filled_from_it_as_from_memory(run, tmp_path, tokenizer, teac
     assert json.loads((folders[0] / "teacher.json").read_text())["teacher"] == "tiny"
 
 
+def test_a_cache_of_its_states_is_filled_while_training(run, tmp_path, tokenizer, teacher):
+    settings = {"lmbda": 0.0, "teacher_cache": str(tmp_path / "states"), "teacher_cache_fill": True, "max_steps": 4}
+    with hosting(teacher, tokenizer) as server:
+        served = run(teacher_model_server_url=server.url, **settings)
+        asked = server.questions.count("/amid-trl/states")
+    assert asked == 4, "two epochs of two steps of two micro-batches, of which the second asks nothing"
+    same_runs(served, run(teacher, folder="memory", lmbda=0.0, max_steps=4), rel=1e-6)
+
+
 # ---- The command ----
 
 

@@ -259,6 +259,9 @@ EFFECTS = {
     ),
     "logits_chunk_size": "training/test_fields.py::test_the_chunk_size_bounds_the_projection",
     "teacher_model_revision": "training/test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
+    "teacher_chat_template_kwargs": (
+        "training/test_context_distillation.py::test_a_template_told_otherwise_is_a_prompt_of_the_teachers"
+    ),
     "assistant_turns": "training/test_fields.py::test_only_the_last_turn_is_trained_if_asked_for",
     "chat_template_kwargs": "training/test_fields.py::test_chat_template_kwargs_reach_the_template",
     "max_completion_length": "training/test_config.py::test_distillation_configs_name_of_the_length",
@@ -282,7 +285,10 @@ EFFECTS = {
         "test_a_cache_of_the_whole_vocabulary_is_the_teacher_in_memory_but_for_its_rounding"
     ),
     "teacher_adapter_path": "teacher/test_adapter.py::test_an_adapter_of_the_students_base_is_a_teacher_of_its_own",
+    "teacher_ema": "teacher/test_moving_average.py::test_the_average_is_the_formulas_and_the_teacher",
     "teacher_cache_dtype": "teacher/test_absent_teacher.py::test_the_command_writes_what_train_reads",
+    "teacher_cache_fill": "teacher/test_states_cache.py::test_from_the_second_epoch_on_the_teacher_does_not_run",
+    "teacher_cache_states": "teacher/test_states_cache.py::test_the_command_writes_hidden_states_if_asked_to",
     "pretrain_dataset": (
         "training/test_pretraining.py::test_a_dataset_is_named_and_streamed_and_read_on_by_a_resumed_run"
     ),

@@ -1,0 +1,144 @@
+"""The teacher reads a prompt of its own before the same completion, token for token."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import QUESTIONS
+
+from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_by_length, teachers_view
+from amid_trl.data.datasets import prepare_dataset
+from amid_trl.data.rows import DataSettings
+
+
+HINT = "A hint: it is short. "
+TEACHERS = ("teacher_input_ids", "teacher_labels", "teacher_prompt_ids")
+
+
+def prepared(rows, tokenizer, **settings):
+    return prepare_dataset(Dataset.from_list(rows), tokenizer, DataSettings(**settings), name="train")
+
+
+def chat(question, answer, hint=HINT):
+    user = {"role": "user", "content": question}
+    asked = {"prompt": [user], "completion": [{"role": "assistant", "content": answer}]}
+    return {**asked, "teacher_prompt": [{"role": "user", "content": hint + question}]}
+
+
+def trained(row, prefix=""):
+    return [label for label in row[f"{prefix}labels"] if label != -100]
+
+
+def behind(row, prefix=""):
+    """The tokens behind the prompt."""
+    return row[f"{prefix}input_ids"][len(row[f"{prefix}prompt_ids"]) :]
+
+
+def test_a_chat_is_what_the_template_makes_of_either_prompt(tokenizer):
+    rows = prepared([chat("Where is it?", "Here."), chat("Who?", "I am.", hint="Say it. ")], tokenizer)
+    for row, hint, question in zip(rows, (HINT, "Say it. "), ("Where is it?", "Who?"), strict=True):
+        message = [{"role": "user", "content": hint + question}]
+        want = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        assert row["teacher_prompt_ids"] == row["teacher_input_ids"][: len(want)] == want
+        assert behind(row, "teacher_") == behind(row)
+        assert trained(row, "teacher_") == trained(row) != []
+        assert [len(row["teacher_labels"])] == [len(row["teacher_input_ids"])]
+
+
+def test_a_row_without_one_has_the_students(tokenizer):
+    rows = prepared([chat("Where?", "Here."), {**chat("Who?", "I."), "teacher_prompt": None}], tokenizer)
+    assert (
+        rows[1]["teacher_input_ids"] == rows[1]["input_ids"] and rows[0]["teacher_input_ids"] != rows[0]["input_ids"]
+    )
+    assert rows[1]["teacher_prompt_ids"] == rows[1]["prompt_ids"] and rows[1]["teacher_labels"] == rows[1]["labels"]
+
+
+def test_text_that_shares_a_token_with_its_prompt_needs_the_same_end(tokenizer):
+    words = " ".join(text for pair in QUESTIONS for text in pair).split()
+    shared = next(word for word in words if len(tokenizer(" " + word)["input_ids"]) == 1 and len(word) > 1)
+    row = {"prompt": "Q: it is ", "completion": f"{shared} here", "teacher_prompt": f"{HINT}Q: it is "}
+    [got] = prepared([row], tokenizer)
+    assert tokenizer(row["prompt"])["input_ids"] != got["input_ids"][: len(tokenizer(row["prompt"])["input_ids"])]
+    whole = tokenizer(row["teacher_prompt"] + row["completion"])["input_ids"]
+    assert got["teacher_input_ids"][:-1] == whole  # and the EOS
+    assert trained(got) == trained(got, "teacher_")
+    with pytest.raises(ValueError, match="teacher_prompt must end as the prompt does"):
+        prepared([{**row, "teacher_prompt": "Another end:"}], tokenizer)
+
+
+def test_the_completion_alone_is_trained(tokenizer):
+    turns = [*chat("Where?", "Here.")["prompt"], {"role": "assistant", "content": "Here."}]
+    messages = [*turns, {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I am."}]
+    row = {"messages": messages, "teacher_prompt": [{"role": "user", "content": "A summary. Who?"}]}
+    [got] = prepared([row], tokenizer)
+    assert tokenizer.decode(trained(got)).startswith("I am.") and trained(got) == trained(got, "teacher_")
+    [without] = prepared([{"messages": messages}], tokenizer)
+    assert tokenizer.decode(trained(without)).startswith("Here.")
+
+
+def test_a_template_can_be_told_something_else_for_the_teacher(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template + "{% if hint is defined %}{{ hint }}{% endif %}"
+    rows = [{"prompt": [{"role": "user", "content": "Where?"}]}]
+    [got] = prepared(
+        rows,
+        tokenizer,
+        generates=True,
+        trains_on_dataset=False,
+        teacher_chat_template_kwargs={"hint": "Think."},
+    )
+    assert got["teacher_prompt_ids"] == got["prompt_ids"] + tokenizer("Think.")["input_ids"]
+
+
+def test_tokens_have_the_teachers_prompt_as_tokens(tokenizer):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "prompt_ids": [5, 6], "teacher_prompt_ids": [9]}
+    [got] = prepared([row], tokenizer)
+    assert got["teacher_input_ids"] == [9, 7, 8] and got["teacher_labels"] == [-100, 7, 8]
+
+
+def test_the_end_of_a_long_completion_is_cut_for_both(tokenizer):
+    row = chat("Where?", "Here and there and everywhere, as far as I know.")
+    [whole] = prepared([row], tokenizer)
+    [cut] = prepared([row], tokenizer, max_length=len(whole["prompt_ids"]) + 3)
+    assert behind(cut) == behind(cut, "teacher_") == behind(whole)[:3]
+
+
+def test_a_teachers_prompt_that_leaves_no_room_is_dropped_and_named(tokenizer, caplog):
+    rows = [chat("Where?", "Here."), chat("Who?", "I.", hint=40 * HINT)]
+    assert len(prepared(rows, tokenizer, positions=64)) == 1
+    assert "1 of 2 rows dropped: the teacher's prompt leaves no room" in caplog.text and "64 positions" in caplog.text
+    with pytest.raises(ValueError, match=r"no row can be used.*the teacher's prompt leaves no room"):
+        prepared(rows[1:], tokenizer, positions=64)
+    with pytest.raises(ValueError, match="the teacher's prompt leaves no room"):
+        prepared(rows[:1], tokenizer, positions=64, generates=True, teacher_room=60)
+
+
+def test_what_is_prepared_stays_as_it_is(tokenizer):
+    rows = prepared([chat("Where?", "Here.")], tokenizer)
+    assert prepare_dataset(rows, tokenizer, DataSettings(), name="train") is rows
+
+
+def test_both_rows_are_in_a_batch_and_survive_dealing(tokenizer):
+    rows = prepared([chat("Where is it?", "Here."), chat("Who?", "I am.", hint="Say it. ")], tokenizer)
+    batch = DistillationCollator(0)(rows)
+    view = teachers_view(batch)
+    for i, row in enumerate(rows):
+        length = len(row["teacher_input_ids"])
+        assert view["input_ids"][i, :length].tolist() == row["teacher_input_ids"]
+        assert view["attention_mask"][i].sum() == length
+        assert view["labels"][i, :length].tolist() == row["teacher_labels"]
+    # In the order of the trained tokens, which is how the answers of a teacher are paired with the student's.
+    assert view["labels"][view["labels"] != -100].tolist() == batch["labels"][batch["labels"] != -100].tolist()
+    [dealt] = deal_by_length([batch], 0)
+    order = [1, 0]
+    assert all(torch.equal(dealt[name], DistillationCollator(0)([rows[i] for i in order])[name]) for name in batch)
+
+
+def test_what_is_written_follows_either_prompt():
+    prompts = [
+        PromptTokens(torch.tensor([5, 6]), torch.tensor([7])),
+        PromptTokens(torch.tensor([8]), torch.tensor([8, 9, 10])),
+    ]
+    batch = completion_batch(prompts, [torch.tensor([1, 2]), torch.tensor([3])], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 1, 2], [8, 3, 0, 0]]
+    assert batch["teacher_input_ids"].tolist() == [[7, 1, 2, 0], [8, 9, 10, 3]]
+    assert batch["teacher_labels"].tolist() == [[-100, 1, 2, -100], [-100, -100, -100, 3]]
+    assert batch["teacher_prompts"].tolist() == [[0, 0, 7], [8, 9, 10]]
