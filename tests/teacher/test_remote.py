@@ -12,7 +12,7 @@ from safetensors.torch import save
 from states_server import changing, hosting, wire
 from tiny import tiny_llama, tiny_tokenizer
 
-from amid_trl.data.batches import completion_batch
+from amid_trl.data.batches import PromptTokens, completion_batch
 from amid_trl.run import Run
 from amid_trl.teacher.cache import tokenizer_fingerprint
 from amid_trl.teacher.connection import Connection
@@ -32,7 +32,7 @@ def model(tokenizer):
 def batch_of(seed: int, rows: int = 2, length: int = 6):
     draw = torch.Generator().manual_seed(seed)
     drawn = torch.randint(3, 360, (rows, 2, length), generator=draw)
-    return completion_batch([row[0] for row in drawn], [row[1] for row in drawn], 0)
+    return completion_batch([PromptTokens(row[0]) for row in drawn], [row[1] for row in drawn], 0)
 
 
 def connected(server, url: str | None = None, **connection) -> RemoteTeacher:

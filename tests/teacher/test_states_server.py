@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from amid_trl.data.batches import completion_batch
+from amid_trl.data.batches import PromptTokens, completion_batch
 from amid_trl.maths.linear import States
 from amid_trl.models.own_logits import check_own_logits
 from amid_trl.teacher.connection import Connection
@@ -42,7 +42,7 @@ def batch_of(lengths=LENGTHS, seed: int = 0, least: int = 3):
     draw = torch.Generator().manual_seed(seed)
     rows = [[torch.randint(least, 360, (n,), generator=draw) for n in both] for both in lengths]
     prompts, completions = zip(*rows, strict=True)
-    return completion_batch(prompts, completions, 0)
+    return completion_batch([*map(PromptTokens, prompts)], completions, 0)
 
 
 def connected(server, **connection) -> RemoteTeacher:
