@@ -12,6 +12,7 @@ EXTRAS = {
     "eval": ["rouge-score"],
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
     "plot": ["matplotlib"],
+    "serve": ["starlette", "uvicorn"],
     "notebook": ["ipykernel", "ipywidgets", "matplotlib"],
     "compare": ["matplotlib", "scipy>=1.15"],
 }
@@ -31,6 +32,7 @@ TEST = [
     *EXTRAS["compare"],
     *EXTRAS["notebook"],
     *EXTRAS["quantization"],
+    *EXTRAS["serve"],
 ]
 # What the demo reads besides the two data wheels, which the Makefile installs without their own dependencies.
 DEMO = ["gguf", "pyyaml", *EXTRAS["eval"], *EXTRAS["plot"]]

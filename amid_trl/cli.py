@@ -16,6 +16,10 @@ COMMANDS = {
         "the same work through several objectives, with intervals",
         "amid_trl.comparison.command:compare_runs",
     ),
+    "serve-teacher": (
+        "answer for a teacher, exactly, to trainings",
+        "amid_trl.teacher.command:serve_teacher",
+    ),
     "landscape": (
         "what each α, λ, divergence and temperature would do, without training",
         "amid_trl.choosing.command:measure_landscape",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, check_counts, refuse_sparse
+from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, check_counts
 from amid_trl.choosing.grid import ALPHAS, LAMBDAS, Grid
 from amid_trl.fields import json_dict, require_package
 from amid_trl.launch import flags, recipes, script
@@ -25,19 +25,19 @@ def measure_landscape(argv: Sequence[str]) -> int:
     of_train = recipes.resolve(of_train)
     # Most mistakes need no torch.
     if (config := flags.check_flags(of_train, "landscape")) is not None:
-        refuse_sparse(config)
         require_package("matplotlib", "the heat map", "'amid_trl[plot]'")
         check_objective(config)
         check_device(config)
     parsed = script.parse(of_train, of_launcher=True)
 
-    from amid_trl.choosing.tokens import check_alone, trainer_landscape
+    from amid_trl.choosing.tokens import check_alone, check_whole, trainer_landscape
 
     script_args, training_args, model_args, dataset_args = parsed
     check_alone(training_args)
     of_run = {training_args.divergence: json_dict(training_args.divergence_kwargs)}
     grid = Grid(**axes, divergence_kwargs={name: of_run[name] for name in of_run if name in axes["divergences"]})
     trainer = script.build_trainer(script_args, training_args, model_args, dataset_args)
+    check_whole(trainer)
     found = trainer_landscape(trainer, grid, rows=own.rows, tokens=own.tokens, seed=training_args.seed)
     about = {
         "student": model_args.model_name_or_path,

@@ -8,10 +8,10 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 
-from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, check_counts, refuse_sparse
+from amid_trl.choosing.checks import FORWARD_PASSES, ROWS, check_counts
 from amid_trl.choosing.grid import Grid
 from amid_trl.choosing.landscape import Landscape, landscape
-from amid_trl.data.batches import Batch, trained_targets
+from amid_trl.data.batches import Batch, teachers_view, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
 from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
@@ -67,17 +67,18 @@ def trained_tokens(trainer: AMiDTrainer, rows: int = ROWS) -> TrainedTokens:
     The text is the dataset's, whatever `lmbda` is. Neither model changes.
 
     Raises:
-        ValueError: rows below 1, what `check_alone` says, or rows without a trained token.
+        ValueError: rows below 1, what `check_alone` and `check_whole` say, or rows without a trained token.
     """
     check_counts(rows, None)
     check_alone(trainer.args)
+    check_whole(trainer)
     base, answer = causal_lm(trainer.model), cast(Any, None)
     of_student, of_teacher, of_row, seen = [], [], [], 0
     with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for batch in _batches(trainer, rows):
             hidden = backbone_states(base, batch["input_ids"], batch["attention_mask"])
             of_student.append(trained_states(hidden, language_model_head(base), batch).hidden)
-            answer = cast(States, trainer.teacher(batch))
+            answer = cast(States, trainer.teacher(teachers_view(batch)))
             of_teacher.append(answer.hidden)
             of_row.append((trained_targets(batch) != UNTRAINED).sum(-1).cpu())
             seen += batch["input_ids"].numel()
@@ -98,15 +99,27 @@ def check_alone(args: AMiDConfig) -> None:
     """Refuse what a landscape is not made of.
 
     Raises:
-        ValueError: several processes, an engine that divides a model, or a teacher of whom only the likeliest tokens
-            are known.
+        ValueError: several processes, or an engine that divides a model.
     """
-    refuse_sparse(args)
     engine = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
     if args.world_size > 1 or args.teacher_deepspeed is not None or engine != DistributedType.NO:
         raise ValueError(
             f"a landscape is made by one process without an engine; got {args.world_size} processes, engine "
             f"{engine.value}, teacher_deepspeed={args.teacher_deepspeed!r}"
+        )
+
+
+def check_whole(trainer: AMiDTrainer) -> None:
+    """Refuse a teacher of which only the likeliest tokens are known: p is needed at all of the vocabulary.
+
+    Raises:
+        ValueError: the field that names it.
+    """
+    if trainer.teacher.is_sparse:
+        name = "teacher_cache" if trainer.args.teacher_cache is not None else "teacher_model_server_url"
+        raise ValueError(
+            f"{name} knows the teacher's likeliest tokens alone, and a landscape needs all of its distribution: name "
+            "a teacher in memory, a cache of hidden states or an amid-trl serve-teacher"
         )
 
 

@@ -61,8 +61,9 @@ class TeacherFields(Fields):
     )
     teacher_model_server_url: str | None = option(
         None,
-        "A vLLM server (OpenAI-compatible, with prompt_logprobs) that the teacher runs on, in place of a model in "
-        "memory. Its teacher_top_k likeliest tokens are compared, and all others as one.",
+        "A server that the teacher runs on, in place of a model in memory: `amid-trl serve-teacher`, whose teacher is "
+        "compared exactly, or vLLM (OpenAI-compatible, with prompt_logprobs), of which the teacher_top_k likeliest "
+        "tokens are compared, and all others as one.",
     )
     teacher_server_patience: float = option(
         300.0,
@@ -85,7 +86,7 @@ class TeacherFields(Fields):
         "every objective is exact then, at every temperature.",
     )
     teacher_top_k: int = option(
-        100, "How many of the teacher's likeliest tokens the server gives, or the cache holds, for each token."
+        100, "How many of the teacher's likeliest tokens vLLM gives, or the cache holds, for each token."
     )
     teacher_cache_dtype: Literal["bfloat16", "float16", "float32"] | None = option(
         None,

@@ -15,6 +15,7 @@ from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.filling import FillingTeacher, StatesTeacher
 from amid_trl.teacher.in_memory import ModelTeacher
 from amid_trl.teacher.moving_average import AverageTeacher
+from amid_trl.teacher.remote import open_remote
 from amid_trl.teacher.server import open_server
 
 
@@ -58,7 +59,7 @@ def open_teacher(
     if run.args.reads_cache:
         return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
-        teacher: Teacher = open_server(run)
+        teacher: Teacher = open_remote(run) or open_server(run)
     elif run.args.teacher_ema is not None:
         teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
     elif run.args.teacher_adapter_path is not None:

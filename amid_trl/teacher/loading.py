@@ -1,6 +1,7 @@
 """The teacher by name or path, quantised if asked for."""
 
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import nn
@@ -40,7 +41,12 @@ def _quantization(args: TeacherFields) -> BitsAndBytesConfig:
     """8 bits, or 4 (NF4) with products in the precision of the run."""
     if json_dict(args.teacher_model_init_kwargs).get("quantization_config") is not None:
         raise ValueError("the teacher's quantization is given twice: by a field and in teacher_model_init_kwargs")
-    if args.teacher_load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return bitsandbytes_config(8 if args.teacher_load_in_8bit else 4, dtype)
+
+
+def bitsandbytes_config(bits: Literal[4, 8], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """LLM.int8(), or NF4 with products in the dtype."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

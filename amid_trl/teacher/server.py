@@ -5,13 +5,11 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import urllib3
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,17 +18,11 @@ from amid_trl.data.batches import Batch, unpadded_rows
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.sparse import SparseTeacher, joined
 from amid_trl.run import Run
+from amid_trl.teacher.connection import REQUESTS, Connection
 from amid_trl.teacher.fields import TeacherFields
 
 
 logger = logging.getLogger(__name__)
-
-UNAVAILABLE = (500, 502, 503, 504)
-
-
-# Requests on their way at the same time: enough to keep a server busy that batches by itself.
-REQUESTS = 4
-
 
 # What vLLM sends for -inf, which JSON does not have; a token that the teacher excludes is a token all the same.
 NO_MASS = -9999.0
@@ -42,14 +34,6 @@ EXCLUDED = torch.finfo(torch.float32).min
 # What float32 probabilities leave of 1 is known to this much. No tail is below it: one of exactly zero, where the
 # student has some mass, would make KL(q || p) infinite.
 ROUNDING = 2.0**-24
-
-
-# Seconds that a connection may take; an answer may take longer.
-CONNECT = 10.0
-
-
-# The longest pause between two attempts, in seconds.
-LONGEST_PAUSE = 30.0
 
 
 # Tokens of the row that is asked about alone and beside others, and how many likeliest of each.
@@ -73,38 +57,17 @@ class TeacherServer:
 
     The server is asked for its model and for one short row at once: what it cannot do it says before the first step.
 
-    A request has at most `batch_size` rows. Where the connection fails or the server is unavailable (HTTP 500, 502,
-    503, 504) it is made again, at once and then `backoff` · (1, 2, 4, …) seconds later, at most half a minute, until
-    the server has given no sign of life for `patience` seconds. `timeout` is for one attempt. The key of a server that
-    wants one is in the environment, as VLLM_API_KEY.
+    A request has at most `batch_size` rows. `connection` says how long the server is waited for. The key of a server
+    that wants one is in the environment, as VLLM_API_KEY.
     """
 
-    def __init__(
-        self,
-        url: str,
-        top_k: int,
-        vocabulary: int,
-        *,
-        batch_size: int = 8,
-        timeout: float = 600.0,
-        patience: float = 300.0,
-        backoff: float = 1.0,
-    ):
+    def __init__(self, url: str, top_k: int, vocabulary: int, *, batch_size: int = 8, **connection: float):
         for name, value in {"top_k": top_k, "batch_size": batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        self.url, self.vocabulary = url.rstrip("/").removesuffix("/v1"), vocabulary
-        self.top_k = min(top_k, vocabulary)
-        self.batch_size, self._patience, self._backoff = batch_size, patience, backoff
-        key = os.environ.get("VLLM_API_KEY")
-        self._http = urllib3.PoolManager(
-            maxsize=REQUESTS,
-            # Repeated by `_response`. Unlike requests, urllib3 reads the body as part of the attempt.
-            retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=3, allowed_methods=None),
-            timeout=urllib3.Timeout(connect=min(CONNECT, timeout), read=timeout),
-            headers={"Authorization": f"Bearer {key}"} if key else None,
-        )
-        self._alive = -math.inf  # when it answered last
+        self._connection = Connection(url, key=os.environ.get("VLLM_API_KEY"), **connection)
+        self.url, self.vocabulary = self._connection.url, vocabulary
+        self.top_k, self.batch_size = min(top_k, vocabulary), batch_size
         try:
             about = self._ask("GET", "v1/models")["data"][0]
             self.model: str = about["id"]
@@ -185,7 +148,7 @@ class TeacherServer:
             raise ValueError(f"row {index}: {self.url} answered {error}") from error
 
     def _ask(self, method: str, path: str, question: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        response = self._response(method, f"{self.url}/{path}", question)
+        response = self._connection.request(method, path, json=question)
         if response.status != 200:
             text = response.data.decode(errors="replace")
             raise ValueError(f"the teacher at {self.url}/{path} refuses ({response.status}): {text}")
@@ -193,31 +156,6 @@ class TeacherServer:
             return response.json()
         except json.JSONDecodeError as error:
             raise ValueError(_no_such_server(self.url, f"what it says to {path} is not JSON")) from error
-
-    def _response(self, method: str, url: str, question: Mapping[str, Any] | None) -> urllib3.BaseHTTPResponse:
-        """The answer, asked for again and again while the server has been silent for less than the patience."""
-        attempts, pause, asked = 1, 0.0, time.monotonic()
-        while True:
-            try:
-                response = self._http.request(method, url, json=question)
-                if response.status not in UNAVAILABLE:
-                    self._alive = time.monotonic()
-                    return response
-                reason: Any = f"HTTP {response.status}"
-            except urllib3.exceptions.MaxRetryError as error:
-                reason = error.reason
-            silent = time.monotonic() - max(asked, self._alive)  # nobody expects an answer between two questions
-            if silent + pause > self._patience:
-                raise ConnectionError(
-                    f"the teacher at {url} did not answer in {attempts} attempts, and was silent for {silent:.0f} s "
-                    f"({reason}). A run's last checkpoint is intact: resume from it when the server is back, or let "
-                    "it wait longer with teacher_server_patience"
-                )
-            if attempts == 2:
-                logger.warning("The teacher at %s does not answer (%s); it is asked again.", url, reason)
-            time.sleep(pause)
-            pause = min(2 * pause or self._backoff, LONGEST_PAUSE)
-            attempts += 1
 
 
 def _no_such_server(url: str, why: str) -> str:

@@ -47,6 +47,7 @@ HELP = [
         ["init-student", "--help"],
         ["merge", "--help"],
     ),
+    ["serve-teacher", "--help"],
 ]
 # Packages that a machine may have, without which these are mistakes.
 ABSENT = ("vllm", "liger_kernel", "trackio", "lm_eval")

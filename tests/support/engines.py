@@ -49,6 +49,10 @@ TRAINED = {
     },
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
+    "student's text, remote teacher": {
+        **{"lmbda": 1.0, "asks": True},
+        **{"teacher": None, "teacher_model_server_url": "states_server"},
+    },
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
     "prompts of the teachers": {"hints": True, "lmbda": 1.0},
@@ -168,7 +172,8 @@ One = Callable[[str], tuple[dict, Path]]
 def launch(models: Path, folder: Path, engine: str, cases: dict[str, dict]) -> Runs:
     """Two processes run all cases, because starting them takes longest; a hang is an error."""
     arguments = [str(models), str(folder), engine, json.dumps(cases)]
-    run_ranks("engine_worker", *arguments, environment=ENVIRONMENT, processes=2, timeout=500)
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(models / "cache")}  # where heads of served teachers are kept
+    run_ranks("engine_worker", *arguments, environment=environment, processes=2, timeout=500)
     ranks = {name: [json.loads((folder / name / f"rank{rank}.json").read_text()) for rank in (0, 1)] for name in cases}
     return Runs(folder, ranks)
 
@@ -176,7 +181,9 @@ def launch(models: Path, folder: Path, engine: str, cases: dict[str, dict]) -> R
 def run_alone(models: Path, folder: Path, case: str) -> dict:
     """One process, each window in a single batch."""
     settings = {name: value for name, value in REFERENCES[case].items() if name != "fsdp_config"}
-    return engine_worker.run(models, folder, per_device_train_batch_size=4, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(models / "cache"))
+        return engine_worker.run(models, folder, per_device_train_batch_size=4, **settings)
 
 
 def run_in_micro_batches(models: Path, folder: Path, settings: dict) -> dict:

@@ -59,10 +59,6 @@ MISTAKES = [
     (["landscape", *GIVEN, "--alphas", "inf"], "alphas of the grid: each must be a finite number; got inf"),
     (["landscape", *GIVEN, "--rows", "0"], "rows must be at least 1; got 0"),
     (["landscape", *NO_TEACHER], "teacher_model_name_or_path is missing"),
-    (
-        ["landscape", *NO_TEACHER, "--lmbda=0", "--teacher_cache", "FOLDER"],
-        "teacher_cache knows the teacher's likeliest tokens alone",
-    ),
     (["evaluate"], "the following arguments are required: model, --output-dir"),
     (["evaluate", "m", *INTO], "nothing to evaluate"),
     (["evaluate", "m", *INTO, "--evaluation-set", "nosuch"], "neither a file nor one of dolly"),

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 
+import pytest
 import torch
 
 from amid_trl import AMiDTrainer
@@ -18,6 +19,15 @@ def logged(trainer: AMiDTrainer, name: str) -> list[float]:
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same_runs(trainer, reference, rel=1e-5):
+    """Figures and weights."""
+    for name in ("loss", "grad_norm", "kl", "teacher_entropy", "top1_agreement", "nll", "eval_loss", "eval_kl"):
+        assert logged(trainer, name) == pytest.approx(logged(reference, name), rel=rel), name
+    want = weights(reference.model)
+    for name, mine in weights(trainer.model).items():
+        torch.testing.assert_close(mine, want[name], rtol=rel, atol=1e-6)
 
 
 def dense_loss(trainer: AMiDTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:

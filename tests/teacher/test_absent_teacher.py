@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from observe import logged, weights
+from observe import logged, same_runs, weights
 from server import HANG_UP, serving
 from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
@@ -60,14 +60,6 @@ def run(tmp_path, tokenizer):
     return train
 
 
-def same_runs(trainer, reference, rel=1e-5):
-    for name in ("loss", "grad_norm", "kl", "teacher_entropy", "top1_agreement", "nll", "eval_loss", "eval_kl"):
-        assert logged(trainer, name) == pytest.approx(logged(reference, name), rel=rel), name
-    want = weights(reference.model)
-    for name, mine in weights(trainer.model).items():
-        torch.testing.assert_close(mine, want[name], rtol=rel, atol=1e-6)
-
-
 # ---- A server ----
 
 
@@ -87,6 +79,12 @@ def test_a_server_that_gives_the_whole_vocabulary_is_the_teacher_in_memory(run, 
     same_runs(served, run(teacher, folder="memory", **settings))
     assert logged(served, "teacher_tail_mass") == [0.0] * 3
     assert logged(served, "eval_teacher_tail_mass") == [0.0]
+
+
+def test_a_temperature_is_refused_when_the_server_has_said_that_it_gives_lists(run, teacher):
+    refused = "temperature must be 1 with a teacher known by its likeliest tokens: .* got 2.0"
+    with serving(teacher) as server, pytest.raises(ValueError, match=refused):
+        run(teacher_model_server_url=server.url, teacher_top_k=8, distill_temperature=2.0)
 
 
 def test_what_the_server_leaves_out_is_logged_and_kl_is_a_lower_bound(run, teacher):
