@@ -174,6 +174,7 @@ HOOKS = (
     Hook(f"{_TRAINER}._prepare_inputs", "called", "written text goes to the device", ("inputs",)),
     Hook(f"{_TRAINER}._get_num_items_in_batch", "called", "trained tokens of a window", ("batch_samples", "device")),
     Hook(f"{_TRAINER}._get_output_dir", "called", "where checkpoints lie", ("trial",)),
+    Hook(f"{_TRAINER}.get_train_dataloader", "called", "a landscape is of the rows that training gets"),
     Hook(f"{_TRAINER}.get_tp_size", "called", "processes that share a batch"),
     Hook(f"{_TRAINER}.hub_model_id", "read", "where the model was pushed to"),
     Hook(f"{_TRAINER}.deepspeed", "read", "whether the student has an engine already"),

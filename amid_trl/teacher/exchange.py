@@ -94,6 +94,9 @@ class Vocabulary:
         return self.added
 
 
+QUESTION_TENSORS = ("ids", "ends", "asked")
+
+
 class Question(NamedTuple):
     """Rows of token ids, one after the other, and where their hidden states are asked for.
 
@@ -120,14 +123,14 @@ class Question(NamedTuple):
 
     def pack(self) -> bytes:
         """For the wire: 5 bytes a token and 8 a row."""
-        return save(self._asdict())
+        return save(dict(zip(QUESTION_TENSORS, self, strict=True)))
 
     @classmethod
     def unpack(cls, body: bytes) -> "Question":
         """ValueError if it is no question."""
         tensors = unpacked(body)
-        if tensors.keys() != {*cls._fields}:
-            raise ValueError(f"a question has {', '.join(cls._fields)}; got {', '.join(tensors)}")
+        if tensors.keys() != {*QUESTION_TENSORS}:
+            raise ValueError(f"a question has {', '.join(QUESTION_TENSORS)}; got {', '.join(tensors)}")
         question = cls(**tensors)
         dtypes = tuple(tensor.dtype for tensor in question)
         if dtypes != (torch.int32, torch.int64, torch.bool) or any(tensor.dim() != 1 for tensor in question):

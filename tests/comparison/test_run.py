@@ -173,7 +173,8 @@ def clock(monkeypatch):
         now[0] += 3600
         return saved(self, *args, **kwargs)
 
-    monkeypatch.setattr(compared_run.time, "monotonic", lambda: now[0])
+    # Of the module alone: other threads of the tests read the clock.
+    monkeypatch.setattr(compared_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(AMiDTrainer, "training_step", step)
     monkeypatch.setattr(AMiDTrainer, "evaluation_loop", evaluation)
     monkeypatch.setattr(AMiDTrainer, "_save_checkpoint", save)

@@ -278,7 +278,7 @@ def test_float32_is_exact_to_a_few_rounding_errors(alpha, lam):
             exact.append([float(mean - total) for mean in means])
     want = torch.tensor(exact, dtype=torch.float64)
     error = (got - want).abs() / want.abs().clamp(min=1)
-    assert error.max() <= 11 * torch.finfo(torch.float32).eps
+    assert error.max() <= 16 * torch.finfo(torch.float32).eps
 
 
 def test_in_float64_too_excluded_tokens_are_excluded_beside_alpha_one():

@@ -58,6 +58,16 @@ def test_compiled_is_plain_for_scale_cap_temperature_and_bfloat16(compiling):
         assert (mine - true).norm() <= 2 * (plain - true).norm() + 1e-6
 
 
+def test_compiled_alpha_beta_is_exact_where_both_are_near(compiling):
+    """Its addends cancel there, and of torch.expm1 a compiler makes what cancels."""
+    kernel = RowKernel(DistillationTokenLoss(Objective("ab", "pq")), Finish(), Finish(), differentiates=False)
+    student, _, labels = rows(9, torch.float64)
+    teacher = student + 1e-3 * rows(9, torch.float64, seed=1)[0]
+    losses, *_ = kernel(student.float(), teacher.float(), labels)
+    want, *_ = kernel.plain(student.float().double(), teacher.float().double(), labels)
+    torch.testing.assert_close(losses.double(), want, rtol=1e-3, atol=0)
+
+
 def test_excluded_tokens_stay_excluded_when_compiled(compiling):
     kernel = RowKernel(DistillationTokenLoss(OBJECTIVES["amid"]()), Finish(), Finish(), differentiates=True)
     student, teacher, labels = rows(4)

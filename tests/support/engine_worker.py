@@ -151,11 +151,17 @@ def fillings(trainer: AMiDTrainer) -> list[float]:
     if isinstance(trainer.teacher, FillingTeacher):
         behind = trainer.teacher._teacher
 
-        def noted(batch):
-            asked.append(trainer.state.epoch or 0.0)
-            return behind(batch)
+        class Noted:
+            """The one behind, with a note of the epoch."""
 
-        trainer.teacher._teacher = noted
+            def __getattr__(self, name):
+                return getattr(behind, name)
+
+            def __call__(self, batch):
+                asked.append(trainer.state.epoch or 0.0)
+                return behind(batch)
+
+        trainer.teacher._teacher = Noted()
     return asked
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from amid_trl.data.batches import PromptTokens
 from amid_trl.maths.schedules import AdaptiveShare
 from amid_trl.sources.replay import ReplayBuffer, deal
 from amid_trl.training.checkpoints import load_state, save_state
@@ -16,7 +17,8 @@ class Part:
     def __init__(self, rank: int, rows: int = 0, capacity: int = 8):
         self.share = AdaptiveShare()
         self.buffer = ReplayBuffer(capacity, seed=rank)
-        self.buffer.add(*[[torch.tensor([rank, row]) for row in range(rows)]] * 2)
+        texts = [torch.tensor([rank, row]) for row in range(rows)]
+        self.buffer.add([*map(PromptTokens, texts)], texts)
 
     def state_dict(self):
         return {"adaptive": self.share.state_dict(), "replay": self.buffer.state_dict()}
@@ -49,7 +51,7 @@ def test_as_many_processes_go_on_where_they_were(tmp_path):
     before, after = saved(tmp_path, 2, rows=3), loaded(tmp_path, 2)
     assert [part.rows for part in after] == [part.rows for part in before]
     assert all(part.share.reference == 3.0 for part in after)
-    drawn = [[ids.tolist() for ids in part.buffer.sample(3)[0]] for part in (before[1], after[1])]
+    drawn = [[ids.tolist() for ids, _ in part.buffer.sample(3)[0]] for part in (before[1], after[1])]
     assert drawn[0] == drawn[1]
 
 
