@@ -28,9 +28,10 @@ class RenamedTokens:
     def checked(self, rows: Rows) -> Rows:
         """The prepared rows of a dataset; ValueError where one has such a token. A stream waits for `check`."""
         if self.names and isinstance(rows, Dataset):
-            for index, row in enumerate(rows.select_columns(["input_ids", "prompt_ids"])):
+            texts = {"input_ids", "prompt_ids", "teacher_input_ids", "teacher_prompt_ids"} & {*rows.column_names}
+            for index, row in enumerate(rows.select_columns(sorted(texts))):
                 columns: Any = row
-                self._refuse({*columns["input_ids"], *columns["prompt_ids"]}, f"row {index} of a dataset")
+                self._refuse({token for text in columns.values() for token in text}, f"row {index} of a dataset")
         return rows
 
     def check(self, input_ids: Tensor) -> None:

@@ -79,7 +79,9 @@ def _draw(panel: Any, column: str, points: list[Mapping[str, Any]], norm: float,
 
 
 def _short(number: float) -> str:
-    return f"{number:.2f}".replace("0.", ".", 1)
+    """Two decimals, without a 0 in front of them."""
+    sign, digits = "-" * (number < 0), f"{abs(number):.2f}"
+    return sign + digits.removeprefix("0")
 
 
 def picture(results: Mapping[str, Any], kind: Literal["png", "svg"]) -> bytes | None:

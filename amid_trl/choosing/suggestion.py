@@ -29,7 +29,9 @@ def suggest(points: Sequence[Point], forward_kl: Point) -> Point | None:
 
 def why_not(point: Point, forward_kl: Point) -> str | None:
     """Why the rule passes over a point, or None."""
-    if None in (point["cosine_forward"], point["cosine_reverse"]):
+    # KL(p‖q) has none either where teacher and student agree to the rounding.
+    of_forward = (forward_kl["gradient_norm"], forward_kl["participation"])
+    if None in (point["cosine_forward"], point["cosine_reverse"], *of_forward):
         return "no gradient"
     if point["gradient_norm"] < VANISHING * forward_kl["gradient_norm"]:
         return "vanishing"

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from amid_trl.data.rows import UNTRAINED, DataSettings, Row, tokens_row
+from amid_trl.data.rows import UNTRAINED, DataSettings, Row, teachers_row, tokens_row
 
 
 # What a collator makes of rows; tensors by name, each with an entry for every row.
@@ -90,6 +90,8 @@ class DistillationCollator:
 
 
 def _token_row(row: Row) -> TokenRow:
+    if row.get("teacher_prompt_ids") is not None and row.get("teacher_input_ids") is None:
+        row = teachers_row(row, list(row["teacher_prompt_ids"]))
     own, teachers = (
         [None if row.get(name) is None else torch.as_tensor(row[name], dtype=torch.long) for name in names]
         for names in (ROW_COLUMNS, TEACHER_COLUMNS)
@@ -169,10 +171,11 @@ def _token_rows(batch: Batch) -> Iterator[TokenRow]:
 
 def _batch(rows: Sequence[TokenRow], pad_token_id: int, multiple_of: int | None) -> Batch:
     own = _padded([row[:2] for row in rows], [row.prompt.ids for row in rows], pad_token_id, multiple_of)
-    if any(row.teacher_ids is None for row in rows):
+    if all(row.teacher_ids is None for row in rows):
         return own
-    theirs: Any = [(row.teacher_ids, row.teacher_labels) for row in rows]
-    teachers = _padded(theirs, [cast(Tensor, row.prompt.teacher_ids) for row in rows], pad_token_id, multiple_of)
+    theirs: Any = [row[:2] if row.teacher_ids is None else (row.teacher_ids, row.teacher_labels) for row in rows]
+    prompts = [row.prompt.read_by(teacher=True) for row in rows]
+    teachers = _padded(theirs, prompts, pad_token_id, multiple_of)
     return {**own, **{f"teacher_{name}": tensor for name, tensor in teachers.items()}}
 
 

@@ -168,14 +168,12 @@ def text_row(
     for column, value in {"prompt": prompt, "completion or text": completion or ""}.items():
         if not isinstance(value, str):
             raise BadRow(f"{column} must be text here (prompt and completion alike); got {value!r}")
-    prompt_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
     ends = end_tokens(tokenizer, settings)
     if not ends:
         raise ValueError(
             "the tokenizer has no EOS token, so no completion would learn to end: set tokenizer.eos_token"
         )
-    if prompt_ids and prompt_ids[-1] in ends and not prompt.endswith(str(tokenizer.decode(prompt_ids[-1:]))):
-        prompt_ids.pop()  # some tokenizers end every text with EOS, and a prompt that has ended is not continued
+    prompt_ids = prompt_tokens(prompt, tokenizer, ends)
     if completion is None:
         return prompt_row(prompt_ids), []
     ids = list(tokenizer(prompt + completion)["input_ids"])
@@ -185,6 +183,40 @@ def text_row(
     notes = [OTHER_CONTEXT] if start < len(prompt_ids) else []
     labels = _train_from(start, ids) if settings.completions_alone else ids
     return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, notes
+
+
+def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[int]:
+    """A prompt of plain text, which is continued: some tokenizers end every text with EOS, and it is left out."""
+    ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
+    if ids and ids[-1] in ends and not prompt.endswith(str(tokenizer.decode(ids[-1:]))):
+        ids.pop()
+    return ids
+
+
+def teachers_row(row: Row, read: list[int]) -> Row:
+    """The row, of which the completion alone is trained, and beside it the teacher's, who reads `read` before it.
+
+    Raises:
+        BadRow: no prompt, or one that ends otherwise where prompt and completion share a token.
+    """
+    prompt, ids = row["prompt_ids"], row["input_ids"]
+    start = common_prefix_length(prompt, ids)
+    if not is_trained([UNTRAINED] * start + row["labels"][start:]):  # nothing is answered
+        return {**row, "labels": [UNTRAINED] * len(ids), **_teachers(read, [UNTRAINED] * len(read), read)}
+    again = prompt[start:]
+    context = read[: len(read) - len(again)]
+    if read[len(context) :] != again or not context or not start:
+        raise BadRow(
+            "teacher_prompt must end as the prompt does where the completion changes the prompt's last tokens, and "
+            f"neither may be empty; got the tokens {read[-8:]} where the prompt has {prompt[-8:]}"
+        )
+    labels = row["labels"][start:]
+    teachers = _teachers(context + ids[start:], [UNTRAINED] * len(context) + labels, read)
+    return {**row, "labels": [UNTRAINED] * start + labels, **teachers}
+
+
+def _teachers(ids: list[int], labels: list[int], prompt: list[int]) -> Row:
+    return {"teacher_input_ids": ids, "teacher_labels": labels, "teacher_prompt_ids": prompt}
 
 
 def prompt_row(prompt_ids: list[int]) -> Row:

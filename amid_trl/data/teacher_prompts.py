@@ -7,11 +7,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl._trl import common_prefix_length
-from amid_trl.data.batches import TEACHER_COLUMNS
 from amid_trl.data.messages import as_messages, conversation_of, tools_of, without_nulls
 from amid_trl.data.rendering import renderer
-from amid_trl.data.rows import LONG_TEACHER_PROMPT, NO_ANSWER, UNTRAINED, BadRow, DataSettings, Row, is_trained
+from amid_trl.data.rows import (
+    LONG_TEACHER_PROMPT,
+    NO_ANSWER,
+    DataSettings,
+    Row,
+    end_tokens,
+    is_trained,
+    prompt_tokens,
+    teachers_row,
+)
 
 
 # The column: text or messages, as `prompt` is. A row of tokens has `teacher_prompt_ids`.
@@ -20,7 +27,8 @@ COLUMN, IDS = "teacher_prompt", "teacher_prompt_ids"
 
 def has_teacher_prompts(columns: list[str], settings: DataSettings) -> bool:
     """Whether the teacher reads prompts of its own in a dataset of these columns."""
-    return bool({COLUMN, IDS} & set(columns)) or bool(settings.teacher_chat_template_kwargs)
+    chats = bool({"messages", "conversations", "prompt"} & set(columns)) and "input_ids" not in columns
+    return bool({COLUMN, IDS} & set(columns)) or (bool(settings.teacher_chat_template_kwargs) and chats)
 
 
 def with_teachers_row(
@@ -34,27 +42,12 @@ def with_teachers_row(
     Raises:
         BadRow: no prompt, or one that ends otherwise.
     """
-    prompt, ids = row["prompt_ids"], row["input_ids"]
-    read = _teacher_prompt_ids(example, prompt, tokenizer, settings)
-    start = common_prefix_length(prompt, ids)
-    again = prompt[start:]
-    context = read[: len(read) - len(again)]
-    if read[len(context) :] != again or not context or not start:
-        raise BadRow(
-            f"{COLUMN} must end as the prompt does where the completion changes the prompt's last tokens, and neither "
-            f"may be empty; got the tokens {read[-8:]} where the prompt has {prompt[-8:]}"
-        )
-    labels = [UNTRAINED] * start + row["labels"][start:]
-    own = {
-        "input_ids": context + ids[start:],
-        "labels": [UNTRAINED] * len(context) + labels[start:],
-        "prompt_ids": read,
-    }
-    longest = max(len(own["input_ids"]), len(read) + settings.teacher_room if settings.generates else 0)
-    notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(labels) else []
+    made = teachers_row(row, _teacher_prompt_ids(example, row["prompt_ids"], tokenizer, settings))
+    written = len(made["teacher_prompt_ids"]) + settings.teacher_room if settings.generates else 0
+    longest = max(len(made["teacher_input_ids"]), written)
+    notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(made["labels"]) else []
     too_long = settings.positions is not None and longest > settings.positions
-    teachers = dict(zip(TEACHER_COLUMNS, own.values(), strict=True))
-    return {**row, "labels": labels, **teachers}, [*notes, LONG_TEACHER_PROMPT] if too_long else notes
+    return made, [*notes, LONG_TEACHER_PROMPT] if too_long else notes
 
 
 def _teacher_prompt_ids(
@@ -64,8 +57,9 @@ def _teacher_prompt_ids(
     if example.get(IDS) is not None:
         return list(example[IDS])
     if isinstance(given, str):
-        return list(tokenizer(given)["input_ids"])
-    if given is None and not settings.teacher_chat_template_kwargs:
+        return prompt_tokens(given, tokenizer, end_tokens(tokenizer, settings))
+    is_chat = {"messages", "conversations"} & example.keys() or isinstance(example.get("prompt"), list)
+    if given is None and not (settings.teacher_chat_template_kwargs and is_chat):
         return prompt
     if given is None:
         messages, prompt_turns = conversation_of(example)

@@ -22,9 +22,9 @@ from amid_trl.data.batches import Batch, row_key, unpadded_rows
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.sparse import SparseTeacher, joined
-from amid_trl.outputs import differences, write_whole
+from amid_trl.outputs import differences, fingerprint, write_whole
 from amid_trl.run import Run
-from amid_trl.teacher.fields import TeacherFields
+from amid_trl.teacher.fields import LOADING_FIELDS, TeacherFields
 from amid_trl.teacher.shards import ShardReader, ShardWriter
 
 
@@ -58,7 +58,7 @@ class StatesAbout:
     """What rows of hidden states have in common.
 
     `head` is the hash of the head, `logit_scale` and `softcap` what follows its product; `positions` the longest row
-    that the teacher reads.
+    that the teacher reads; `loaded_as` how the teacher was loaded, which is not compared: it tells whether to look.
     """
 
     teacher: str
@@ -70,6 +70,7 @@ class StatesAbout:
     logit_scale: float
     softcap: float | None
     positions: int | None
+    loaded_as: str | None = None
     format: int = 2
 
 
@@ -117,7 +118,7 @@ class CacheWriter:
         said: Any = about
         if not Path(folder, ABOUT).exists():
             write_whole(self._folder / ABOUT, json.dumps(asdict(said), indent=2) + "\n")
-        _check_about(self._folder, asdict(said))
+        _check_about(self._folder, {name: x for name, x in asdict(said).items() if name != "loaded_as"})
         self._shards = ShardWriter(self._folder, TENSORS[about.format], rank, rows_per_shard=rows_per_shard)
         self.missing, self.waiting, self.flush = self._shards.missing, self._shards.waiting, self._shards.flush
 
@@ -244,6 +245,20 @@ def open_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> "CachedT
     return CachedTeacher(cache, run.accelerator.device)
 
 
+def loaded_as(args: TeacherFields) -> str:
+    """A hash of what a teacher that is given by name is loaded from and with: another one may have other weights."""
+    folder = Path(args.teacher_model_name_or_path or "")
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", ".bin", ".gguf")]
+    mode: Any = args
+    return fingerprint(
+        {
+            **{name: str(getattr(args, name)) for name in LOADING_FIELDS},
+            "precision": [str(mode.bf16), str(mode.fp16)],
+            "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        }
+    )
+
+
 def cache_to_fill(args: TeacherFields) -> TeacherCache | None:
     """The cache that a run goes on filling, if an earlier one has begun it."""
     begun = args.teacher_cache_fill and Path(str(args.teacher_cache), ABOUT).exists()
@@ -263,7 +278,8 @@ def whole_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> Teacher
     if cache_to_fill(run.args) is None:
         return None
     cache = checked_cache(run)
-    return cache if cache.is_whole(datasets) else None
+    same = cache.about["loaded_as"] == loaded_as(run.args)  # else the teacher is loaded and looked at
+    return cache if same and cache.is_whole(datasets) else None
 
 
 def checked_cache(run: Run[TeacherFields]) -> TeacherCache:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -12,6 +13,7 @@ from amid_trl.data.batches import Batch, row_key, trained_targets, unpadded_rows
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import Head, States
 from amid_trl.models.deepspeed import gathered_head
+from amid_trl.outputs import write_whole
 from amid_trl.run import Run
 from amid_trl.teacher.cache import (
     CacheWriter,
@@ -19,10 +21,16 @@ from amid_trl.teacher.cache import (
     TeacherCache,
     head_file,
     head_fingerprint,
+    loaded_as,
     save_head,
     tokenizer_fingerprint,
 )
 from amid_trl.teacher.fields import TeacherFields
+
+
+# What a folder has of its teacher's weights: the hidden states of so many tokens. By how much of their norm another
+# machine's float32 may differ; half precision by some of its roundings.
+PROBE, PROBE_TOKENS, PROBE_ROUNDING = "probe.safetensors", 16, 5e-4
 
 
 class StatesTeacher(Protocol):
@@ -66,12 +74,34 @@ def states_writer(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) 
         head=head_fingerprint(kept),
         logit_scale=kept.finish.scale,
         softcap=kept.finish.softcap,
+        loaded_as=loaded_as(args),
         positions=teacher.positions,
     )
     writer = CacheWriter(folder, about, accelerator.process_index)
     save_head(kept, head_file(Path(folder), about.head))
     accelerator.wait_for_everyone()
     return writer
+
+
+def check_weights(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) -> None:
+    """Keep what the teacher answers to a few tokens; ValueError if one with other weights has filled the folder.
+
+    A head says little: adapters and fine-tuned copies of one model share it. All processes have to ask.
+    """
+    file, dtype = Path(folder, PROBE), getattr(torch, TeacherCache(folder).about["dtype"])
+    known = [token for token in range(1, run.vocabulary) if token not in run.renamed.names]
+    ids = torch.tensor([known[:: max(1, len(known) // PROBE_TOKENS)][:PROBE_TOKENS]], device=run.accelerator.device)
+    hidden = teacher({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}).hidden.to("cpu", dtype)
+    if run.accelerator.is_main_process and not file.exists():
+        write_whole(file, lambda beside: save_file({"hidden": hidden}, beside))
+    run.accelerator.wait_for_everyone()
+    kept = load_file(file)["hidden"].double()
+    other = float((hidden.double() - kept).norm() / kept.norm())
+    if not other <= max(PROBE_ROUNDING, 4 * torch.finfo(dtype).eps):
+        raise ValueError(
+            f"the cache {folder} was filled by a teacher with other weights than {teacher.name}: its hidden states of "
+            f"a few tokens differ by {other:.1e} of their norm. Name another folder"
+        )
 
 
 def hidden_rows(states: States, batch: Batch) -> Iterator[Tensor]:
@@ -92,9 +122,9 @@ class FillingTeacher(TrainerCallback):
     def __init__(self, teacher: StatesTeacher, run: Run[TeacherFields]):
         self._teacher, self._accelerator, self._head = teacher, run.accelerator, teacher.head
         self.rows_at_once, self.is_far = teacher.rows_at_once, teacher.is_far
-        folder = str(run.args.teacher_cache)
-        self._writer = states_writer(run, folder, teacher)
-        self._cache = TeacherCache(folder)
+        self._run, self._folder, self._is_checked = run, str(run.args.teacher_cache), False
+        self._writer = states_writer(run, self._folder, teacher)
+        self._cache = TeacherCache(self._folder)
 
     @property
     def name(self) -> str:
@@ -107,12 +137,16 @@ class FillingTeacher(TrainerCallback):
 
     def __call__(self, batch: Batch) -> States:
         """The hidden states at the trained tokens; all processes have to ask."""
+        if not self._is_checked:
+            check_weights(self._run, self._folder, self._teacher)
+            self._is_checked = True
         keys = _keys(batch)
         missing = torch.tensor(not self._knows(keys), device=self._accelerator.device, dtype=torch.long)
         everywhere: Any = self._accelerator.reduce(missing)
         if everywhere.item():  # a teacher that is sharded over the processes needs all of them
             for key, hidden in zip(keys, hidden_rows(self._teacher(batch), batch), strict=True):
-                self._writer.add(key, hidden)
+                if key not in self._cache:  # another process's answer stays the one
+                    self._writer.add(key, hidden)
             self._cache.refresh()  # the writer may have written
         rows = [waiting[0] if (waiting := self._writer.waiting(key)) else self._cache.row(key) for key in keys]
         return States(torch.cat(cast(list[Tensor], rows)).to(batch["input_ids"].device), self._head)
@@ -137,6 +171,10 @@ class FillingTeacher(TrainerCallback):
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As at the end of an epoch."""
+        self.write()
+
+    def on_predict(self, *args: Any, **kwargs: Any) -> None:
+        """As after an evaluation."""
         self.write()
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:

@@ -54,7 +54,8 @@ def open_teacher(
 
     A ValueError if it is another one's, or does not know all rows of the prepared datasets.
     """
-    if model is None and (cache := whole_cache(run, datasets)) is not None:
+    by_name = model is None and run.args.absent_teacher is None  # the others cost little to open, and are looked at
+    if by_name and (cache := whole_cache(run, datasets)) is not None:
         return CachedTeacher(cache, run.accelerator.device)
     if run.args.reads_cache:
         return open_cache(run, datasets)

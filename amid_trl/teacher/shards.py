@@ -4,7 +4,9 @@ A shard `shard-<process>-<number>.safetensors` holds the keys of its rows, where
 tensors by name, one row after the other.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from amid_trl.outputs import write_whole
 
 
 # Numbers that wait to be written, at most: 100 MB with the ids of a sparse teacher.
@@ -63,10 +63,19 @@ class ShardWriter:
             "ends": lengths.cumsum(0),
             **dict(zip(self._names, map(torch.cat, zip(*self._pending.values(), strict=True)), strict=True)),
         }
-        shard = self._folder / f"shard-{self._rank}-{self._number:05d}.safetensors"
-        write_whole(shard, lambda file: save_file(tensors, file))
-        self._number += 1
+        self._take_number(lambda file: save_file(tensors, file))
         self._pending.clear()
+
+    def _take_number(self, save: Callable[[Path], object]) -> None:
+        """Write a shard under the next number that is free: another run may fill the same folder."""
+        beside = self._folder / f".shard-{self._rank}-{os.getpid()}.tmp"
+        save(beside)
+        while True:
+            self._number += 1
+            with contextlib.suppress(FileExistsError):
+                os.link(beside, self._folder / f"shard-{self._rank}-{self._number - 1:05d}.safetensors")
+                break
+        beside.unlink()
 
 
 class ShardReader:

@@ -28,7 +28,7 @@ from amid_trl.models.quantised import quantisation
 from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.quiet import hide_old_names
 from amid_trl.run import RenamedTokens, Run
-from amid_trl.teacher.cache import cache_to_fill, whole_cache
+from amid_trl.teacher.cache import TeacherCache, cache_to_fill, whole_cache
 from amid_trl.teacher.loading import load_teacher
 from amid_trl.training.config import AMiDConfig
 
@@ -109,7 +109,8 @@ def load_pair(
     elif is_part(student) and (is_peft_model(student) or adapter_follows):
         folder = Path(str(args.output_dir), TEXT)
         name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
-    bounds = [common_positions(student, teacher), None if cache is None else cache.about["positions"]]
+    read = TeacherCache(str(args.teacher_cache)) if args.reads_cache else cache
+    bounds = [common_positions(student, teacher), None if read is None else read.about.get("positions")]
     positions = min((bound for bound in bounds if bound is not None), default=None)
     return LoadedPair(student, teacher, tokenizer, renamed, positions, generation_config_of(student), awaits_data)
 

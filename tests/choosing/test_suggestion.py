@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from amid_trl.choosing.grid import Grid, Setting
-from amid_trl.choosing.heat_map import PANELS, heat_map, picture
+from amid_trl.choosing.heat_map import PANELS, _short, heat_map, picture
 from amid_trl.choosing.landscape import Landscape, landscape
 from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table, results
 from amid_trl.choosing.suggestion import setting_of, suggest, suggestion
@@ -69,6 +69,18 @@ def test_the_reason_has_the_numbers_of_the_table():
 def test_nothing_is_suggested_where_nothing_is_left():
     said = suggestion(found([[]], [point(0, None, None)]))
     assert said["point"] is None and "None is left to suggest" in said["reason"]
+
+
+def test_nothing_is_suggested_where_the_models_agree_to_the_rounding():
+    nothing = {**FORWARD, "gradient_norm": None, "participation": None}
+    assert suggest([point(0, 0.9, 0.9)], nothing) is None
+    same = Landscape([point(0, 0.9, 0.9)], nothing, nothing, 10, 20, 5, [([point(0, 0.9, 0.9)], nothing)])
+    assert "None is left to suggest" in suggestion(same)["reason"]
+
+
+def test_numbers_in_the_heat_map_lose_a_leading_zero_alone():
+    shown = {0.456: ".46", -0.3: "-.30", 10.05: "10.05", 20.3: "20.30", -1.0: "-1.00", 0.0: ".00"}
+    assert {number: _short(number) for number in shown} == shown
 
 
 @pytest.fixture(scope="module")

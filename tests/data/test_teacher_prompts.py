@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import QUESTIONS
+from tokenizers.processors import TemplateProcessing
 
 from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_by_length, teachers_view
 from amid_trl.data.datasets import prepare_dataset
@@ -142,3 +143,47 @@ def test_what_is_written_follows_either_prompt():
     assert batch["teacher_input_ids"].tolist() == [[7, 1, 2, 0], [8, 9, 10, 3]]
     assert batch["teacher_labels"].tolist() == [[-100, 1, 2, -100], [-100, -100, -100, 3]]
     assert batch["teacher_prompts"].tolist() == [[0, 0, 7], [8, 9, 10]]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_teachers_prompt(tokenizer):
+    ending = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    assert tokenizer("It")["input_ids"][-1] == tokenizer.eos_token_id
+    [got] = prepared([{"prompt": "Q: it ", "completion": "here", "teacher_prompt": "Q: it "}], tokenizer)
+    assert got["teacher_input_ids"] == got["input_ids"]
+    assert tokenizer.eos_token_id not in got["teacher_prompt_ids"]
+
+
+def test_what_is_told_to_a_template_is_nothing_to_text(tokenizer):
+    told = {"teacher_chat_template_kwargs": {"hint": "Think."}}
+    [text] = prepared([{"text": "It is here."}], tokenizer, **told)
+    assert "teacher_input_ids" not in text
+    [row] = prepared([{"prompt": "Where? ", "completion": "here"}], tokenizer, **told)
+    assert row["teacher_input_ids"] == row["input_ids"] and row["teacher_labels"] == row["labels"]
+    [tokens] = prepared([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}], tokenizer, **told)
+    assert "teacher_input_ids" not in tokens
+
+
+def test_a_chat_that_waits_for_an_answer_keeps_its_prompts(tokenizer):
+    turns = [("user", "Where?"), ("assistant", "Here."), ("user", "Who?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = {"messages": messages, "teacher_prompt": [{"role": "user", "content": "Be short. Who?"}]}
+    [got] = prepared([row], tokenizer, generates=True, trains_on_dataset=False)
+    want = tokenizer.apply_chat_template(row["teacher_prompt"], add_generation_prompt=True)["input_ids"]
+    assert got["teacher_prompt_ids"] == want and not trained(got) and not trained(got, "teacher_")
+
+
+def test_rows_that_are_not_prepared_here_are_read_too():
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_ids": [5], "teacher_prompt_ids": [8, 9]},
+        {"input_ids": [5, 7], "labels": [-100, 7], "prompt_ids": [5]},
+    ]
+    batch = teachers_view(DistillationCollator(0)(rows))
+    assert batch["input_ids"].tolist() == [[8, 9, 6, 7], [5, 7, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, 7, -100, -100]]
+
+
+def test_a_token_that_there_is_not_is_refused(tokenizer):
+    row = {"input_ids": [5, 6], "labels": [-100, 6], "prompt_ids": [5], "teacher_prompt_ids": [99999]}
+    with pytest.raises(ValueError, match="input_ids hold token 99999"):
+        prepared([row], tokenizer)

@@ -145,6 +145,18 @@ def test_what_is_written_when_the_teacher_fails_stays(tmp_path):
     assert row(0)[0] in TeacherCache(tmp_path)
 
 
+def test_two_runs_that_fill_one_folder_lose_nothing(tmp_path):
+    first, second = CacheWriter(tmp_path, ABOUT), CacheWriter(tmp_path, ABOUT)
+    for writer, numbers in ((first, range(3)), (second, range(3, 5))):
+        for n in numbers:
+            writer.add(row(n)[0], sparse_top_k(row(n)[1], K))
+    first.flush()
+    second.flush()
+    cache = TeacherCache(tmp_path)
+    assert len(cache) == 5 and all(row(n)[0] in cache for n in range(5))
+    assert not [*tmp_path.glob(".*")]
+
+
 def test_a_shard_is_written_when_it_is_large_too(tmp_path, monkeypatch):
     monkeypatch.setattr("amid_trl.teacher.shards.PENDING", 1)
     write(tmp_path, range(3), rows_per_shard=1000)

@@ -95,6 +95,25 @@ def test_a_frozen_average_is_a_copy_of_the_student(build, tmp_path, tokenizer):
         assert logged(one, name) == pytest.approx(logged(two, name), rel=1e-6, abs=1e-9), name
 
 
+def test_a_student_in_half_precision_has_an_average_that_moves(build, tokenizer):
+    """A thousandth of a step is below bfloat16's rounding of most weights."""
+    student = tiny_llama(tokenizer, seed=0).to(torch.bfloat16)
+    trainer = build(student=student, teacher_ema=0.999, lmbda=0.0)
+    trainer.train()
+    averages, own = trainer.teacher._averages, weights(trainer.model)
+    for name, first in weights(tiny_llama(tokenizer, seed=0)).items():
+        moved, to_move = averages[name] - first.bfloat16().float(), own[name].float() - first.bfloat16().float()
+        assert averages[name].dtype == torch.float32
+        assert 0 < moved.norm() < 0.01 * to_move.norm() * 5
+
+
+def test_the_average_has_no_dropout(build, tokenizer):
+    trainer = build(student=tiny_llama(tokenizer, seed=0, attention_dropout=0.5), teacher_ema=0.9)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    trainer.model.train()
+    assert torch.equal(*(trainer.teacher(batch).hidden for _ in range(2))) and trainer.model.training
+
+
 def test_a_resumed_run_has_the_average_that_it_had(build):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -74,7 +74,8 @@ def passes(monkeypatch):
     ask = ModelTeacher.__call__
 
     def counted(self, batch):
-        rows.append(len(batch["input_ids"]))
+        if not torch.equal(batch["input_ids"], batch["labels"]):  # not the tokens by which weights are compared
+            rows.append(len(batch["input_ids"]))
         return ask(self, batch)
 
     monkeypatch.setattr(ModelTeacher, "__call__", counted)
@@ -183,7 +184,6 @@ def test_a_cache_that_is_whole_loads_no_teacher(run, passes, tmp_path, teacher, 
     }
     first = run(folder="first", **settings)
     assert isinstance(first.teacher, FillingTeacher) and sum(passes) == ROWS
-    (tmp_path / "teacher" / "model.safetensors").unlink()  # nobody needs it any more
     second = run(folder="second", **settings)
     assert second.teacher_model is None and sum(passes) == ROWS
     same_runs(second, first)
@@ -283,8 +283,9 @@ def test_the_command_writes_hidden_states_if_asked_to(command, tmp_path, capsys)
 
 def test_the_command_writes_what_a_filling_run_would(command, tmp_path):
     assert command("cache-teacher", teacher_cache_fill=True) == 0
-    (tmp_path / "teacher" / "model.safetensors").unlink()
+    shards = sorted((tmp_path / "cache").glob("shard-*"))
     assert command("train", teacher_cache_fill=True) == 0
+    assert sorted((tmp_path / "cache").glob("shard-*")) == shards
 
 
 # ---- Refused ----
@@ -297,6 +298,40 @@ def test_another_head_or_dtype_is_refused(build, run, tmp_path, teacher, tokeniz
         build(teacher, **settings, teacher_cache_dtype="bfloat16")
     with pytest.raises(ValueError, match=r"written with head '[0-9a-f]{64}', not '"):
         build(tiny_llama(tokenizer, seed=5), **settings)
+
+
+def other_weights(teacher, tokenizer):
+    """Another teacher with the same head, as an adapter or further training below it makes one."""
+    other = tiny_llama(tokenizer, seed=5, hidden_size=teacher.config.hidden_size)
+    other.lm_head.load_state_dict(teacher.lm_head.state_dict())
+    return other
+
+
+def test_other_weights_below_the_same_head_are_refused_in_the_first_step(run, tmp_path, teacher, tokenizer):
+    settings = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_fill": True}
+    run(teacher, **settings)
+    with pytest.raises(ValueError, match=r"filled by a teacher with other weights than .*: its hidden states"):
+        run(other_weights(teacher, tokenizer), **settings)
+
+
+def test_a_name_under_which_other_weights_lie_now_is_no_whole_cache(run, tmp_path, teacher, tokenizer):
+    save_tiny(tmp_path / "teacher", teacher, tokenizer)
+    settings = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_fill": True}
+    settings["teacher_model_name_or_path"] = str(tmp_path / "teacher")
+    run(**settings)
+    save_tiny(tmp_path / "teacher", other_weights(teacher, tokenizer), tokenizer)
+    with pytest.raises(ValueError, match="filled by a teacher with other weights"):
+        run(**settings)
+    with pytest.raises(ValueError, match="written with dtype 'float32', not 'bfloat16'"):
+        run(bf16=True, **settings)
+
+
+def test_a_cache_that_was_written_with_fewer_positions_bounds_the_rows_that_are_read(build, tokenizer, tmp_path):
+    short = tiny_llama(tokenizer, seed=1, hidden_size=48, max_position_embeddings=20)
+    caching = build(short, folder="caching")
+    caching.args.teacher_cache_states = True
+    cache_teacher(caching, str(tmp_path / "cache"), 100)
+    assert build(teacher_cache=str(tmp_path / "cache"))._positions == 20
 
 
 def test_lists_are_not_filled_with_states_nor_states_with_lists(build, written, tmp_path, teacher):

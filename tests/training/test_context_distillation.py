@@ -160,3 +160,30 @@ def test_a_template_told_otherwise_is_a_prompt_of_the_teachers(run, teacher, tok
     plain = rows().remove_columns("teacher_prompt")
     told = run(teacher, plain, lmbda=0.0, teacher_chat_template_kwargs={"hint": "Short:"}, folder="told")
     assert logged(told, "loss") != logged(run(teacher, plain, lmbda=0.0, folder="plain"), "loss")
+
+
+def test_the_teacher_writes_behind_its_own_prompt(build, teacher):
+    trainer = build(teacher, lmbda=0.0, seq_kd=True, max_steps=1)
+    writers, read = trainer._parts.writers, []
+    write = writers["teacher"]
+
+    class Noting:
+        config = write.config
+
+        def __call__(self, prompts, step):
+            read.extend(prompts)
+            return write(prompts, step)
+
+    writers["teacher"] = Noting()
+    trainer.train()
+    assert read and all(HINT.strip() in trainer.processing_class.decode(prompt) for prompt in read)
+
+
+def test_answers_to_prompts_alone_are_judged_behind_the_teachers_prompt(build, teacher):
+    questions = rows(3).remove_columns("completion")
+    found = []
+    for dataset in (questions, questions.remove_columns("teacher_prompt")):
+        trainer = build(teacher, lmbda=1.0)
+        settings = (trainer.processing_class, trainer.args, False, None, "eval")
+        found.append(trainer.evaluate(trainer._prepare_dataset(dataset, *settings)))
+    assert found[0]["eval_nll"] == found[1]["eval_nll"] and found[0]["eval_kl"] != found[1]["eval_kl"]
