@@ -83,7 +83,7 @@ def states_writer(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) 
     return writer
 
 
-def check_weights(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) -> None:
+def check_same_teacher(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) -> None:
     """Keep what the teacher answers to a few tokens; ValueError if one with other weights has filled the folder.
 
     A head says little: adapters and fine-tuned copies of one model share it. All processes have to ask.
@@ -138,7 +138,7 @@ class FillingTeacher(TrainerCallback):
     def __call__(self, batch: Batch) -> States:
         """The hidden states at the trained tokens; all processes have to ask."""
         if not self._is_checked:
-            check_weights(self._run, self._folder, self._teacher)
+            check_same_teacher(self._run, self._folder, self._teacher)
             self._is_checked = True
         keys = _keys(batch)
         missing = torch.tensor(not self._knows(keys), device=self._accelerator.device, dtype=torch.long)

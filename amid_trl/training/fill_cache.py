@@ -15,7 +15,7 @@ from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
 from amid_trl.run import Run
 from amid_trl.teacher.cache import CacheAbout, CacheWriter, tokenizer_fingerprint
-from amid_trl.teacher.filling import StatesTeacher, check_weights, hidden_rows, states_writer
+from amid_trl.teacher.filling import StatesTeacher, check_same_teacher, hidden_rows, states_writer
 from amid_trl.training.trainer import AMiDTrainer
 
 
@@ -61,7 +61,7 @@ def _writer(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None) ->
             )
         run = Run(args, trainer.accelerator, trainer.processing_class, trainer.vocabulary, positions=None)
         writer = states_writer(run, folder, cast(StatesTeacher, teacher))
-        check_weights(run, folder, cast(StatesTeacher, teacher))
+        check_same_teacher(run, folder, cast(StatesTeacher, teacher))
         return writer
     about = CacheAbout(
         teacher=teacher.name,
