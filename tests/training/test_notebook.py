@@ -8,6 +8,7 @@ import pkgutil
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,9 @@ def said(cell) -> object:
     return json.loads(cell.printed.strip().splitlines()[-1])
 
 
-def wait_for(path: Path, kernel: Kernel) -> None:
+def wait_for(there: Callable[[], bool], kernel: Kernel) -> None:
     end = time.monotonic() + 60
-    while not path.exists():
+    while not there():
         assert kernel.manager.is_alive() and time.monotonic() < end
         time.sleep(0.01)
 
@@ -120,7 +121,7 @@ def test_the_stop_button_leaves_a_trainer_that_goes_on(notebook):
     cell = notebook.start(
         "trainer = trainer_for('stopped', max_steps=200, save_steps=50, save_strategy='steps'); trainer.train()"
     )
-    wait_for(folder / "stopped" / "checkpoint-50" / "trainer_state.json", notebook)
+    wait_for(lambda: is_complete(folder / "stopped" / "checkpoint-50"), notebook)
     notebook.manager.interrupt_kernel()
     assert notebook.end(cell).raised == "KeyboardInterrupt"
     assert is_complete(folder / "stopped" / "checkpoint-50") and not (folder / "stopped" / "checkpoint-200").exists()
@@ -184,7 +185,7 @@ def test_sigterm_saves_and_leaves_the_kernel_alive(notebook):
     cell = notebook.start(
         "trainer = trainer_for('term', max_steps=100000, save_steps=10, save_strategy='steps'); trainer.train()"
     )
-    wait_for(folder / "term" / "checkpoint-10", notebook)
+    wait_for((folder / "term" / "checkpoint-10").exists, notebook)
     os.kill(notebook.manager.provisioner.pid, signal.SIGTERM)
     assert notebook.end(cell).raised == "SystemExit"
     last = max((folder / "term").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
