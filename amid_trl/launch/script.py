@@ -44,7 +44,7 @@ def build_trainer(
     evaluates: bool = False,
 ) -> Any:
     """The trainer that the arguments describe, or one of another class; `evaluates` gives it an evaluation set."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_quantization_config
 
     from amid_trl import AMiDTrainer
 
@@ -68,9 +68,22 @@ def build_trainer(
         args=training_args,
         train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
         eval_dataset=_split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config_of(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+
+
+def peft_config_of(model_args: Any) -> Any:
+    """The adapter that the arguments describe, or None.
+
+    Of a list of one module TRL makes its name alone, which PEFT reads as a pattern of whole paths: none fits.
+    """
+    from trl import get_peft_config
+
+    modules = model_args.lora_target_modules
+    if isinstance(modules, str) and modules.isidentifier():  # all-linear is none
+        model_args.lora_target_modules = [modules]
+    return get_peft_config(model_args)
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
