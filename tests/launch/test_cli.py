@@ -390,16 +390,3 @@ def test_data_is_given_once(tmp_path, tiny_dir, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(ValueError, match="give the data either as dataset_name or as a datasets mixture"):
         train.run(["--model_name_or_path", str(tiny_dir), "--output_dir", str(tmp_path), "--use_cpu"])
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [(["q_proj"], {"q_proj"}), (["q_proj", "v_proj"], {"q_proj", "v_proj"}), (["all-linear"], "all-linear")],
-)
-def test_one_module_for_an_adapter_is_one_module(given, wanted, tokenizer):
-    flags = ["--model_name_or_path", "s", "--teacher_model_name_or_path", "t", "--dataset_name", "d", "--use_cpu"]
-    flags += ["--bf16", "False", "--output_dir", "unused", "--use_peft", "--lora_target_modules", *given]
-    *_, model_args, _ = train.parse(flags)
-    config = train.peft_config_of(model_args)
-    assert config.target_modules == wanted
-    get_peft_model(tiny_llama(tokenizer), config)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from mistakes import COMPARE, GIVEN, MISTAKES, NO_TEACHER, TORCH_MISTAKES
+from peft import get_peft_model
+from tiny import tiny_llama
 
 from amid_trl import DIVERGENCES, OBJECTIVES, AMiDConfig, cli
 from amid_trl._trl import launch_command_parser
@@ -284,3 +286,16 @@ def test_where_the_files_are_not_as_we_know_them_the_real_parser_decides(monkeyp
 def test_what_is_not_read_refuses_nothing():
     assert "anything" in declared.Unread() and declared.Unread.keys.values is declared.Unread
     assert isinstance(declared.Unread("text"), declared.Unread)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(["q_proj"], {"q_proj"}), (["q_proj", "v_proj"], {"q_proj", "v_proj"}), (["all-linear"], "all-linear")],
+)
+def test_one_module_for_an_adapter_is_one_module(given, wanted, tokenizer):
+    flags = ["--model_name_or_path", "s", "--teacher_model_name_or_path", "t", "--dataset_name", "d", "--use_cpu"]
+    flags += ["--bf16", "False", "--output_dir", "unused", "--use_peft", "--lora_target_modules", *given]
+    *_, model_args, _ = script.parse(flags)
+    config = script.peft_config_of(model_args)
+    assert config.target_modules == wanted
+    get_peft_model(tiny_llama(tokenizer), config)
