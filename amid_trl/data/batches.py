@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 ROW_COLUMNS = ("input_ids", "labels", "prompt_ids")
 # Of a row whose teacher reads another prompt before the same completion.
 TEACHER_COLUMNS = tuple(f"teacher_{name}" for name in ROW_COLUMNS)
-PREFIXES = ("", "teacher_")
+PREFIXES = ("", "teacher_")  # of the columns of a batch that the student reads, and the teacher
 
 
 def pad_rows(

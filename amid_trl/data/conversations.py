@@ -47,13 +47,9 @@ def conversation_row(
     ends_trained = answered and answers[-1:] == replies[-1:]
     if settings.assistant_turns == "last":
         answers = answers[-1:] if ends_trained else []
-    prompt = messages[:prompt_turns] if prompt_turns else messages[:-1] if answered else messages
+    prompt = messages_to_answer(messages, prompt_turns)
 
-    options = {
-        "tools": tools_of(example),
-        **settings.chat_template_kwargs,
-        **without_nulls(example.get("chat_template_kwargs") or {}),
-    }
+    options = template_options(example, settings)
     own = renderer(tokenizer, None, options)
     prompt_text = own(prompt, generation_prompt=True).text
     prompt_ids = list(tokenizer(prompt_text, add_special_tokens=False)["input_ids"])
@@ -83,6 +79,20 @@ def conversation_row(
     keep = trained if settings.completions_alone or not prompt_turns else set(range(len(ids)))
     labels = [token if i in keep else UNTRAINED for i, token in enumerate(ids)]
     return {"input_ids": ids, "labels": labels, "prompt_ids": prompt_ids}, list(dict.fromkeys(notes))
+
+
+def messages_to_answer(messages: list[Message], prompt_turns: int) -> list[Message]:
+    """What the answer that ends a conversation answers; all of it if a user ends it."""
+    if prompt_turns:
+        return messages[:prompt_turns]
+    answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
+    return messages[:-1] if answered else messages
+
+
+def template_options(example: dict[str, Any], settings: DataSettings) -> dict[str, Any]:
+    """What the chat template is given besides the messages; a row's own column wins."""
+    own = without_nulls(example.get("chat_template_kwargs") or {})
+    return {"tools": tools_of(example), **settings.chat_template_kwargs, **own}
 
 
 def _leaves_out(messages: list[Message], text: str) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.data.messages import as_messages, conversation_of, tools_of, without_nulls
+from amid_trl.data.conversations import messages_to_answer, template_options
+from amid_trl.data.messages import as_messages, conversation_of
 from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import (
     LONG_TEACHER_PROMPT,
@@ -61,17 +62,7 @@ def _teacher_prompt_ids(
     is_chat = {"messages", "conversations"} & example.keys() or isinstance(example.get("prompt"), list)
     if given is None and not (settings.teacher_chat_template_kwargs and is_chat):
         return prompt
-    if given is None:
-        messages, prompt_turns = conversation_of(example)
-        answered = messages[-1]["role"] == "assistant"
-        messages = messages[:prompt_turns] if prompt_turns else messages[:-1] if answered else messages
-    else:
-        messages = as_messages(given)
-    options = {
-        "tools": tools_of(example),
-        **settings.chat_template_kwargs,
-        **without_nulls(example.get("chat_template_kwargs") or {}),
-        **settings.teacher_chat_template_kwargs,
-    }
+    messages = messages_to_answer(*conversation_of(example)) if given is None else as_messages(given)
+    options = {**template_options(example, settings), **settings.teacher_chat_template_kwargs}
     text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

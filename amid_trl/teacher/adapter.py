@@ -64,16 +64,18 @@ class AdapterTeacher:
         """Without gradient and dropout; the student's adapter is the active one again afterwards."""
         wrapped = self._wrapped()
         student: Any = self._accelerator.unwrap_model(wrapped)
-        base = causal_lm(student)
-        tokens = (batch["input_ids"], batch["attention_mask"])
-        with (
-            torch.no_grad(),
-            self._accelerator.autocast(),
-            evaluating(student),
-            use_adapter(student, self._adapter),
-        ):
-            hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens)
-            return trained_states(hidden, language_model_head(base), batch)
+        with use_adapter(student, self._adapter):
+            return student_states(wrapped, batch, self._accelerator)
+
+
+def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator) -> States:
+    """What the student answers with the weights that it has now, as a teacher: without gradient and dropout."""
+    student: Any = accelerator.unwrap_model(wrapped)
+    base = causal_lm(student)
+    tokens = (batch["input_ids"], batch["attention_mask"])
+    with torch.no_grad(), accelerator.autocast(), evaluating(student):
+        hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens)
+        return trained_states(hidden, language_model_head(base), batch)
 
 
 @contextmanager

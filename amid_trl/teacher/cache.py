@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,7 @@ from amid_trl.maths.sparse import SparseTeacher, joined
 from amid_trl.outputs import differences, fingerprint, write_whole
 from amid_trl.run import Run
 from amid_trl.teacher.fields import LOADING_FIELDS, TeacherFields
+from amid_trl.teacher.head_files import file_hash
 from amid_trl.teacher.shards import ShardReader, ShardWriter
 
 
@@ -57,8 +58,9 @@ class CacheAbout:
 class StatesAbout:
     """What rows of hidden states have in common.
 
-    `head` is the hash of the head, `logit_scale` and `softcap` what follows its product; `positions` the longest row
-    that the teacher reads; `loaded_as` how the teacher was loaded, which is not compared: it tells whether to look.
+    `head` is the hash of the head's file, `logit_scale` and `softcap` what follows its product; `positions` the
+    longest row that the teacher reads; `loaded_as` how the teacher was loaded, which is not compared: it tells whether
+    to look.
     """
 
     teacher: str
@@ -81,29 +83,6 @@ TENSORS = {1: ("ids", "log_p", "log_tail"), 2: ("hidden",)}
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary: which text has which id."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def head_fingerprint(head: Head) -> str:
-    """A hash of the weights of a head."""
-    content = hashlib.sha256()
-    for tensor in (head.weight, head.bias):
-        if tensor is not None:
-            content.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
-
-
-def head_file(folder: Path, fingerprint: str) -> Path:
-    """Where the head of that hash lies."""
-    return folder / f"head-{fingerprint[:16]}.safetensors"
-
-
-def save_head(head: Head, file: Path) -> None:
-    """Write the weights of a head, unless they are there."""
-    if not file.exists():
-        tensors = {"weight": head.weight, "bias": head.bias}
-        own = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if x is not None}
-        write_whole(file, lambda beside: save_file(own, beside))
 
 
 class CacheWriter:
@@ -174,15 +153,14 @@ class TeacherCache:
 
     def head(self, device: torch.device) -> Head:
         """The head behind the hidden states; ValueError where its file is another one's or not there."""
-        file = head_file(self._folder, self.about["head"])
+        file = self._folder / f"{self.about['head']}.safetensors"
         if not file.exists():
             raise ValueError(f"the cache {self._folder} has lost {file.name}, the head of its teacher")
+        if (found := file_hash(file)) != self.about["head"]:
+            raise ValueError(f"the cache {self._folder} was written with head {self.about['head']}, not {found}")
         tensors = load_file(file)
         finish = Finish(self.about["logit_scale"], self.about["softcap"])
-        head = Head(tensors["weight"], tensors.get("bias"), finish)
-        if (found := head_fingerprint(head)) != self.about["head"]:
-            raise ValueError(f"the cache {self._folder} was written with head {self.about['head']}, not {found}")
-        return head.to(device)
+        return Head(tensors["weight"], tensors.get("bias"), finish).to(device)
 
     def row(self, key: bytes) -> SparseTeacher | Tensor:
         """What the teacher answers at a row's trained positions, in float32, or its hidden states as they were kept.
@@ -249,11 +227,10 @@ def loaded_as(args: TeacherFields) -> str:
     """A hash of what a teacher that is given by name is loaded from and with: another one may have other weights."""
     folder = Path(args.teacher_model_name_or_path or "")
     files = [file for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", ".bin", ".gguf")]
-    mode: Any = args
     return fingerprint(
         {
             **{name: str(getattr(args, name)) for name in LOADING_FIELDS},
-            "precision": [str(mode.bf16), str(mode.fp16)],
+            "precision": [str(args.bf16), str(args.fp16)],
             "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         }
     )

@@ -27,7 +27,6 @@ LOADING_FIELDS = (
 PLACES = ("teacher_load_in_8bit", "teacher_load_in_4bit", "teacher_offload", "teacher_deepspeed")
 # Those of a teacher that has a model of its own here.
 MODEL_FIELDS = ("teacher_model_name_or_path", *dict.fromkeys((*LOADING_FIELDS, *PLACES)))
-BESIDE_ADAPTER = "beside teacher_adapter_path"
 
 
 @dataclass
@@ -145,8 +144,9 @@ class TeacherFields(Fields):
             if self.seq_kd:
                 raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
         if self.teacher_adapter_path is not None:
-            others = ("teacher_model_server_url", *MODEL_FIELDS)
-            without_effect(self, (*others, "teacher_cache") if self.reads_cache else others, BESIDE_ADAPTER)
+            cache = ("teacher_cache",) if self.reads_cache else ()
+            others = ("teacher_model_server_url", *cache, *MODEL_FIELDS)
+            without_effect(self, others, "beside teacher_adapter_path")
             if self.seq_kd:
                 raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
         if self.teacher_model_server_url is not None:

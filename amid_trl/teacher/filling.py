@@ -19,13 +19,11 @@ from amid_trl.teacher.cache import (
     CacheWriter,
     StatesAbout,
     TeacherCache,
-    head_file,
-    head_fingerprint,
     loaded_as,
-    save_head,
     tokenizer_fingerprint,
 )
 from amid_trl.teacher.fields import TeacherFields
+from amid_trl.teacher.head_files import head_hash, packed_head, write_head
 
 
 # What a folder has of its teacher's weights: the hidden states of so many tokens. By how much of their norm another
@@ -71,14 +69,14 @@ def states_writer(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) 
         tokenizer=tokenizer_fingerprint(run.tokenizer),
         vocabulary=run.vocabulary,
         dtype=args.teacher_cache_dtype or str(kept.weight.dtype).removeprefix("torch."),
-        head=head_fingerprint(kept),
+        head=head_hash(packed_head(kept)),
         logit_scale=kept.finish.scale,
         softcap=kept.finish.softcap,
         loaded_as=loaded_as(args),
         positions=teacher.positions,
     )
     writer = CacheWriter(folder, about, accelerator.process_index)
-    save_head(kept, head_file(Path(folder), about.head))
+    write_head(kept, Path(folder))
     accelerator.wait_for_everyone()
     return writer
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import urllib3
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from amid_trl.maths.kernel import Finish
@@ -22,11 +22,23 @@ PIECE = 2**20  # bytes that are hashed or written at a time
 
 
 def write_head(head: Head, folder: Path) -> Path:
-    """Write a head's weight and bias; the file is called by its hash."""
+    """Write a head's weight and bias, unless they are there; the file is called by its hash."""
+    content = packed_head(head)
+    file = folder / f"{head_hash(content)}.safetensors"
+    if not file.exists():
+        write_whole(file, content)
+    return file
+
+
+def packed_head(head: Head) -> bytes:
+    """A head's weight and bias as the file that holds them."""
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    unnamed = folder / "head"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unnamed)
-    return unnamed.rename(folder / f"{file_hash(unnamed)}.safetensors")
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def head_hash(content: bytes) -> str:
+    """By which a packed head is known."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def file_hash(file: Path) -> str:

@@ -9,11 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from amid_trl._trl import forward_redirection
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import States
 from amid_trl.models.deepspeed import zero_stage
-from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.teacher.adapter import student_states
 
 
 class AverageTeacher(TrainerCallback):
@@ -42,14 +41,9 @@ class AverageTeacher(TrainerCallback):
 
     def __call__(self, batch: Batch) -> States:
         """Without gradient and dropout; the student has its own weights again afterwards."""
-        wrapped = self._wrapped()
-        student: Any = self._accelerator.unwrap_model(wrapped)
-        base = causal_lm(student)
-        tokens = (batch["input_ids"], batch["attention_mask"])
-        with torch.no_grad(), self._accelerator.autocast(), evaluating(student), self._averaged():
-            hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens)
-            # Frozen, it is what the weights are now, and not what they are again outside.
-            return trained_states(hidden, language_model_head(base).frozen(), batch)
+        with self._averaged():
+            # Frozen, the head is what it is now, and not what it is again outside.
+            return student_states(self._wrapped(), batch, self._accelerator).frozen()
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, weight) for name, weight in self._student.named_parameters() if weight.requires_grad)

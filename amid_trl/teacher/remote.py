@@ -239,9 +239,7 @@ def open_remote(run: Run[TeacherFields]) -> RemoteTeacher | None:
         )
     with run.accelerator.local_main_process_first():  # the others find the head that it has fetched
         head = kept_head(about, connection)
-    device = run.accelerator.device
-    bias = None if head.bias is None else head.bias.to(device)
-    return RemoteTeacher(connection, about, Head(head.weight.to(device), bias, head.finish), renamed)
+    return RemoteTeacher(connection, about, head.to(run.accelerator.device), renamed)
 
 
 def _check_kind(response: urllib3.BaseHTTPResponse, url: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -137,6 +137,7 @@ def _check(file: Path) -> None:
             check_engine_file(file)
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A part of a run with a state; several parts share one file, so each names what is its own."""
 

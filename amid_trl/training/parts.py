@@ -76,9 +76,8 @@ class Parts:
     @property
     def stateful(self) -> tuple[Stateful, ...]:
         """Those whose state a checkpoint holds."""
-        teacher: Any = self.teacher if hasattr(self.teacher, "state_dict") else None
-        parts = (self.sources, self.objective, self.plain_text, teacher)
-        return tuple(part for part in parts if part is not None)
+        parts = (self.sources, self.objective, self.plain_text, self.teacher)
+        return tuple(part for part in parts if isinstance(part, Stateful))
 
     @property
     def figures(self) -> dict[str, float]:

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from amid_trl import OBJECTIVES, AMiDConfig, AMiDTrainer, cli
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head
-from amid_trl.teacher.cache import TeacherCache, head_fingerprint
+from amid_trl.teacher.cache import TeacherCache
 from amid_trl.teacher.filling import FillingTeacher
+from amid_trl.teacher.head_files import head_hash, packed_head
 from amid_trl.teacher.in_memory import ModelTeacher
 from amid_trl.training.fill_cache import cache_teacher
 
@@ -153,16 +154,15 @@ def test_what_is_kept_is_the_hidden_state_of_every_trained_token(build, written,
     hidden = load_file(shard)["hidden"]
     dim = teacher.config.hidden_size
     assert hidden.shape == (trained, dim) and hidden.dtype == torch.float32
-    [head] = folder.glob("head-*.safetensors")
+    head = folder / f"{TeacherCache(folder).about['head']}.safetensors"
     assert torch.equal(load_file(head)["weight"], teacher.lm_head.weight[: trainer.vocabulary])
 
 
-def test_the_fingerprint_of_a_head_is_that_of_its_numbers():
+def test_the_hash_of_a_head_is_that_of_its_numbers():
     weight = torch.randn(5, 4)
-    head = Head(weight)
-    assert head_fingerprint(head) == head_fingerprint(Head(weight.clone(), finish=Finish(2.0)))
-    others = [Head(weight + 1e-6), Head(weight.double()), Head(weight, torch.zeros(5)), Head(weight.view(10, 2))]
-    assert len({head_fingerprint(other) for other in (head, *others)}) == 5
+    heads = [Head(weight), Head(weight + 1e-6), Head(weight.double()), Head(weight, torch.zeros(5))]
+    hashes = [head_hash(packed_head(head)) for head in (*heads, Head(weight.view(10, 2)))]
+    assert len({*hashes}) == 5 and head_hash(packed_head(Head(weight.clone(), finish=Finish(2.0)))) == hashes[0]
 
 
 # ---- Filled while training ----
@@ -349,7 +349,7 @@ def test_lists_are_not_filled_with_states_nor_states_with_lists(build, written, 
 
 def test_a_head_that_is_lost_or_damaged_is_named(build, written, teacher):
     folder = Path(written(teacher))
-    [file] = folder.glob("head-*.safetensors")
+    file = folder / f"{TeacherCache(folder).about['head']}.safetensors"
     save_file({"weight": load_file(file)["weight"] + 1.0}, file)
     with pytest.raises(ValueError, match=r"written with head '?[0-9a-f]{64}'?, not"):
         build(teacher_cache=str(folder))
