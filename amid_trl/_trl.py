@@ -13,6 +13,8 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import fsdp2_prepare_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -50,8 +52,11 @@ __all__ = [
     "PREFIX_CHECKPOINT_DIR",
     "AcceleratorConfig",
     "BaseTunerLayer",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "GKDConfig",
     "GKDTrainer",
+    "GenerationMode",
     "Hook",
     "NotebookProgressBar",
     "NotebookProgressCallback",
@@ -276,6 +281,10 @@ HOOKS = (
         "old checkpoints go when the new one is whole",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
+    Hook("transformers.PreTrainedModel._is_stateful", "read", "whether a prompt is read once for its completions"),
+    Hook("transformers.cache_utils.DynamicLayer", "read", "the same: what a cache of every token consists of"),
+    Hook("transformers.cache_utils.DynamicSlidingWindowLayer", "read", "the same"),
+    Hook("transformers.generation.GenerationMode", "read", "the same: a search that goes on from a cache"),
     Hook("transformers.trainer_pt_utils.AcceleratorConfig", "read", "a field of the arguments that a run copies"),
     Hook("transformers.PreTrainedConfig._name_or_path", "set", "where a model came from"),
     Hook("transformers.trainer_utils.PREFIX_CHECKPOINT_DIR", "read", "how checkpoints are called"),

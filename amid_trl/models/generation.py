@@ -1,5 +1,6 @@
 """Prompts -> completions with `generate`: one call for a whole window, padded once, cut at the first EOS."""
 
+import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -8,9 +9,9 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from amid_trl._trl import unwrap_model_for_generation
+from amid_trl._trl import DynamicLayer, DynamicSlidingWindowLayer, GenerationMode, unwrap_model_for_generation
 from amid_trl.data.batches import pad_rows
 from amid_trl.models.heads import causal_lm, evaluating, without_router_logits
 from amid_trl.models.turn_ends import turn_end
@@ -87,10 +88,12 @@ def generate_completions(
     prompts: list[Tensor],
     config: GenerationConfig,
     batch_size: int | None = None,
+    each: int = 1,
 ) -> list[Tensor]:
     """One completion per prompt, the EOS included where there is one; token ids in, token ids out.
 
     `batch_size` bounds the prompts of one `generate` call (None: all of them at once). Dropout is off meanwhile.
+    `each` equal prompts follow each other, and are read once: which changes nothing but the rounding.
     """
     ends = torch.tensor(config.eos_token_id or [], dtype=torch.long)
     device = next(model.parameters()).device
@@ -99,12 +102,44 @@ def generate_completions(
     with _only(model, config):
         for start in range(0, len(prompts), batch_size or max(1, len(prompts))):
             rows = prompts[start : start + (batch_size or len(prompts))]
-            ids, mask = pad_rows(rows, config.pad_token_id, side="left")
+            ids, mask = (padded.to(device) for padded in pad_rows(rows, config.pad_token_id, side="left"))
+            group = [i // each - start // each for i in range(start, start + len(rows))]
+            read = _read_once(model, ids, mask, config, group) if each > 1 else {}
             generated: Tensor = generates.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                input_ids=ids, attention_mask=mask, generation_config=config, **read
             )
             completions.extend(until_eos(row, ends) for row in generated[:, ids.shape[1] :].cpu())
     return completions
+
+
+def _read_once(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, group: list[int]
+) -> dict[str, DynamicCache]:
+    """What `generate` takes in place of reading the prompts but for their last tokens; those of a group are equal.
+
+    Nothing where that cannot be: other searches than sampling, and models that keep more than keys and values of every
+    token. Whether the model is called depends on no prompt, because the processes of an engine call it together.
+    """
+    samples = config.get_generation_mode() in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+    if not samples or not config.use_cache or config.cache_implementation is not None or model._is_stateful:
+        return {}
+    first = [group.index(one) for one in range(group[-1] + 1)]
+    before = ids.shape[1] - 1
+    one_token = copy.deepcopy(config)
+    one_token.update(max_new_tokens=1, min_new_tokens=None, do_sample=False, return_dict_in_generate=True)
+    generates: Any = model
+    cache = generates.generate(
+        input_ids=ids[first, : max(before, 1)],
+        attention_mask=mask[first, : max(before, 1)],
+        generation_config=one_token,
+    ).past_key_values
+    # OpenAI's first GPT keeps nothing, CPM-Ant a prefix besides, LFM2 the state of a convolution.
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length() != before:
+        return {}
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return {}
+    cache.batch_select_indices(torch.tensor(group, device=ids.device))
+    return {"past_key_values": cache}
 
 
 def until_eos(completion: Tensor, ends: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def open_writers(
     if run.args.use_vllm:
         writers: dict[Source, Writer] = {"student": VLLMWriter(run, student, config)}
     else:
-        writers = {"student": ModelWriter(run, wrapped_student, config)}
+        writers = {"student": ModelWriter(run, wrapped_student, config, each=run.args.num_generations)}
     if run.args.seq_kd and teacher is not None:
         writers["teacher"] = ModelWriter(run, lambda: teacher, writer_config(run, teacher, student_generation))
     return writers
@@ -106,6 +106,7 @@ class ModelWriter:
     run: Run[SourceFields]
     wrapped: Callable[[], nn.Module]  # as the engine has wrapped it
     config: GenerationConfig
+    each: int = 1  # so many equal prompts follow each other
 
     def __call__(self, prompts: list[Tensor], step: int) -> list[Tensor]:
         """The seed is that of the step and the process; the random state of training stays as it is."""
@@ -122,7 +123,7 @@ class ModelWriter:
             accelerator.autocast(),
         ):
             torch.manual_seed(completion_seed(args.seed, step, accelerator.process_index))
-            settings = (prompts, self.config, args.generation_batch_size)
+            settings = (prompts, self.config, args.generation_batch_size, self.each)
             write = partial(generate_completions, causal_lm(model), *settings)
             return writing(model, write, accelerator, gathers=args.ds3_gather_for_generation)
 
