@@ -207,7 +207,7 @@ def test_the_public_names_stay():
 
 
 def test_objectives_and_divergences_keep_their_names():
-    objectives = "kd rkl csd gkd skl srkl taid abkd tvd wsd jeffreys akl bdkd amid"
+    objectives = "kd rkl csd gkd skl srkl taid abkd tvd wsd jeffreys akl bdkd eopd amid"
     assert list(amid_trl.OBJECTIVES) == objectives.split()
     assert list(amid_trl.DIVERGENCES) == ["kl", "js", "tv", "alpha", "ab", "hellinger", "renyi", "jeffreys", "chi2"]
 

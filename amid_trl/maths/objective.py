@@ -133,7 +133,7 @@ class Objective:
         for term in self.terms:
             first, second = (logs[name] for name in term.order)
             value = DIVERGENCES[term.divergence](first, second, **term.divergence_kwargs)
-            total = total + _weighted(value, _weight_of(term, logs["p"], log_q))
+            total = total + weighted(value, _weight_of(term, logs["p"], log_q))
         return total
 
     def assistant(
@@ -174,7 +174,7 @@ def _weight_of(term: Term, log_p: Tensor, log_q: Tensor) -> float | Tensor:
         return term.weight(log_p, log_q)
 
 
-def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:
+def weighted(value: Tensor, weight: float | Tensor) -> Tensor:
     """weight * value, where a weight of 0 silences an infinite value too."""
     if isinstance(weight, Tensor):
         return weight * value.masked_fill(weight == 0, 0)
@@ -219,6 +219,21 @@ class EntropyWeight:
         teacher, student = entropy(log_p), entropy(log_q)
         applies = teacher > student if self.higher == "teacher" else student > teacher
         return 1 + (self.weight - 1) * applies.to(teacher.dtype)
+
+
+@dataclass(frozen=True)
+class EntropyGate:
+    """EOPD's weight: `weight` where the teacher's entropy is above `threshold` nats, else 0."""
+
+    threshold: float
+    weight: float
+
+    def __call__(
+        self, log_p: Float[Tensor, "*tokens vocab"], log_q: Float[Tensor, "*tokens vocab"]
+    ) -> Float[Tensor, "*tokens"]:
+        """The weight of each token."""
+        teacher = entropy(log_p)
+        return self.weight * (teacher > self.threshold).to(teacher.dtype)
 
 
 def entropy(log_x: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
-from amid_trl.maths.objective import EntropyWeight, HeadShare, Objective, Term
+from amid_trl.maths.objective import EntropyGate, EntropyWeight, HeadShare, Objective, Term
 
 
 def kd() -> Objective:
@@ -110,10 +110,21 @@ def bdkd(weight: float = 2.0) -> Objective:
     w_p is `weight` on tokens where the teacher's entropy is higher, w_q where the student's is, and both are 1
     otherwise. Published code takes the cross-entropy for KL(p || q), and weights 2 or 3.
     """
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"weight must be finite and at least 0; got {weight!r}")
+    _check_weight("weight", weight)
     reverse = Term("kl", "qp", weight=EntropyWeight("student", weight))
     return Objective("kl", "pq", weight=EntropyWeight("teacher", weight), plus=(reverse,))
+
+
+def eopd(threshold: float = 0.8, weight: float = 1.0) -> Objective:
+    """KL(q || p), and weight KL(p || q) besides where the teacher's entropy is above `threshold` nats.
+
+    Entropy-aware on-policy distillation (arXiv 2603.07079), whose threshold τ and coefficient α these are. The paper
+    estimates KL(q || p) from the sampled token by policy gradient, and sums KL(p || q) over the teacher's likeliest
+    tokens; here both are exact.
+    """
+    _check_weight("threshold", threshold)
+    _check_weight("weight", weight)
+    return Objective("kl", "qp", plus=(Term("kl", "pq", weight=EntropyGate(threshold, weight)),))
 
 
 def amid(
@@ -136,6 +147,11 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1]; got {value!r}")
 
 
+def _check_weight(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0; got {value!r}")
+
+
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "kd": kd,
     "rkl": rkl,
@@ -150,5 +166,6 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "jeffreys": jeffreys,
     "akl": akl,
     "bdkd": bdkd,
+    "eopd": eopd,
     "amid": amid,
 }

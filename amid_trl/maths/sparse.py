@@ -11,7 +11,8 @@ from torch import Tensor
 
 from amid_trl.maths.assistant import at_least_float32
 from amid_trl.maths.divergences import kl
-from amid_trl.maths.objective import entropy
+from amid_trl.maths.objective import Objective, entropy, weighted
+from amid_trl.maths.selection import QUANTITIES, TokenScores
 from amid_trl.maths.token_loss import MEANS, NO_MEANS, DistillationTokenLoss, label_nll
 
 
@@ -65,6 +66,11 @@ class SparseTokenLoss(DistillationTokenLoss):
                 f"unknown at any other; got {self.objective.temperature!r}"
             )
 
+    @property
+    def scores(self) -> "SparseTokenScores":
+        """As of a dense teacher, of the buckets."""
+        return SparseTokenScores(self.selection.asks if self.selection is not None else ())
+
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # the columns are the teacher
         self,
         student_logits: Float[Tensor, "tokens vocab"],
@@ -72,19 +78,18 @@ class SparseTokenLoss(DistillationTokenLoss):
         ids: Int[Tensor, "tokens k"],
         log_p: Float[Tensor, "tokens k"],
         log_tail: Float[Tensor, " tokens"],
-        *numbers: Float[Tensor, ""],
+        *others: Tensor,
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
         """Losses, and figures without gradient: kl, teacher_entropy and assistant_nll are of the buckets."""
         log_q = self.objective.log_probs(student_logits)
-        p = torch.cat([log_p, log_tail[:, None]], dim=-1).to(log_q)
-        q = _buckets(log_q, ids, log_p > -math.inf)
-        mixed = self._mixture_numbers(numbers)
-        distilled = self.objective.from_log_probs(p, q, mixed)
+        p, q = _both(log_q, SparseTeacher(ids, log_p, log_tail))
+        weights, mixed = self._weights(others), self._mixture_numbers(others)
+        distilled = weighted(self.objective.from_log_probs(p, q, mixed), weights)
         nll = label_nll(log_q, labels)
         with torch.no_grad():
             student_top1 = log_q.argmax(-1)
             teacher_top1 = ids.gather(-1, log_p.argmax(-1, keepdim=True)).squeeze(-1)
-            others = {
+            compared = {
                 "teacher_tail_mass": p[:, -1].exp(),
                 "kl": kl(p, q),
                 "top1_agreement": (student_top1 == teacher_top1).to(log_q),
@@ -93,7 +98,31 @@ class SparseTokenLoss(DistillationTokenLoss):
                 "assistant_nll": self._assistant_nll(p, q, mixed),
                 "student_top1": student_top1.to(log_q),
             }
-        return self._with_figures(distilled, nll, **others)
+        return self._with_figures(distilled, nll, **compared)
+
+
+@dataclass(frozen=True)
+class SparseTokenScores(TokenScores):
+    """TokenScores over the buckets; the student's entropy alone is of its tokens."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # the columns are the teacher
+        self, student_logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, " tokens"], *teacher: Tensor
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
+        """Zeros, and the quantities."""
+        log_q = Objective().log_probs(student_logits)
+        p, q = _both(log_q, SparseTeacher(*teacher))
+        known = {name: QUANTITIES[name](p, q) for name in self.asks}
+        if "student_entropy" in known:
+            known["student_entropy"] = entropy(log_q)
+        return self.answered(known)
+
+
+def _both(
+    log_q: Float[Tensor, "tokens vocab"], teacher: SparseTeacher
+) -> tuple[Float[Tensor, "tokens buckets"], Float[Tensor, "tokens buckets"]]:
+    """Both models' log-probabilities of the buckets, the teacher's first."""
+    p = torch.cat([teacher.log_p, teacher.log_tail[:, None]], dim=-1).to(log_q)
+    return p, _buckets(log_q, teacher.ids, teacher.log_p > -math.inf)
 
 
 def _buckets(

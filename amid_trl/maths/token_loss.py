@@ -11,7 +11,8 @@ from torch import Tensor
 
 from amid_trl.maths.assistant import ZERO_LOG, MixtureNumbers, at_least_float32
 from amid_trl.maths.divergences import kl
-from amid_trl.maths.objective import Objective, entropy
+from amid_trl.maths.objective import Objective, entropy, weighted
+from amid_trl.maths.selection import Selection, TokenScores
 
 
 # Per token, and logged as means: nats, but for the agreement, which is 0 or 1.
@@ -41,19 +42,23 @@ def expectations(
 
 @dataclass(frozen=True)
 class DistillationTokenLoss:
-    """Objective(p, q) + sft_weight · (-log q(label)), and `figures` of the same logits; labels is its one column.
+    """Objective(p, q) + sft_weight · (-log q(label)), and `figures` of the same logits; labels are its column.
 
     The objective sees its own temperature; the cross-entropy and the figures see the models as they are, at 1.
 
     `moves` says that alpha or lam is another one in the next window. Then they are `numbers`, inputs of a kernel that
     is compiled once for all windows, and the figure assistant_nll is CE(r, q) at the objective's temperature, which
     TAID follows; else 0. `alpha_stays` says that of the two lam alone moves: a kernel for one alpha computes less.
+
+    With a `selection` there is one more column, the last one: its weight of each token, which the objective is
+    multiplied by, and its figure too. `scores` gives what the selection asks of the tokens first.
     """
 
     objective: Objective
     sft_weight: float = 0.0
     moves: bool = False
     alpha_stays: bool = False
+    selection: Selection | None = None
 
     means: ClassVar[tuple[str, ...]] = MEANS
     figures: ClassVar[tuple[str, ...]] = (*MEANS, *NO_MEANS)
@@ -62,6 +67,11 @@ class DistillationTokenLoss:
     def compiles(self) -> bool:
         """Whether its value depends on nothing but its fields."""
         return self.objective.is_constant
+
+    @property
+    def scores(self) -> TokenScores:
+        """A TokenLoss of the same columns without the weights, whose figures are what `selection` asks."""
+        return TokenScores(self.selection.asks if self.selection is not None else ())
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -81,12 +91,12 @@ class DistillationTokenLoss:
         student_logits: Float[Tensor, "tokens vocab"],
         teacher_logits: Float[Tensor, "tokens vocab"],
         labels: Int[Tensor, " tokens"],
-        *numbers: Float[Tensor, ""],
+        *others: Tensor,
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
-        """Losses, and figures without gradient."""
+        """Losses, and figures without gradient; `others` are the weights of a selection, and what moves."""
         log_p, log_q = self.objective.log_probs(teacher_logits), self.objective.log_probs(student_logits)
-        mixed = self._mixture_numbers(numbers)
-        distilled = self.objective.from_log_probs(log_p, log_q, mixed)
+        weights, mixed = self._weights(others), self._mixture_numbers(others)
+        distilled = weighted(self.objective.from_log_probs(log_p, log_q, mixed), weights)
         with torch.no_grad():
             assistant_nll = self._assistant_nll(log_p, log_q, mixed)
         if self.objective.temperature != 1.0:
@@ -104,7 +114,11 @@ class DistillationTokenLoss:
         losses = distilled + self.sft_weight * nll if self.sft_weight else distilled
         return losses, torch.stack([by_name[name] for name in self.figures], dim=-1)
 
-    def _mixture_numbers(self, numbers: tuple[Tensor, ...]) -> MixtureNumbers | None:
+    def _weights(self, others: tuple[Tensor, ...]) -> float | Tensor:
+        return 1.0 if self.selection is None else others[0]
+
+    def _mixture_numbers(self, others: tuple[Tensor, ...]) -> MixtureNumbers | None:
+        numbers = others if self.selection is None else others[1:]
         if not numbers:
             return None
         exponent, _, *of_lam = numbers

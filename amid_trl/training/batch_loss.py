@@ -10,6 +10,7 @@ from amid_trl.data.batches import Batch, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.linear import Head, States, linear_token_loss
+from amid_trl.maths.selection import RowTokens
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.maths.token_loss import DistillationTokenLoss, cross_entropy
 from amid_trl.models.deepspeed import gathered_head
@@ -64,15 +65,38 @@ def batch_loss(
     if isinstance(teacher, States):
         with gathered_head(teacher.head) as teacher_head:
             cut = States(teacher.hidden, teacher_head.cut(vocabulary))
-            total, columns = linear_token_loss(states, cut, token_loss, (labels,), chunk_size)
+            total, columns = _compared(states, cut, token_loss, (labels,), trained, chunk_size)
     else:
-        total, columns = linear_token_loss(states, None, token_loss, (labels, *teacher), chunk_size)
+        total, columns = _compared(states, None, token_loss, (labels, *teacher), trained, chunk_size)
     figures = Figures(token_loss.figures, columns)
     predictions = torch.full_like(targets, UNTRAINED).masked_scatter(trained, figures["student_top1"].long())
     plain_nll = None
     if "plain_text" in batch:
         plain_nll = _plain_nll(base, head.cut(vocabulary), batch["plain_text"], chunk_size)
     return BatchLoss(total, _row_sums(figures, trained, token_loss), predictions, plain_nll, aux_loss)
+
+
+def _compared(
+    student: States,
+    teacher: States | None,
+    token_loss: DistillationTokenLoss,
+    columns: tuple[Tensor, ...],
+    trained: Tensor,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The token loss on the linear path.
+
+    A selection that asks about the tokens projects both models' hidden states once more, without gradient.
+    """
+    if (selection := token_loss.selection) is not None:
+        known, scores = {}, token_loss.scores
+        if scores.asks:
+            with torch.no_grad():
+                _, answers = linear_token_loss(student, teacher, scores, columns, chunk_size)
+            known = dict(zip(scores.asks, answers.T, strict=True))
+        tokens = RowTokens.of(trained.nonzero()[:, 0], len(trained))
+        columns = (*columns, selection.weights(known, tokens))
+    return linear_token_loss(student, teacher, token_loss, columns, chunk_size)
 
 
 def _row_sums(figures: Figures, trained: Tensor, token_loss: DistillationTokenLoss) -> Tensor:

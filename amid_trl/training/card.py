@@ -36,6 +36,8 @@ OPTIONAL_FIELDS = (
     "assistant_lambda_schedule",
     "student_text_objective",
     "student_text_objective_kwargs",
+    "token_selection",
+    "token_selection_count",
 )
 
 
@@ -94,6 +96,8 @@ def objective_table(config: AMiDConfig, objective: Objective, *, is_sparse: bool
     shares = ADAPTIVE_FIELDS if config.sampling == "adaptive" else (share,)
     settings |= {name: getattr(config, name) for name in shares}
     settings |= {name: getattr(config, name) for name in OPTIONAL_FIELDS if getattr(config, name) is not None}
+    if config.token_selection is not None and config.token_selection_count is None:
+        settings["token_selection_share"] = config.token_selection_share
     if is_sparse:
         settings["teacher_top_k"] = config.teacher_top_k
     if config.pretrain_dataset:

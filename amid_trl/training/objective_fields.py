@@ -22,12 +22,13 @@ from amid_trl.fields import (
     option,
     without_effect,
 )
-from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES, ORDERS
+from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES, ORDERS, SELECTION_NAMES
 from amid_trl.maths.schedules import TaidLambda
 
 
 if TYPE_CHECKING:
     from amid_trl.maths.objective import Objective
+    from amid_trl.maths.selection import Selection
 
 
 AMID_FIELDS = ("assistant_alpha", "assistant_lambda", "divergence", "divergence_order", "divergence_kwargs")
@@ -90,6 +91,15 @@ class ObjectiveFields(Fields):
         "Weight of the cross-entropy of dataset and teacher text, added to the objective. Never applied to text that "
         "the student wrote itself.",
     )
+    token_selection: str | None = option(
+        None,
+        "Of each row's trained tokens the objective counts those alone that a rule puts first: prefix (the first "
+        "ones), student_entropy, teacher_entropy, adakd (Hellinger distance) or tip (uncertain, or sure and wrong). "
+        "All but prefix project both models' hidden states a second time. The cross-entropy is of all tokens still.",
+        choices=sorted(SELECTION_NAMES),
+    )
+    token_selection_share: float = option(0.5, "Which share of a row's trained tokens is selected, rounded up.")
+    token_selection_count: int | None = option(None, "How many are selected of each row, in place of a share.")
     logits_chunk_size: int | None = option(
         None,
         "Tokens projected to the vocabulary at a time. By default a bound on memory sets it from the vocabulary.",
@@ -107,6 +117,7 @@ class ObjectiveFields(Fields):
         for name in ("assistant_alpha", "assistant_lambda"):
             if getattr(self, f"{name}_schedule") is not None:
                 without_effect(self, (name,), f"beside {name}_schedule")
+        self._check_selection()
         _check_name("objective", self.objective, OBJECTIVE_NAMES)
         if self.student_text_objective is not None:
             _check_name("student_text_objective", self.student_text_objective, OBJECTIVE_NAMES)
@@ -123,6 +134,20 @@ class ObjectiveFields(Fields):
             raise ValueError(
                 "TAID's λ follows the loss of one objective; leave student_text_objective unset beside it"
             )
+
+    def _check_selection(self) -> None:
+        if self.token_selection is None:
+            without_effect(self, ("token_selection_share", "token_selection_count"), "without token_selection")
+            return
+        _check_name("token_selection", self.token_selection, SELECTION_NAMES)
+        if not (is_number(self.token_selection_share) and 0 < self.token_selection_share < 1):
+            raise ValueError(
+                "token_selection_share must be a number between 0 and 1, without both; got "
+                f"{self.token_selection_share!r}"
+            )
+        check_at_least(self, 1, "token_selection_count")
+        if self.token_selection_count is not None:
+            without_effect(self, ("token_selection_share",), "beside token_selection_count")
 
     def _check_schedules(self) -> None:
         given = [name for name in ASSISTANT_SCHEDULES if getattr(self, name) is not None]
@@ -184,6 +209,15 @@ def build_student_text_objective(config: ObjectiveFields) -> "Objective | None":
     if config.student_text_objective is None:
         return None
     return _named_objective(config, "student_text_objective", json_dict(config.student_text_objective_kwargs))
+
+
+def build_selection(config: ObjectiveFields) -> "Selection | None":
+    """Which tokens of a row the objective counts; None for all of them."""
+    if config.token_selection is None:
+        return None
+    from amid_trl.maths.selection import Selection
+
+    return Selection(config.token_selection, config.token_selection_share, config.token_selection_count)
 
 
 def _named_objective(config: ObjectiveFields, field: str, parameters: dict[str, Any]) -> "Objective":

@@ -15,7 +15,7 @@ from amid_trl.maths.token_loss import DistillationTokenLoss
 from amid_trl.run import Run
 from amid_trl.sources.source import STUDENT_TEXT, Source
 from amid_trl.training.config import AMiDConfig
-from amid_trl.training.objective_fields import build_objective, build_student_text_objective
+from amid_trl.training.objective_fields import build_objective, build_selection, build_student_text_objective
 
 
 # The fields of Objective that move, by the name of their number in AMiDConfig and in the logs.
@@ -31,7 +31,7 @@ class RunObjective:
         self._token_loss = SparseTokenLoss if is_sparse else DistillationTokenLoss
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
-        self._sft_weight = config.sft_weight
+        self._sft_weight, self._selection = config.sft_weight, build_selection(config)
         self._schedules = {name: build_schedule(config, name) for name in MOVABLE if _is_scheduled(config, name)}
         moving = {name for name, schedule in self._schedules.items() if schedule.moves}
         self._moves, self._alpha_stays = bool(moving), "assistant_alpha" not in moving
@@ -55,11 +55,10 @@ class RunObjective:
 
     def token_loss(self, source: Source | None) -> DistillationTokenLoss:
         """The loss of text from `source`, None for an evaluation; the cross-entropy never joins on the student's."""
-        if source not in STUDENT_TEXT:
-            return self._token_loss(self.current, self._sft_weight, self._moves, self._alpha_stays)
-        if self._of_student_text is None:
-            return self._token_loss(self.current, moves=self._moves, alpha_stays=self._alpha_stays)
-        return self._token_loss(self._of_student_text)
+        sft_weight = 0.0 if source in STUDENT_TEXT else self._sft_weight
+        if source in STUDENT_TEXT and self._of_student_text is not None:
+            return self._token_loss(self._of_student_text, selection=self._selection)
+        return self._token_loss(self.current, sft_weight, self._moves, self._alpha_stays, self._selection)
 
     def add(self, rows: Figures) -> None:
         """Count the rows of a micro-batch of the window: their sums of CE(r, q), and their tokens."""

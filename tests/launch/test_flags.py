@@ -17,7 +17,8 @@ from tiny import tiny_llama
 from amid_trl import DIVERGENCES, OBJECTIVES, AMiDConfig, cli
 from amid_trl._trl import launch_command_parser
 from amid_trl.launch import declared, flags, script
-from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES
+from amid_trl.maths.names import DIVERGENCE_NAMES, OBJECTIVE_NAMES, SELECTION_NAMES
+from amid_trl.maths.selection import SELECTIONS
 from amid_trl.training.inherited import HONOURED, REFUSED
 from amid_trl.training.objective_fields import check_objective
 
@@ -119,6 +120,7 @@ def test_the_launchers_options_are_those_of_the_installed_version():
 
 def test_the_names_are_those_of_the_maths():
     assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
+    assert tuple(SELECTIONS) == SELECTION_NAMES
     assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
 
 

@@ -40,6 +40,7 @@ def test_methods_and_their_defaults_are_the_published_ones():
         "jeffreys": {},
         "akl": {"mu": 0.5},
         "bdkd": {"weight": 2.0},
+        "eopd": {"threshold": 0.8, "weight": 1.0},
         "amid": {"alpha": -5.0, "lam": 0.1, "divergence": "ab", "order": "pr", "divergence_kwargs": None},
     }
 
@@ -144,3 +145,17 @@ def test_bdkd_doubles_the_kl_from_the_more_uncertain_model():
         got = loss_and_gradient(OBJECTIVES["bdkd"](), student, teacher)
         for mine, *others in zip(got, forward, reverse, strict=True):
             torch.testing.assert_close(mine, weights[0] * others[0] + weights[1] * others[1])
+
+
+def test_eopd_adds_the_forward_kl_where_the_teacher_is_uncertain_alone():
+    student, teacher = logits(tokens=40)
+    entropies = reference.over_tokens(lambda p, q: reference.entropy(p), student, teacher)
+    uncertain = entropies > 1.5
+    assert 0 < uncertain.sum() < 40
+    eopd, forward, reverse = (
+        loss_and_gradient(OBJECTIVES[name](**parameters), student, teacher)
+        for name, parameters in (("eopd", {"threshold": 1.5}), ("kd", {}), ("rkl", {}))
+    )
+    for mine, of_forward, of_reverse in zip(eopd, forward, reverse, strict=True):
+        torch.testing.assert_close(mine[uncertain], (of_forward + of_reverse)[uncertain])
+        torch.testing.assert_close(mine[~uncertain], of_reverse[~uncertain])

@@ -34,6 +34,7 @@ TRAINED = {
     "evaluated before": {"evaluates_first": True},
     "tied head, without checkpointing": {"student": "tied_student", "gradient_checkpointing": False},
     "cross-entropy, uneven last window": {"sft_weight": 0.5, "rows": 14},
+    "selected tokens": {"objective": "rkl", "token_selection": "tip", "token_selection_share": 0.4},
     # Nothing is trained in the first window on the second process, in the second on any, and in the third in its first
     # micro-batches.
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},

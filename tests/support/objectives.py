@@ -31,6 +31,8 @@ METHODS = [
     ("akl", {"mu": 0.9}),
     ("bdkd", {}),
     ("bdkd", {"weight": 3.0}),
+    ("eopd", {}),
+    ("eopd", {"threshold": 1.5, "weight": 2.0}),
     ("amid", {}),
     *(("amid", {"order": order, "alpha": 3.0}) for order in ("pr", "rp", "qr", "rq")),
     ("amid", {"divergence": "kl", "lam": 0.5}),

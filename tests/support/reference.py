@@ -191,6 +191,36 @@ def bdkd(p, q, weight=2.0):
     return forward * kl(p, q) + reverse * kl(q, p)
 
 
+def eopd(p, q, threshold=0.8, weight=1.0):
+    return kl(q, p) + (weight * kl(p, q) if entropy(p) > threshold else 0.0)
+
+
+def _scaled(values):
+    low, high = min(values), max(values)
+    return [(x - low) / (high - low) if high > low else 0.0 for x in values]
+
+
+def _soft_or(pairs):
+    h, d = _scaled([entropy(q) for _, q in pairs]), _scaled([kl(q, p) for p, q in pairs])
+    return [1 - (1 - x) * (1 - y) for x, y in zip(h, d, strict=True)]
+
+
+SELECTIONS = {
+    "prefix": lambda pairs: [-i for i in range(len(pairs))],
+    "student_entropy": lambda pairs: [entropy(q) for _, q in pairs],
+    "teacher_entropy": lambda pairs: [entropy(p) for p, _ in pairs],
+    "adakd": lambda pairs: [math.sqrt(hellinger(p, q)) for p, q in pairs],
+    "tip": _soft_or,
+}
+
+
+def selected(rule, pairs, k):
+    """Weights of a row's tokens, each a pair (p, q): tokens / k for the k with the highest scores."""
+    scores, k = SELECTIONS[rule](pairs), min(k, len(pairs))
+    best = sorted(range(len(pairs)), key=lambda i: (-scores[i], i))[:k]
+    return [len(pairs) / k if i in best else 0.0 for i in range(len(pairs))]
+
+
 OBJECTIVES = {
     "kd": kl,
     "rkl": lambda p, q: kl(q, p),
@@ -205,5 +235,6 @@ OBJECTIVES = {
     "jeffreys": jeffreys,
     "akl": akl,
     "bdkd": bdkd,
+    "eopd": eopd,
     "amid": amid,
 }

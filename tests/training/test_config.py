@@ -81,6 +81,14 @@ REFUSED = [
     ({"distill_temperature": 0.0}, r"distill_temperature must be a positive, finite number; got 0.0"),
     ({"temperature": 0.0}, r"temperature must be a positive, finite number; got 0.0"),
     ({"temperature": -1.0}, r"temperature must be a positive, finite number; got -1.0"),
+    ({"token_selection": "best"}, r"token_selection must be one of prefix, .*got 'best'"),
+    ({"token_selection": "tip", "token_selection_share": 1.0}, r"token_selection_share must be .* got 1.0"),
+    ({"token_selection": "tip", "token_selection_count": 0}, r"token_selection_count must be at least 1; got 0"),
+    ({"token_selection_share": 0.2}, r"token_selection_share has no effect without token_selection"),
+    (
+        {"token_selection": "tip", "token_selection_count": 9, "token_selection_share": 0.2},
+        r"token_selection_share has no effect beside token_selection_count",
+    ),
     ({"sft_weight": -0.1}, r"sft_weight must be a finite number, 0 or more; got -0.1"),
     ({"generation_kwargs": {"num_return_sequences": 2}}, r"generation_kwargs may have .*got 'num_return_sequences'"),
     ({"generation_kwargs": {"max_new_tokens": 300}}, r"generation_kwargs may have .*got 'max_new_tokens'"),
@@ -256,6 +264,10 @@ EFFECTS = {
     "sft_weight": (
         "training/test_batch_loss.py::"
         "test_cross_entropy_joins_on_dataset_and_teacher_text_and_never_on_the_students_own"
+    ),
+    **dict.fromkeys(
+        ("token_selection", "token_selection_share", "token_selection_count"),
+        "training/test_token_selection.py::test_the_loss_is_the_objective_of_the_selected_tokens_of_each_row",
     ),
     "logits_chunk_size": "training/test_fields.py::test_the_chunk_size_bounds_the_projection",
     "teacher_model_revision": "training/test_fields.py::test_the_revision_of_the_teacher_is_asked_for",
