@@ -15,6 +15,8 @@ EXTRAS = {
     "serve": ["starlette", "uvicorn"],
     "notebook": ["ipykernel", "ipywidgets", "matplotlib"],
     "compare": ["matplotlib", "scipy>=1.15"],
+    "sweep": ["optuna>=5"],
+    "ray": ["optuna>=5", "ray[tune]>=2.50"],  # apart from sweep: 250 MB
 }
 TEST = [
     "beartype",
@@ -33,6 +35,7 @@ TEST = [
     *EXTRAS["notebook"],
     *EXTRAS["quantization"],
     *EXTRAS["serve"],
+    *EXTRAS["sweep"],
 ]
 # What the demo reads besides the two data wheels, which the Makefile installs without their own dependencies.
 DEMO = ["gguf", "pyyaml", *EXTRAS["eval"], *EXTRAS["plot"]]

@@ -16,6 +16,10 @@ COMMANDS = {
         "the same work through several objectives, with intervals",
         "amid_trl.comparison.command:compare_runs",
     ),
+    "sweep": (
+        "search for the settings of a training, with pruning",
+        "amid_trl.sweep.command:search_settings",
+    ),
     "serve-teacher": (
         "answer for a teacher, exactly, to trainings",
         "amid_trl.teacher.command:serve_teacher",
@@ -34,9 +38,9 @@ COMMANDS = {
 LAUNCHED = {
     "train": ("train a student (options: amid-trl train --help)", "amid_trl.launch.script"),
     "cache-teacher": ("write the teacher's answers that train reads then", "amid_trl.launch.cache_teacher"),
-    "compared-run": (None, "amid_trl.comparison.run"),  # one run of `compare`, which starts it
+    "compared-run": (None, "amid_trl.comparison.run"),  # one run of `compare` or `sweep`, which starts it
 }
-GO_ON = ("evaluate", "compare")
+GO_ON = ("evaluate", "compare", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ ORDER = [
     {"training"},
     {"launch"},
     {"choosing", "comparison"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]

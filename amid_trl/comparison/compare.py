@@ -3,18 +3,14 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from amid_trl.comparison.processes import LOG, failed, logged_bytes, started
 from amid_trl.comparison.report import comparison_table, report
 from amid_trl.comparison.results import EVALUATE, EVALUATED, read_json, read_result
 from amid_trl.comparison.spec import (
@@ -27,12 +23,6 @@ from amid_trl.comparison.spec import (
     without_launcher,
 )
 from amid_trl.outputs import differences, write_whole
-
-
-LOG = "log.txt"
-
-
-TAIL = 20  # lines of a failed run's log that are shown
 
 
 def compare(file: str | Path, output_dir: str | Path, report_only: bool = False) -> dict[str, Any]:
@@ -128,38 +118,11 @@ def _forget_evaluation(folder: Path) -> None:
 
 
 def _process(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> str:
-    """Run `amid-trl` with these arguments in a process group of its own; nothing, or how it failed."""
-    with (folder / LOG).open("ab") as log, _sigterm_raises():
-        begin = log.tell()
-        command = [sys.executable, "-m", "amid_trl", *arguments]
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait()
-        except BaseException:  # Ctrl-C and SIGTERM end the run as well, which saves a checkpoint first
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
-    if status == 0:
-        return ""
-    said = (folder / LOG).read_bytes()[begin:].decode(errors="replace").splitlines()
-    return "\n    ".join([f"FAILED with status {status}; the end of {folder / LOG}:", *said[-TAIL:]])
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def leave(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    if threading.current_thread() is not threading.main_thread():  # the only one that gets signals
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    """Run `amid-trl` with these arguments; nothing, or how it failed."""
+    begin = logged_bytes(folder)
+    with started(arguments, folder, environment) as process:
+        status = process.wait()
+    return failed(folder, status, begin) if status else ""
 
 
 def _write_report(output_dir: Path, results: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 
 from amid_trl.comparison.intervals import summed
 from amid_trl.comparison.metrics import TRAINING_METRICS
-from amid_trl.comparison.spec import RESULT, SETTINGS
+from amid_trl.comparison.spec import ON_WAY, RESULT, SETTINGS
 from amid_trl.data.batches import row_key
 from amid_trl.launch import script as train
 from amid_trl.maths.figures import Figures
@@ -69,6 +70,28 @@ class Budget(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """And of a checkpoint."""
         self._since = time.monotonic()
+
+
+class Milestones(TrainerCallback):
+    """Evaluates after some steps, and writes a line of JSON with the figures of each such evaluation.
+
+    Another process may watch the file. A resumed run writes again what comes behind its checkpoint.
+    """
+
+    def __init__(self, steps: Sequence[int], file: Path):
+        self._steps, self._file = steps, file
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for an evaluation."""
+        control.should_evaluate |= state.global_step in self._steps
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Write its figures, the whole line at once."""
+        metrics: dict[str, float] = kwargs["metrics"]
+        if state.is_world_process_zero and state.global_step in self._steps:
+            figures = {name: metrics[name] for name in TRAINING_METRICS if name in metrics}
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **figures}) + "\n")
 
 
 def _seconds(state: TrainerState) -> float:
@@ -141,6 +164,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         [(unit, amount)] = settings["budget"].items()
         budget = Budget(unit, amount, trainer.accelerator)
         trainer.add_callback(budget)
+        if "evaluated_after" in settings:
+            trainer.add_callback(Milestones(settings["evaluated_after"], folder / ON_WAY))
         _train(trainer, folder, budget)
         if not budget.is_spent(trainer.state):
             raise ValueError(

@@ -31,6 +31,9 @@ SETTINGS = "settings.json"
 RESULT = "result.json"
 
 
+ON_WAY = "evaluations.jsonl"  # of a run that is evaluated before its end, a line for each
+
+
 BUDGETS = ("steps", "tokens", "minutes")
 
 
@@ -202,9 +205,15 @@ def check_configs(comparison: Comparison) -> None:
     """
     if comparison.evaluate:
         _check_evaluation(comparison)
+    seed = comparison.seeds[0]
+    check_each({f"runs.{name}": comparison.settings(name, seed)["config"] for name in comparison.runs})
+
+
+def check_each(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Parse each configuration as a process of its own will; a ValueError begins with the name of the wrong one."""
     for check in (_check_quickly, _check_as_its_process_will):
-        for name in comparison.runs:
-            with _command_line(comparison, name) as argv:
+        for name, config in configs.items():
+            with _command_line(name, config) as argv:
                 check(argv)
 
 
@@ -225,15 +234,14 @@ def _check_as_its_process_will(argv: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _command_line(comparison: Comparison, name: str) -> Iterator[list[str]]:
+def _command_line(name: str, config: Mapping[str, Any]) -> Iterator[list[str]]:
     """The arguments of a run, in the environment of its process; a mistake in them is a ValueError with its name.
 
     A configuration may set variables, for its own process.
     """
-    config = comparison.settings(name, comparison.seeds[0])["config"]
     objective = config.get("objective", "amid")
     if not isinstance(objective, str) or objective not in OBJECTIVE_NAMES:
-        raise ValueError(f"runs.{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVE_NAMES)}")
+        raise ValueError(f"{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVE_NAMES)}")
     before = dict(os.environ)
     try:
         os.environ.clear()
@@ -243,7 +251,7 @@ def _command_line(comparison: Comparison, name: str) -> Iterator[list[str]]:
             file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
             yield ["--config", str(file)]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"runs.{name}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     finally:
         os.environ.clear()
         os.environ.update(before)

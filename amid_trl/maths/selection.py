@@ -30,14 +30,14 @@ Quantities = Mapping[str, Float[Tensor, " tokens"]]
 class RowTokens(NamedTuple):
     """The trained tokens of some rows, a row after the other.
 
-    `row` is the row of each token, one of `rows`, `place` its place among the row's tokens, `count`
+    `row` is the row of each token, one of `rows`, `place` its place among the row's tokens, `length`
     how many these are.
     """
 
     rows: int
     row: Int[Tensor, " tokens"]
     place: Int[Tensor, " tokens"]
-    count: Int[Tensor, " tokens"]
+    length: Int[Tensor, " tokens"]
 
     @classmethod
     def of(cls, row: Int[Tensor, " tokens"], rows: int) -> "RowTokens":
@@ -152,12 +152,12 @@ class Selection:
         """
         scores = SELECTIONS[self.rule].score(known, tokens)
         if self.count is not None:
-            kept = tokens.count.clamp(max=self.count)
+            kept = tokens.length.clamp(max=self.count)
         else:
             dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
             # Less than a token can be, so that a share of 0.1 of 30 tokens is 3 of them.
-            kept = (self.share * tokens.count.to(dtype) - 1e-6).ceil().long().clamp(min=1)
-        return torch.where(tokens.rank(scores) < kept, tokens.count / kept, 0).to(torch.float32)
+            kept = (self.share * tokens.length.to(dtype) - 1e-6).ceil().long().clamp(min=1)
+        return torch.where(tokens.rank(scores) < kept, tokens.length / kept, 0).to(torch.float32)
 
 
 @dataclass(frozen=True)

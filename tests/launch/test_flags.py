@@ -46,6 +46,7 @@ HELP = [
     *(
         ["evaluate", "--help"],
         ["compare", "--help"],
+        ["sweep", "--help"],
         ["landscape", "--help"],
         ["init-student", "--help"],
         ["merge", "--help"],

@@ -1,0 +1,180 @@
+"""The search itself: an Optuna study on SQLite that says what to try next, and that a killed sweep goes on from."""
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from amid_trl.outputs import differences
+from amid_trl.sweep.spec import Choice, Parameters, Sweep
+from amid_trl.sweep.trials import Evaluated, TrialFailed, drop_weights, evaluations
+
+
+STUDY = "study.db"
+STARTUP_TRIALS = 4  # before the first is pruned; and for TPE, to be drawn at random
+
+
+@dataclass
+class SweptTrial:
+    """A trial that is under way, in the study and in its folder."""
+
+    number: int
+    parameters: Parameters
+    folder: Path
+    of_study: Any  # optuna.trial.Trial
+    known: set[int]  # steps that the study has a value for
+    began: float = field(default_factory=time.monotonic)
+
+
+def require_optuna() -> None:
+    """ImportError where there is none."""
+    if find_spec("optuna") is None:
+        raise ImportError("sweep needs optuna: pip install 'amid-trl[sweep]'")
+
+
+class Search:
+    """The trials of a sweep.
+
+    What is proposed depends on the seed, the trial's number and the trials before it alone, so that a sweep which was
+    killed and goes on ends like one that was not, as long as its trials are made one after another.
+    """
+
+    def __init__(self, sweep: Sweep, asked: Mapping[str, Any], output_dir: Path):
+        """Open the study of the folder, or begin one; ValueError if it is of another sweep, by what differs."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self.sweep, self.output_dir = optuna, sweep, output_dir
+        output_dir.mkdir(parents=True, exist_ok=True)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS)
+        self.study: Any = optuna.create_study(
+            storage=f"sqlite:///{output_dir / STUDY}",
+            study_name="sweep",
+            direction="minimize" if sweep.direction == "minimize" else "maximize",
+            pruner=pruner if sweep.pruner == "median" else optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+        there = self.study.user_attrs.get("asked")
+        if there is None:
+            self.study.set_user_attr("asked", dict(asked))
+        elif different := differences(there, asked):
+            raise ValueError(
+                f"{output_dir / STUDY} is the study of another sweep: {different}. Choose another output directory"
+            )
+        self._distributions = {name: self._distribution(axis) for name, axis in sweep.space.items()}
+        self._unfinished = [trial for trial in self.study.trials if not trial.state.is_finished()]
+
+    @property
+    def done(self) -> int:
+        """How many trials are finished, in whatever way."""
+        return sum(trial.state.is_finished() for trial in self.study.trials)
+
+    def next_trial(self) -> SweptTrial | None:
+        """One that was under way when the sweep was killed, else a new one; None if there are enough."""
+        if self._unfinished:
+            frozen = self._unfinished.pop(0)
+            # The constructor takes the row of the storage, which has no public name.
+            of_study = self._optuna.trial.Trial(self.study, frozen._trial_id)
+            known = set(frozen.intermediate_values)
+        elif len(self.study.trials) >= self.sweep.trials:
+            return None
+        else:
+            self.study.sampler = self._sampler(len(self.study.trials))
+            of_study, known = self.study.ask(fixed_distributions=self._distributions), set()
+        folder = self.output_dir / f"trial-{of_study.number:03}"
+        return SweptTrial(of_study.number, of_study.params, folder, of_study, known)
+
+    def report(self, trial: SweptTrial, evaluated: Evaluated) -> bool:
+        """Note what a trial has come to on its way; whether it is to be ended there."""
+        if evaluated.step not in trial.known and math.isfinite(evaluated.value):
+            trial.of_study.report(evaluated.value, evaluated.step)
+            trial.known.add(evaluated.step)
+        return trial.of_study.should_prune()
+
+    def complete(self, trial: SweptTrial, evaluated: Evaluated) -> str:
+        """Note the end of a trial; in a word how it ended."""
+        if not math.isfinite(evaluated.value):
+            return self.fail(trial, f"{self.sweep.metric} is {evaluated.value} after {evaluated.step} steps")
+        rows = self.study.user_attrs.get("rows")
+        if rows is None:
+            self.study.set_user_attr("rows", evaluated.rows)
+        elif rows != evaluated.rows:
+            return self.fail(trial, "it was evaluated on other rows than the trials before it")
+        self._end(trial, value=evaluated.value)
+        return f"{self.sweep.metric} {evaluated.value:.6g}"
+
+    def prune(self, trial: SweptTrial, evaluated: Evaluated) -> str:
+        """Note that a trial was ended on its way."""
+        self._end(trial, state=self._optuna.trial.TrialState.PRUNED)
+        return f"pruned after {evaluated.step} steps, {self.sweep.metric} {evaluated.value:.6g}"
+
+    def fail(self, trial: SweptTrial, why: str) -> str:
+        """Note that a trial has come to nothing, and why."""
+        trial.of_study.set_user_attr("failure", why)
+        self._end(trial, state=self._optuna.trial.TrialState.FAIL)
+        return why
+
+    def _end(self, trial: SweptTrial, value: float | None = None, state: Any = None) -> None:
+        before = trial.of_study.user_attrs.get("seconds", 0.0)
+        trial.of_study.set_user_attr("seconds", round(before + time.monotonic() - trial.began, 3))
+        self.study.tell(trial.number, value, state)
+        best = self.best
+        for other in self.study.trials:
+            folder = self.output_dir / f"trial-{other.number:03}"
+            if other.state.is_finished() and folder.is_dir() and (best is None or other.number != best.number):
+                drop_weights(folder)
+
+    @property
+    def best(self) -> Any | None:
+        """The finished trial with the best figure; None before there is one."""
+        return self.study.best_trial if any(t.state.name == "COMPLETE" for t in self.study.trials) else None
+
+    def _sampler(self, number: int) -> Any:
+        samplers, seed = self._optuna.samplers, self.sweep.seed * 1_000_003 + number
+        if self.sweep.sampler == "random":
+            return samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            return samplers.TPESampler(
+                seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True
+            )
+
+    def _distribution(self, axis: Any) -> Any:
+        distributions = self._optuna.distributions
+        if isinstance(axis, Choice):
+            return distributions.CategoricalDistribution(list(axis.options))
+        if axis.integer:
+            return distributions.IntDistribution(axis.low, axis.high, log=axis.log, step=axis.step or 1)
+        return distributions.FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+
+
+def search_here(search: Search) -> None:
+    """Make the trials that are missing, one after another."""
+    while (trial := search.next_trial()) is not None:
+        print(f"{trial.number + 1}/{search.sweep.trials} {shown_changes(search, trial)}: ", end="", flush=True)
+        print(_made(search, trial), flush=True)
+
+
+def shown_changes(search: Search, trial: SweptTrial) -> str:
+    """What is tried, in a line."""
+    shown = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in trial.parameters.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _made(search: Search, trial: SweptTrial) -> str:
+    settings = search.sweep.settings(trial.parameters)
+    with closing(evaluations(settings, search.sweep.metric, trial.folder)) as found:
+        try:
+            for evaluated in found:
+                if evaluated.step == search.sweep.steps:
+                    return search.complete(trial, evaluated)
+                if search.report(trial, evaluated):
+                    return search.prune(trial, evaluated)
+        except TrialFailed as failure:
+            return search.fail(trial, str(failure))
+    return search.fail(trial, "it ended before its last step")

@@ -1,0 +1,134 @@
+"""The study: what it proposes, what it ends, and that a killed search goes on as if it had not been."""
+
+import math
+from pathlib import Path
+
+import pytest
+from sweeping import CONTENT, written
+
+from amid_trl.sweep.report import sweep_results, sweep_table
+from amid_trl.sweep.search import Search
+from amid_trl.sweep.spec import read_sweep
+from amid_trl.sweep.trials import Evaluated
+
+
+SPACE = {"x": {"low": -3, "high": 3}, "kind": ["a", "b"]}
+
+
+def search(folder: Path, **change) -> Search:
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep, asked = read_sweep(written(folder, {**CONTENT, "space": SPACE, "trials": 12, **change}))
+    return Search(sweep, asked, folder / "out")
+
+
+def figure(parameters) -> float:
+    """Known everywhere: least at x = 1 and kind b."""
+    return (parameters["x"] - 1) ** 2 + (parameters["kind"] == "a")
+
+
+def make(some: Search, count: int | None = None) -> list[tuple[int, dict]]:
+    """Finish so many trials, or all; what was tried."""
+    made = []
+    while count is None or len(made) < count:
+        if (trial := some.next_trial()) is None:
+            break
+        some.report(trial, Evaluated(5, figure(trial.parameters) + 1))
+        some.complete(trial, Evaluated(10, figure(trial.parameters), "rows"))
+        made.append((trial.number, dict(trial.parameters)))
+    return made
+
+
+def test_the_best_trial_is_the_one_with_the_best_figure(tmp_path):
+    found = search(tmp_path)
+    tried = make(found)
+    assert [number for number, _ in tried] == list(range(12))
+    want = min(tried, key=lambda trial: figure(trial[1]))
+    results = sweep_results(found)
+    assert results["best"]["number"] == want[0] and results["best"]["value"] == pytest.approx(figure(want[1]))
+    assert results["best"]["settings"] == want[1] and results["best"]["intermediate"] == {
+        "5": pytest.approx(figure(want[1]) + 1)
+    }
+    assert sum(results["importances"].values()) == pytest.approx(1)
+    assert f"| {want[0]} | {figure(want[1]):.4g} |" in sweep_table(results)
+    most, _ = search(tmp_path / "most", direction="maximize", trials=3), None
+    tried = make(most)
+    assert most.best.number == max(tried, key=lambda trial: figure(trial[1]))[0]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_search_that_goes_on_tries_what_one_that_was_not_stopped_does(tmp_path, sampler):
+    whole = make(search(tmp_path / "whole", sampler=sampler))
+    stopped = search(tmp_path / "stopped", sampler=sampler)
+    before = make(stopped, 6)
+    lost = stopped.next_trial()  # under way when the process is killed
+    stopped.report(lost, Evaluated(2, 7.0))
+    resumed = search(tmp_path / "stopped", sampler=sampler)
+    again = resumed.next_trial()
+    assert (again.number, again.parameters) == (lost.number, lost.parameters) and again.known == {2}
+    assert not resumed.report(again, Evaluated(2, 7.0))  # known, and not told twice
+    resumed.complete(again, Evaluated(10, figure(again.parameters), "rows"))
+    assert [*before, (again.number, dict(again.parameters)), *make(resumed)] == whole
+    assert make(search(tmp_path / "stopped", sampler=sampler)) == []
+    assert len(make(search(tmp_path / "stopped", sampler=sampler, trials=14))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"space": {"x": {"low": -3, "high": 4}, "kind": ["a", "b"]}}, "is the study of another sweep: space "),
+        ({"metric": "eval_nll"}, "metric 'eval_kl', not 'eval_nll'"),
+        ({"budget": {"steps": 20}}, "budget {'steps': 10}, not {'steps': 20}"),
+    ],
+)
+def test_a_study_of_another_sweep_is_refused(tmp_path, change, message):
+    make(search(tmp_path), 1)
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path, **change)
+
+
+def test_a_trial_worse_than_the_median_is_pruned_and_better_ones_are_not(tmp_path):
+    found = search(tmp_path)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        trial = found.next_trial()
+        assert not found.report(trial, Evaluated(5, value))  # the first ones never
+        found.complete(trial, Evaluated(10, value, "rows"))
+    good, bad = found.next_trial(), found.next_trial()
+    assert not found.report(good, Evaluated(5, 2.4)) and found.report(bad, Evaluated(5, 2.6))
+    assert found.prune(bad, Evaluated(5, 2.6)) == "pruned after 5 steps, eval_kl 2.6"
+    never = search(tmp_path / "never", pruner="none")
+    make(never, 5)
+    assert not never.report(never.next_trial(), Evaluated(5, 1e9))
+
+
+def test_a_trial_that_diverges_or_reads_other_rows_has_failed_and_is_not_the_end(tmp_path):
+    found = search(tmp_path, trials=4)
+    ends = [Evaluated(10, 1.0, "rows"), Evaluated(10, math.nan, "rows"), Evaluated(10, 0.1, "others")]
+    for end in ends:
+        found.complete(found.next_trial(), end)
+    found.fail(found.next_trial(), "FAILED with status 1; the end of log.txt:\n    it is too warm")
+    assert found.next_trial() is None
+    results = sweep_results(found)
+    assert [trial["state"] for trial in results["trials"]] == ["complete", "fail", "fail", "fail"]
+    assert results["best"]["number"] == 0
+    assert [trial["failure"] for trial in results["trials"]][1:3] == [
+        "eval_kl is nan after 10 steps",
+        "it was evaluated on other rows than the trials before it",
+    ]
+    assert "Trial 3 failed: it is too warm" in sweep_table(results)
+    nothing = search(tmp_path / "nothing", trials=1)
+    nothing.fail(nothing.next_trial(), "no")
+    assert sweep_results(nothing)["best"] is None
+
+
+def test_only_the_best_student_is_kept(tmp_path):
+    found = search(tmp_path, trials=3)
+    for value in (2.0, 1.0, 3.0):
+        trial = found.next_trial()
+        (trial.folder / "checkpoint-1").mkdir(parents=True)
+        for name in ("model.safetensors", "result.json"):
+            (trial.folder / name).write_text("")
+        found.complete(trial, Evaluated(10, value, "rows"))
+    folders = [tmp_path / "out" / f"trial-{number:03}" for number in range(3)]
+    assert [(folder / "model.safetensors").exists() for folder in folders] == [False, True, False]
+    assert all((folder / "result.json").exists() for folder in folders)
+    assert not (folders[0] / "checkpoint-1").exists()
