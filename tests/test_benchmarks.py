@@ -230,3 +230,34 @@ def test_a_landscape_is_measured_beside_its_forward_passes(monkeypatch, tmp_path
     assert len(record["all"]["passes"]) == len(record["all"]["landscape"]) == 2
     ratio = record["seconds"]["landscape"] / record["seconds"]["passes"]
     assert f"| {ratio:.2f} | {'met' if ratio <= 3 else 'missed'} |" in (tmp_path / "landscape_cost.md").read_text()
+
+
+def test_the_landscapes_ranking_is_set_against_that_of_runs(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from landscape_truth import LAST, agreement
+
+    def point(alpha, cosines, norm=1.0, order="pr"):
+        names = ("divergence", "order", "alpha", "lam", "temperature", "gradient_norm", "participation")
+        values = ("kl", order, alpha, None if alpha is None else 0.1, 1.0, norm, 1.0)
+        return {**dict(zip(names, values, strict=True)), "cosine_forward": cosines[0], "cosine_reverse": cosines[1]}
+
+    points = [
+        point(-5.0, (0.2, 0.9)),
+        point(0.5, (0.6, 0.7)),
+        point(1.0, (0.9, 0.4)),
+        point(3.0, (0.9, 0.9), norm=0.01),
+    ]
+    landscape = {"points": points, "forward_kl": point(None, (1.0, 0.3), order="pq")}
+    alphas = {"a": -5.0, "b": 0.5, "c": 1.0, "d": 3.0, "elsewhere": 7.0}
+    configs = {name: {"divergence": "kl", "assistant_alpha": alpha} for name, alpha in alphas.items()}
+    configs["kd"] = {"objective": "kd"}
+    figures = {"a": 1.5, "b": 1.0, "c": 1.2, "d": 1.1, "elsewhere": 0.0, "kd": 0.0}
+    runs = {
+        name: {"metrics": {"eval_kl": {"mean": x}, "eval_student_entropy": {"mean": x}}} for name, x in figures.items()
+    }
+    found = agreement(landscape, configs, {"runs": runs})
+    assert found["runs"] == ["a", "b", "c", "d"] and found["predicted"] == [0.2, 0.6, 0.4, LAST]
+    assert list(found["metrics"]) == ["eval_kl"]  # nobody says which entropy is better
+    # Ranks 2, 4, 3, 1 and 1, 4, 2, 3, less being better: 1 - 6 Σ d² / (n (n² - 1)), and 4 of 6 pairs agree.
+    assert found["metrics"]["eval_kl"]["spearman"]["value"] == pytest.approx(1 - 6 * 6 / 60)
+    assert found["metrics"]["eval_kl"]["kendall"]["value"] == pytest.approx((4 - 2) / 6)

@@ -77,6 +77,12 @@ def _training() -> Any:
         def cleanup(self) -> None:
             self._found.close()
 
+        def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+            return {}  # a training keeps its own
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            pass
+
     return Training
 
 

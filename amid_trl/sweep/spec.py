@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ class Range:
             raise ValueError(f"{where}: with log low must be positive, and there is no step; got {given}")
         if axis.step is not None and not 0 < axis.step <= axis.high - axis.low:
             raise ValueError(f"{where}: step must be positive and at most high - low; got {axis.step}")
-        return axis
+        if integer:
+            return axis
+        return replace(axis, low=float(axis.low), high=float(axis.high))  # YAML reads -5 as a whole number
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,13 @@ def _check_settings(sweep: Sweep) -> None:
 def check_space(sweep: Sweep) -> None:
     """Parse the settings at both ends of every range, and of every choice, as a trial's process will.
 
-    The other axes are at their first end. A ValueError names the axis and its value.
+    The other axes are all at their first end, then all at their last. A ValueError names the axis and its value.
     """
-    check_each({name: sweep.config(parameters) for name, parameters in _probes(sweep)})
+    for end in (0, -1):
+        check_each({name: sweep.config(parameters) for name, parameters in _probes(sweep, end)})
 
 
-def _probes(sweep: Sweep) -> Iterator[tuple[str, Parameters]]:
-    first = {name: axis.ends[0] for name, axis in sweep.space.items()}
+def _probes(sweep: Sweep, end: int) -> Iterator[tuple[str, Parameters]]:
+    others = {name: axis.ends[end] for name, axis in sweep.space.items()}
     for name, axis in sweep.space.items():
-        for value in axis.ends:
-            yield f"space.{name}={value}", {**first, name: value}
+        yield from ((f"space.{name}={value}", {**others, name: value}) for value in axis.ends)

@@ -1,12 +1,13 @@
 """Paired intervals: closed forms where there are some, and how often they contain a truth that is known."""
 
+import math
 import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from amid_trl.comparison.intervals import Interval, deviation, paired_interval, summed
+from amid_trl.comparison.intervals import Interval, deviation, paired_interval, rank_agreement, summed
 
 
 TRUTH = 0.5
@@ -156,3 +157,22 @@ def test_equal_runs_and_runs_that_diverged_are_not_told_apart():
 def test_the_deviation_is_that_of_a_sample():
     assert deviation([1.0, 2.0, 4.0]) == pytest.approx(np.sqrt(7 / 3))
     assert deviation([1.0]) is None
+
+
+def test_rank_agreement_is_scipys_and_its_interval_covers_the_truth():
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=30).round(1)  # with ties
+    y = (x + generator.normal(size=30)).round(1)
+    found = rank_agreement(x, y)
+    assert found["spearman"].value == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert found["kendall"].value == pytest.approx(stats.kendalltau(x, y).statistic)
+    assert 0 < found["spearman"].low < found["spearman"].value < found["spearman"].high < 1
+    same = rank_agreement([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 50.0], resamples=500)
+    assert same["kendall"].value == same["spearman"].value == pytest.approx(1)
+    assert rank_agreement([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], resamples=99)["kendall"].value == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.0], [1.0, 2.0, math.nan], [1.0, 1.0, 1.0]])
+def test_what_ranks_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="settings"):
+        rank_agreement(wrong, [1.0, 2.0, 3.0])

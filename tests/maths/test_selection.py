@@ -144,6 +144,7 @@ def test_of_all_of_the_vocabulary_a_sparse_teacher_selects_what_a_dense_one_does
     torch.testing.assert_close(losses, weights * plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
 def test_compiled_kernels_select_as_plain_ones(compiling, monkeypatch):
     monkeypatch.setattr("amid_trl.maths.kernel.COMPILE_FROM_VOCAB", 0)
     student, teacher = logits(tokens=len(ROWS), dtype=torch.float32)

@@ -84,7 +84,10 @@ def test_what_a_sweep_may_not_say(tmp_path, change, message):
             {"assistant_lambda": {"low": 0, "high": 1.5}},
             r"space.assistant_lambda=1.5: assistant_lambda must be a number",
         ),
-        ({"assistant_lamda": {"low": 0, "high": 1}}, "space.assistant_lamda=0: unknown arguments: --assistant_lamda"),
+        (
+            {"assistant_lamda": {"low": 0, "high": 1}},
+            "space.assistant_lamda=0.0: unknown arguments: --assistant_lamda",
+        ),
         ({"divergence": ["kl", "kll"]}, "space.divergence=kll: divergence must be one of kl, "),
         ({"objective": ["kd", "kdd"]}, "space.objective=kdd: unknown objective 'kdd'; there are kd, "),
         (
