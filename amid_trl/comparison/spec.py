@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,13 +206,13 @@ def check_configs(comparison: Comparison) -> None:
     if comparison.evaluate:
         _check_evaluation(comparison)
     seed = comparison.seeds[0]
-    check_each({f"runs.{name}": comparison.settings(name, seed)["config"] for name in comparison.runs})
+    check_each([(f"runs.{name}", comparison.settings(name, seed)["config"]) for name in comparison.runs])
 
 
-def check_each(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Parse each configuration as a process of its own will; a ValueError begins with the name of the wrong one."""
+def check_each(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Parse each named configuration as a process of its own will; a ValueError begins with the name."""
     for check in (_check_quickly, _check_as_its_process_will):
-        for name, config in configs.items():
+        for name, config in configs:
             with _command_line(name, config) as argv:
                 check(argv)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -273,11 +273,11 @@ def check_space(sweep: Sweep) -> None:
 
     The other axes are all at their first end, then all at their last. A ValueError names the axis and its value.
     """
+    probes: dict[str, tuple[str, Parameters]] = {}
     for end in (0, -1):
-        check_each({name: sweep.config(parameters) for name, parameters in _probes(sweep, end)})
-
-
-def _probes(sweep: Sweep, end: int) -> Iterator[tuple[str, Parameters]]:
-    others = {name: axis.ends[end] for name, axis in sweep.space.items()}
-    for name, axis in sweep.space.items():
-        yield from ((f"space.{name}={value}", {**others, name: value}) for value in axis.ends)
+        others = {name: axis.ends[end] for name, axis in sweep.space.items()}
+        for name, axis in sweep.space.items():
+            for value in axis.ends:
+                parameters = {**others, name: value}
+                probes.setdefault(repr(parameters), (f"space.{name}={value}", parameters))
+    check_each([(name, sweep.config(parameters)) for name, parameters in probes.values()])
