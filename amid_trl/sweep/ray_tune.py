@@ -31,7 +31,6 @@ def search_on_cluster(search: Search) -> None:
 
     if (missing := search.sweep.trials - search.done) <= 0:
         return
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the study is the log
     begins = not ray.is_initialized()
     if begins:
         ray.init(include_dashboard=False, log_to_driver=False)
