@@ -128,6 +128,7 @@ HOOKS = (
         "rows are made by amid_trl.data",
         ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
     ),
+    Hook(f"{_SFT}._send_telemetry", "overridden", "no report of usage", optional=True),
     Hook(f"{_SFT}._set_signature_columns_if_needed", "overridden", "columns of our rows are kept"),
     Hook(
         f"{_TRAINER}.get_batch_samples",

@@ -83,7 +83,6 @@ class AMiDTrainer(GKDTrainer):
     processing_class: PreTrainedTokenizerBase
 
     loss_is_scaled_for_ga = True
-
     _tag_names = ["trl", "amid"]
     _name = "AMiD"
     _paper = PAPER
@@ -131,8 +130,7 @@ class AMiDTrainer(GKDTrainer):
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
         self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
         if data_collator is None:
-            padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
-            self.data_collator = DistillationCollator(*padding)
+            self.data_collator = DistillationCollator(cast(Any, tokenizer.pad_token_id), args.pad_to_multiple_of)
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
@@ -153,6 +151,9 @@ class AMiDTrainer(GKDTrainer):
         self._show_parts()
 
     # ---- Before training ----
+
+    def _send_telemetry(self) -> None:
+        """TRL would report to the Hub that it is used; nothing is sent (SECURITY.md)."""
 
     def _show_parts(self) -> None:
         """What scripts for GKDTrainer look at, and the callbacks."""
