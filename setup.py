@@ -18,6 +18,8 @@ EXTRAS = {
     "serve": ["starlette", "uvicorn"],
     "notebook": ["ipykernel", "ipywidgets", "matplotlib"],
     "compare": ["matplotlib", "scipy>=1.15"],
+    "trackers": ["tensorboard", "trackio", "wandb"],  # apart from test: TRL imports them at each start
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
 }
 TEST = [
     "beartype",
@@ -25,6 +27,7 @@ TEST = [
     "jaxtyping",
     "mpmath",
     "nbclient",
+    "playwright",  # drives a Chromium that is installed already; without one its tests are skipped
     "pyright",
     "pytest",
     "pytest-timeout",
@@ -33,6 +36,7 @@ TEST = [
     *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
     *EXTRAS["compare"],
+    *EXTRAS["docs"],
     *EXTRAS["notebook"],
     *EXTRAS["quantization"],
     *EXTRAS["serve"],

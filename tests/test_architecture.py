@@ -19,7 +19,7 @@ PACKAGE = ROOT / "amid_trl"
 # of its neighbours there.
 ORDER = [
     {"_gkd", "quiet"},
-    {"_trl", "outputs", "parser"},
+    {"_trl", "outputs", "parser", "phases"},
     {"maths"},
     {"fields"},
     {"run"},
