@@ -66,6 +66,19 @@ def test_every_page_of_docs_is_in_the_navigation_and_built(site):
     assert all((site / name).with_suffix(".html").is_file() for name in named)
 
 
+def test_no_list_or_table_is_read_as_a_paragraph(site):
+    """Where GitHub would still see one: the site wants a line between, and four spaces below a list's entry."""
+    lost = {
+        page.name: found
+        for page in site.glob("*.html")
+        if (found := re.findall(r"<p>[^<]*\n *(?:- |\|).{0,40}", page.read_text()))
+    }
+    inline = {
+        page.name for page in site.glob("*.html") if re.search(r"<p>(?:(?!</p>).)*\n- ", page.read_text(), re.DOTALL)
+    }
+    assert not lost and not inline
+
+
 def test_nothing_is_loaded_from_elsewhere(pages):
     loaded = {source for page in pages.values() for source in page.loaded}
     assert len(pages) > 20 and not [source for source in loaded if re.match(r"(https?:)?//", source)]
