@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from amid_trl.phases import PHASES, Stopwatch, measured
@@ -64,7 +63,7 @@ class StepSeconds(TrainerCallback):
         here = torch.tensor([[*seconds.values(), written]], dtype=torch.float32, device=self._accelerator.device)
         everywhere: Any = self._accelerator.gather(here)
         means = dict(zip(PHASES, everywhere.mean(0).tolist(), strict=False))
-        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if self._accelerator.state.deepspeed_plugin is not None:
             del means["optimizer"]
         found = {f"seconds/{phase}": mean / self._steps for phase, mean in means.items() if mean > 0}
         if means["writing"] > 0:

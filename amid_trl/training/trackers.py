@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from amid_trl._trl import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
 def send_completions(rows: Mapping[str, list], callbacks: Iterable[TrainerCallback]) -> None:

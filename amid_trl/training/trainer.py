@@ -130,7 +130,7 @@ class AMiDTrainer(GKDTrainer):
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
         self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
         if data_collator is None:
-            self.data_collator = DistillationCollator(cast(Any, tokenizer.pad_token_id), args.pad_to_multiple_of)
+            self.data_collator = DistillationCollator(*cast(Any, (tokenizer.pad_token_id, args.pad_to_multiple_of)))
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
