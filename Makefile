@@ -17,7 +17,7 @@ OLD_WARNINGS := -W 'ignore:Already found a:UserWarning' -W 'ignore:Model has:Use
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all test-versions soak bench lint clean
+.PHONY: install demo test test-all test-versions soak bench docs lint clean
 
 install: $(INSTALLED)
 
@@ -34,9 +34,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
-# With lm-eval-harness, without which its tests are skipped: it is large, and slows every start a little.
+# With lm-eval-harness and the trackers, without which their tests are skipped: they slow every start a little.
 test-all: $(INSTALLED)
-	$(BIN)/pip install -c constraints.txt -e '.[eval-harness]'
+	$(BIN)/pip install -c constraints.txt -e '.[eval-harness,trackers]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The oldest versions that setup.py admits and the newest that there are, each in an environment of its own. Torch is the
@@ -64,10 +64,14 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/engine_memory.py
 	$(BIN)/python benchmarks/landscape_cost.py
 
+# The site, in site/; open site/index.html. Every warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .constraints-*.txt runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .constraints-*.txt runs build dist site *.egg-info

@@ -1,10 +1,13 @@
 """Package metadata of amid_trl; tool settings are in pyproject.toml, tested pins in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
+PACKAGE = Path(__file__).with_name("amid_trl")
+VERSION = re.search(r'^__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19", "ninja"],
     "vllm": ["vllm<0.31"],
@@ -17,6 +20,8 @@ EXTRAS = {
     "compare": ["matplotlib", "scipy>=1.15"],
     "sweep": ["optuna>=5"],
     "ray": ["optuna>=5", "ray[tune]>=2.50"],  # apart from sweep: 250 MB
+    "trackers": ["tensorboard", "trackio", "wandb"],  # apart from test: TRL imports them at each start
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
 }
 TEST = [
     "beartype",
@@ -24,6 +29,7 @@ TEST = [
     "jaxtyping",
     "mpmath",
     "nbclient",
+    "playwright",  # drives a Chromium that is installed already; without one its tests are skipped
     "pyright",
     "pytest",
     "pytest-timeout",
@@ -32,6 +38,7 @@ TEST = [
     *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
     *EXTRAS["compare"],
+    *EXTRAS["docs"],
     *EXTRAS["notebook"],
     *EXTRAS["quantization"],
     *EXTRAS["serve"],
@@ -42,7 +49,7 @@ DEMO = ["gguf", "pyyaml", *EXTRAS["eval"], *EXTRAS["plot"]]
 
 setup(
     name="amid_trl",
-    version="0.1.0",
+    version=VERSION,
     description="Distil language models with TRL through an α-mixture assistant distribution (AMiD, ICLR 2026).",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -72,6 +79,8 @@ setup(
     entry_points={"console_scripts": ["amid-trl=amid_trl.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

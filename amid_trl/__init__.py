@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from amid_trl.training.config import AMiDConfig
     from amid_trl.training.trainer import AMiDTrainer
 
+__version__ = "0.1.0"  # setup.py reads it here
+
 __all__ = [
     "DIVERGENCES",
     "OBJECTIVES",

@@ -15,6 +15,7 @@ from accelerate.utils import fsdp2_prepare_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -61,6 +62,9 @@ __all__ = [
     "NotebookProgressBar",
     "NotebookProgressCallback",
     "NotebookTrainingTracker",
+    "TensorBoardCallback",
+    "TrackioCallback",
+    "WandbCallback",
     "common_prefix_length",
     "create_model_from_path",
     "default_config_file",
@@ -128,6 +132,7 @@ HOOKS = (
         "rows are made by amid_trl.data",
         ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
     ),
+    Hook(f"{_SFT}._send_telemetry", "overridden", "no report of usage", optional=True),
     Hook(f"{_SFT}._set_signature_columns_if_needed", "overridden", "columns of our rows are kept"),
     Hook(
         f"{_TRAINER}.get_batch_samples",
@@ -186,6 +191,7 @@ HOOKS = (
     Hook(f"{_TRAINER}.is_deepspeed_enabled", "set", "ZeRO-1 and 2 evaluate before training without an engine"),
     Hook(f"{_TRAINER}.model_accepts_loss_kwargs", "set", "the window's token count comes to the loss"),
     Hook(f"{_TRAINER}._loss_shifts_labels", "set", "a row's first label does not count: nothing predicts it"),
+    Hook(f"{_TRAINER}.callback_handler", "read", "which trackers get the table of completions"),
     Hook(f"{_TRAINER}._initial_global_step", "read", "which evaluation a resumed run repeats"),
     Hook(f"{_TRAINER}._signature_columns", "set", "columns of our rows are kept"),
     Hook(
@@ -308,6 +314,10 @@ HOOKS = (
         "called",
         "how many processes a file asks for",
         ("config_file",),
+    ),
+    *(
+        Hook(f"transformers.integrations.{name}", "read", "whether a tracker gets the table of completions")
+        for name in ("TensorBoardCallback", "TrackioCallback", "WandbCallback")
     ),
     Hook("transformers.utils.is_in_notebook", "called", "whether there is a table to fill"),
     Hook(

@@ -33,6 +33,7 @@ COMMANDS = {
         "amid_trl.models.command:init_student",
     ),
     "merge": ("merge a trained adapter into its base model", "amid_trl.models.command:merge"),
+    "env": ("print what a bug report needs", "amid_trl.launch.environment:show_environment"),
 }
 # Those that run under accelerate: the module that its processes work in.
 LAUNCHED = {

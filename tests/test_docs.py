@@ -33,6 +33,14 @@ def in_place_of(tmp_path, student, teacher, models, rows_file):
         "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 1": ({**trainer, "prompts": prompt_only_dataset(8)}, config),
+        "quickstart.md 0": (
+            {},
+            {
+                **config,
+                '"Qwen/Qwen2.5-0.5B-Instruct"': repr(models["student"]),
+                '"Qwen/Qwen2.5-1.5B-Instruct"': repr(models["teacher"]),
+            },
+        ),
         "choosing.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "choosing.md 1": ({**tensors, **heads}, {}),
         "loss.md 0": ({**tensors, **heads}, {}),

@@ -1,24 +1,181 @@
-"""The extras can be installed beside the versions that the tests ran with."""
+"""What is built of the package, where it can be installed, and what its extras ask for."""
 
 import json
+import os
+import re
 import runpy
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from tiny import messages_dataset
+
+import amid_trl
 
 
 ROOT = Path(__file__).parents[1]
+NO_INDEX = ("Failed to establish a new connection", "No matching distribution found")
+
+
+def given() -> dict:
+    """What setup.py tells setuptools."""
+    with patch("setuptools.setup") as setup, patch.object(sys, "argv", ["setup.py", "--version"]):
+        runpy.run_path(str(ROOT / "setup.py"))
+    return setup.call_args.kwargs
 
 
 def requirements(extra: str) -> list[str]:
     """What setup.py asks for, with an extra."""
-    with patch("setuptools.setup") as setup, patch.object(sys, "argv", ["setup.py", "--version"]):
-        runpy.run_path(str(ROOT / "setup.py"))
-    given = setup.call_args.kwargs
-    return [*given["install_requires"], *given["extras_require"][extra]]
+    return [*given()["install_requires"], *given()["extras_require"][extra]]
+
+
+# ---- What is built ----
+
+
+def tracked() -> list[str]:
+    """The files of this checkout, as git knows them, the new ones too."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The sdist of a copy of this checkout, and the wheel that is built of the unpacked sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    for name in tracked():
+        if name.split("/")[0] not in ("tests", "benchmarks", "docs", "examples", "findings"):
+            (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "copy" / name).write_bytes((ROOT / name).read_bytes())
+    build = "import sys; from setuptools import build_meta; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
+
+    def make(kind: str, source: Path) -> Path:
+        command = [sys.executable, "-c", build, kind, str(folder)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+        [made] = folder.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+        return made
+
+    sdist = make("sdist", folder / "copy")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return sdist, make("wheel", folder / sdist.name.removesuffix(".tar.gz"))
+
+
+def test_the_sdist_and_the_wheel_have_every_file_of_the_package(built):
+    sdist, wheel = built
+    package = {name for name in tracked() if name.startswith("amid_trl/")}
+    assert len([name for name in package if name.endswith(".yaml")]) >= 7 + 6 + 5  # recipes, engines, sets
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert package | {"README.md", "LICENSE", "setup.py", "pyproject.toml"} <= names
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == package
+    assert wheel.name == f"amid_trl-{amid_trl.__version__}-py3-none-any.whl"
+
+
+def test_the_version_stands_in_one_place():
+    assert given()["version"] == amid_trl.__version__
+    others = [name for name in tracked() if name.endswith((".py", ".cff", ".toml", ".md"))]
+    line = re.compile(r"^\s*[\"']?_*version_*[\"']?\s*[:=]\s*[\"']?\d", re.MULTILINE)
+    told = [name for name in others if not name.startswith("tests/") and line.search((ROOT / name).read_text())]
+    assert told == ["amid_trl/__init__.py"]
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """The commands' folder of a new environment: the wheel, and the packages that these tests have."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(built[1])]
+    subprocess.run(install, check=True, capture_output=True, timeout=120)
+    # A .pth file of a folder that is named in one is not read, so that no editable install is found through it.
+    [site] = folder.glob("lib/*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return python.parent
+
+
+def outside(tmp_path: Path, *command: str | Path) -> str:
+    """What a command says, run where there is no checkout; it has to succeed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_an_installed_wheel_is_what_runs_outside_the_checkout(installed, tmp_path):
+    where = "import amid_trl; print(amid_trl.__file__, amid_trl.__version__)"
+    file, version = outside(tmp_path, installed / "python", "-c", where).split()
+    assert Path(file).is_relative_to(installed.parent) and version == amid_trl.__version__
+    said = outside(tmp_path, installed / "amid-trl", "--help")
+    assert all(command in said for command in ("train", "evaluate", "compare", "landscape", "merge", "env"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_an_installed_wheel_find_their_files(installed, tmp_path, models, rows_file):
+    """A recipe, a configuration for accelerate and a set: files that only an installation can lack."""
+    command = installed / "amid-trl"
+    assert f"- amid_trl: {amid_trl.__version__}\n" in outside(tmp_path, command, "env")
+    messages_dataset(8).to_json(tmp_path / "data" / "train.jsonl")
+    flags = ["--model_name_or_path", models["student"], "--teacher_model_name_or_path", models["teacher"]]
+    flags += ["--dataset_name", "data", "--output_dir", "out", "--use_cpu", "--bf16=False", "--max_steps=1"]
+    # The recipe asks for an evaluation, which is left out here as a user would.
+    flags += ["--eval_strategy=no", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1"]
+    outside(tmp_path, command, "train", "--config", "abkd", "--accelerate_config", "single", *flags)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    evaluation = ["--output-dir", "measured", "--evaluation-set", rows_file, "--max-new-tokens", "4"]
+    outside(tmp_path, command, "evaluate", "out", "--teacher", models["teacher"], "--seeds", "0", *evaluation)
+    assert "rougeL" in (tmp_path / "measured" / "results.json").read_text()
+    sets = "from amid_trl.evaluation import sets; print(len(list(sets.FOLDER.glob('*.yaml'))))"
+    assert outside(tmp_path, installed / "python", "-c", sets) == "5\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_wheel_installs_with_all_it_needs_into_an_empty_environment(built, tmp_path):
+    """With what the package index has; nothing of this environment is seen."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=120)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(built[1])]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=1500)
+    if any(text in done.stderr for text in NO_INDEX):
+        pytest.skip("no package index is reached")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "- trl: " in outside(tmp_path, python.with_name("amid-trl"), "env")
+    config = "from amid_trl import AMiDConfig; print(AMiDConfig('out', use_cpu=True, bf16=False).objective)"
+    assert outside(tmp_path, python, "-c", config) == "amid\n"
+
+
+# ---- Where it can be installed ----
+
+
+def test_the_pythons_that_are_declared_are_those_that_are_admitted():
+    declared = [line.rpartition(" ")[2] for line in given()["classifiers"] if ":: Python ::" in line]
+    assert declared == ["3.11", "3.12", "3.13"]
+    admitted = SpecifierSet(given()["python_requires"])
+    assert all(version in admitted for version in declared) and "3.10" not in admitted
+
+
+def test_the_header_of_the_script_resolves():
+    """PEP 723: what runs the script alone finds this checkout, and a Python that it admits."""
+    script = ROOT / "examples" / "scripts" / "amid.py"
+    [block] = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), flags=re.MULTILINE)
+    header = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+    assert header["requires-python"] == given()["python_requires"]
+    assert header["dependencies"] == [given()["name"]]
+    source = header["tool"]["uv"]["sources"][given()["name"]]["path"]
+    assert (script.parent / source).resolve() == ROOT
+
+
+# ---- What the extras ask for ----
 
 
 @pytest.mark.slow
@@ -30,7 +187,7 @@ def test_vllm_resolves_with_the_pinned_versions_but_numpys(tmp_path):
     flags = ["--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", str(tmp_path / "report.json")]
     command = [sys.executable, "-m", "pip", "install", *flags, "-c", str(tmp_path / "with-vllm.txt")]
     done = subprocess.run([*command, *requirements("vllm")], capture_output=True, text=True)
-    if "Failed to establish a new connection" in done.stderr or "No matching distribution found" in done.stderr:
+    if any(text in done.stderr for text in NO_INDEX):
         pytest.skip("no package index is reached")
     assert done.returncode == 0, done.stderr[-3000:]
     installed = json.loads((tmp_path / "report.json").read_text())["install"]

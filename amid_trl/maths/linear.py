@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amid_trl.maths.kernel import Finish, RowKernel, TokenLoss
 from amid_trl.maths.objective import Objective
+from amid_trl.phases import phase
 
 
 # Elements of one chunk of logits, and of the block in it that the row-wise part works on at a time. On a CPU a chunk
@@ -121,7 +122,8 @@ def linear_token_loss(
         columns,
         chunk_size,
     )
-    with torch.autocast(student.hidden.device.type, enabled=False):  # the heads have the dtype it would choose
+    off = torch.autocast(student.hidden.device.type, enabled=False)  # the heads have the dtype it would choose
+    with phase("loss"), off:
         if differentiates:
             function: Any = _GradientInForward
             return function.apply(chunks, *tensors)

@@ -28,14 +28,15 @@ class CompletionLog:
             "source": [source] * len(prompts),
         }
 
-    def write(self, step: int) -> None:
-        """Print the window and save it as `completions/completions_<step>.parquet`, if there is a new one."""
+    def write(self, step: int) -> dict[str, list]:
+        """Print a new window and save it as `completions/completions_<step>.parquet`: its columns, if there is one."""
         if not self._window:
-            return
+            return {}
         if is_rich_available():
             count: Any = self._rows_to_print  # None by default, and declared as a number
             print_prompt_completions_sample(self._window["prompt"], self._window["completion"], {}, None, step, count)
         self._folder.mkdir(parents=True, exist_ok=True)
-        rows = {"step": [step] * len(self._window["prompt"]), **self._window}
+        rows: dict[str, list] = {"step": [step] * len(self._window["prompt"]), **self._window}
         Dataset.from_dict(rows).to_parquet(self._folder / f"completions_{step:05d}.parquet")
         self._window = {}
+        return rows

@@ -137,7 +137,9 @@ class SourceFields(Fields):
     vllm_max_model_length: int | None = option(None, "colocate: the engine's longest sequence, in tokens.")
     vllm_tensor_parallel_size: int = option(1, "colocate: devices that share one engine.")
     log_completions: bool = option(
-        False, "Print a table of prompts and completions at each log and write it to output_dir/completions."
+        False,
+        "Print a table of prompts and completions at each log, write it to output_dir/completions, and send it to "
+        "TensorBoard, wandb and trackio where these are told.",
     )
     num_completions_to_print: int | None = option(None, "Rows of that table; all of the last window by default.")
 

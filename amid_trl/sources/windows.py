@@ -11,6 +11,7 @@ from amid_trl.data.plain_text import PlainText
 from amid_trl.maths.balance import Routing, balance_loss, routing
 from amid_trl.maths.means import Means
 from amid_trl.models.generation import are_clipped
+from amid_trl.phases import count_written, phase
 from amid_trl.run import Run
 from amid_trl.sources.completion_table import CompletionLog
 from amid_trl.sources.fields import SourceFields
@@ -109,7 +110,8 @@ class Windows:
             if source == "student":
                 prompts = several_each(prompts, self._num_generations)
             read = [prompt.read_by(source == "teacher") for prompt in prompts]
-            completions = self._writers[source](read, step)
+            with phase("writing"):
+                completions = self._writers[source](read, step)
             self._record(source, prompts, completions)
         if source == "student":
             self._sources.remember(prompts, completions)
@@ -120,13 +122,13 @@ class Windows:
         return window
 
     def _record(self, source: Source, prompts: list[PromptTokens], completions: list[Tensor]) -> None:
+        count_written(sum(map(len, completions)))
         clipped = are_clipped(completions, self._writers[source].config)
         self._means.add("completions/mean_length", sum(map(len, completions)), len(completions))
         self._means.add("completions/clipped_ratio", sum(clipped), len(completions))
         if self._log is not None:
             self._log.remember(source, [prompt.ids for prompt in prompts], completions)
 
-    def write_table(self, step: int) -> None:
-        """Print and save the table of completions, if one is wanted."""
-        if self._log is not None:
-            self._log.write(step)
+    def write_table(self, step: int) -> dict[str, list]:
+        """Print and save the table of completions, if one is wanted and there is a new one: its columns."""
+        return {} if self._log is None else self._log.write(step)

@@ -71,7 +71,7 @@ DISTILLATION_DIFFERS = {
     "generation_kwargs": "with `use_vllm` of SamplingParams, else of GenerationConfig; what the trainer sets itself "
     "(length, end, number of completions) is refused",
     "shuffle_dataset": "shuffles the rows once; the order of each epoch is drawn either way",
-    "log_completions": "printed and written to `output_dir/completions`, not sent to a tracker",
+    "log_completions": "printed, written to `output_dir/completions`, and sent to TensorBoard, wandb and trackio",
     "vllm_structured_outputs_regex": "refused without `use_vllm`, as all of vLLM's fields that are set are",
 }
 

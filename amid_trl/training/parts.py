@@ -12,6 +12,7 @@ from amid_trl.data.batches import Batch, teachers_view
 from amid_trl.data.plain_text import PlainText, open_plain_text
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
+from amid_trl.phases import phase
 from amid_trl.run import Run
 from amid_trl.sources.shares import WindowSources
 from amid_trl.sources.source import Source
@@ -28,7 +29,9 @@ from amid_trl.training.lookahead import Lookahead
 from amid_trl.training.memory import MemoryReport
 from amid_trl.training.nonfinite import NonfiniteLoss
 from amid_trl.training.run_objective import RunObjective
+from amid_trl.training.seconds import StepSeconds
 from amid_trl.training.sigterm import StopOnSigterm
+from amid_trl.training.trackers import send_completions
 
 
 @dataclass
@@ -49,15 +52,26 @@ class Parts:
     nonfinite: NonfiniteLoss
     memory: MemoryReport
     unmoved: UnmovedWeights
+    seconds: StepSeconds
     stop_on_sigterm: StopOnSigterm
     window: Window = field(default_factory=Window)
     lookahead: Lookahead = field(default_factory=Lookahead)
+
+    def ask_teacher(self, batch: Batch) -> Any:
+        """What the teacher says of a micro-batch."""
+        with phase("teacher"):
+            return self.teacher(teachers_view(batch))
 
     def ask_ahead(self, epoch_iterator: Iterator[Batch], count: int, step: int, steps: int) -> None:
         """Have a teacher that is far away asked about this window, and about window `step` where its text is known."""
         self.teacher.expect([*map(teachers_view, self.window.batches)])
         if self.teacher.is_far and self.sources.will_read_dataset(step, steps):
             self.teacher.expect([*map(teachers_view, self.lookahead.peek(epoch_iterator, count))])
+
+    def write_table(self, step: int, callbacks: list[TrainerCallback]) -> None:
+        """Print, save and send the table of completions, if one is wanted and there is a new one."""
+        if rows := self.windows.write_table(step):
+            send_completions(rows, callbacks)
 
     def record(self, means: Means, rows: Figures) -> None:
         """Count the figures of some rows, also by who wrote them where the means have names for that."""
@@ -70,7 +84,7 @@ class Parts:
     @property
     def callbacks(self) -> tuple[TrainerCallback, ...]:
         """Those that want to know what the trainer does."""
-        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.teacher)
+        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.seconds, self.teacher)
         return tuple(part for part in parts if isinstance(part, TrainerCallback))
 
     @property
@@ -82,7 +96,7 @@ class Parts:
     @property
     def figures(self) -> dict[str, float]:
         """What moves or grows during a run, for the logs; all processes have to ask."""
-        parts = (self.sources, self.objective, self.nonfinite, self.memory, self.unmoved)
+        parts = (self.sources, self.objective, self.nonfinite, self.memory, self.unmoved, self.seconds)
         return {name: value for part in parts for name, value in part.figures.items()}
 
     def evaluated(self, sft_weight: float) -> dict[str, float]:
@@ -135,5 +149,6 @@ def open_parts(
         nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
         memory=MemoryReport(run, teacher_model, is_sparse=teacher.is_sparse),
         unmoved=UnmovedWeights(run),
+        seconds=StepSeconds(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
     )

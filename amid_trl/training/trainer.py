@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
-from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, teachers_view
+from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator
 from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
@@ -83,7 +83,6 @@ class AMiDTrainer(GKDTrainer):
     processing_class: PreTrainedTokenizerBase
 
     loss_is_scaled_for_ga = True
-
     _tag_names = ["trl", "amid"]
     _name = "AMiD"
     _paper = PAPER
@@ -131,8 +130,7 @@ class AMiDTrainer(GKDTrainer):
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
         self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
         if data_collator is None:
-            padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
-            self.data_collator = DistillationCollator(*padding)
+            self.data_collator = DistillationCollator(*cast(Any, (tokenizer.pad_token_id, args.pad_to_multiple_of)))
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
@@ -153,6 +151,9 @@ class AMiDTrainer(GKDTrainer):
         self._show_parts()
 
     # ---- Before training ----
+
+    def _send_telemetry(self) -> None:
+        """TRL would report to the Hub that it is used; nothing is sent (SECURITY.md)."""
 
     def _show_parts(self) -> None:
         """What scripts for GKDTrainer look at, and the callbacks."""
@@ -215,7 +216,7 @@ class AMiDTrainer(GKDTrainer):
         window = self._parts.window if student.training else Window()
         token_loss = self._parts.objective.token_loss(window.source)
         # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
-        given = {"inputs": inputs, "teacher": self._parts.teacher(teachers_view(inputs)), "token_loss": token_loss}
+        given = {"inputs": inputs, "teacher": self._parts.ask_teacher(inputs), "token_loss": token_loss}
         in_forward = partial(self._loss, **given, balance=window.balance)
         total, row_sums, predictions, plain_nll, aux_loss = forward_redirection(model, student, in_forward, student)
         rows = Figures(row_names(token_loss), row_sums)
@@ -293,7 +294,7 @@ class AMiDTrainer(GKDTrainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         forget_evaluation(self)
         try:
-            with self._parts.stop_on_sigterm:
+            with self._parts.stop_on_sigterm, self._parts.seconds:
                 return super().train(checkpoint, *args, **kwargs)
         finally:
             self._parts.window = Window()
@@ -339,7 +340,7 @@ class AMiDTrainer(GKDTrainer):
                 logs.update(means)
                 logs.update(self._parts.figures)
             if self.is_world_process_zero():
-                self._windows.write_table(self.state.global_step)
+                self._parts.write_table(self.state.global_step, self.callback_handler.callbacks)
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:

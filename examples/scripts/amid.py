@@ -1,5 +1,9 @@
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["amid_trl"]
+#
+# [tool.uv.sources]  # `uv run` takes this checkout's; elsewhere install amid_trl and run with that Python
+# amid_trl = { path = "../.." }
 # ///
 """
 Distil a teacher into a student with AMiD.

@@ -52,6 +52,7 @@ HELP = [
         ["merge", "--help"],
     ),
     ["serve-teacher", "--help"],
+    ["env", "--help"],
 ]
 # Packages that a machine may have, without which these are mistakes.
 ABSENT = ("vllm", "liger_kernel", "trackio", "lm_eval")

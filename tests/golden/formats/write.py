@@ -160,7 +160,7 @@ def write_checkpoints() -> None:
 
 def losses(trainer: AMiDTrainer) -> list[dict[str, float]]:
     """What was logged from step 5 on, but for times and memory."""
-    measured = ("runtime", "_per_sec", "_gb", "memory", "flos")
+    measured = ("runtime", "_per_sec", "seconds/", "_gb", "memory", "flos")
     return [
         {name: value for name, value in entry.items() if not any(part in name for part in measured)}
         for entry in trainer.state.log_history

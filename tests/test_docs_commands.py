@@ -1,0 +1,155 @@
+"""Every command in the README and in docs/ is one that the package, the Makefile or accelerate knows."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import messages_dataset
+
+from amid_trl import cli
+from amid_trl.comparison.spec import read_comparison
+from amid_trl.launch import launched, launcher, script
+from amid_trl.parser import OneLineParser
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+KNOWN = ("amid-trl", "accelerate", "torchrun", "python", "make", "pip")
+OF_US = [name for name in (*cli.COMMANDS, *cli.LAUNCHED) if name != "compared-run"]
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of code that begin with a command's name, those that a backslash ends joined with the next."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [
+        re.sub(r"\s+# .*", "", line).strip() for line in re.findall(r"^(?: {4,})(\S.*)$", text, flags=re.MULTILINE)
+    ]
+    return [" ".join(line.split()) for line in lines if line.split()[0] in KNOWN]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+
+
+class Parsed(Exception):
+    """A command would begin its work now."""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_dir):
+    """A folder with the files that the commands name; what a command starts is noted, not started."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        messages_dataset(4).to_json(tmp_path / "DATA" / f"{split}.jsonl")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Is water wet?", "completion": "Yes."}\n')
+    for name in ("STUDENT", "TEACHER", "ADAPTER", "runs/first"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tiny_dir)
+    run = {"model_name_or_path": "STUDENT", "teacher_model_name_or_path": "TEACHER", "dataset_name": "DATA"}
+    run |= {"output_dir": "runs/out", "use_cpu": True, "bf16": False, "lmbda": 0.0}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    [zero2] = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "zero2.json").write_text(zero2)
+    (tmp_path / "runs" / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "runs" / "out" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    (tmp_path / "amid_trl").symlink_to(ROOT / "amid_trl")
+    return tmp_path
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[list[str]]:
+    """What accelerate would be told, one entry for each command that gets so far."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        launched, "_launched", lambda launch_args, module, script_args: asked.append([*launch_args, *script_args]) or 0
+    )
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(OneLineParser, "parse_args", stop)
+    return asked
+
+
+def of_ours(argv: list[str], place: Path, begun: list[list[str]], monkeypatch) -> None:
+    """Run a command of ours until it would begin to work."""
+    if "…" in argv or "--config" not in argv or argv[argv.index("--config") + 1] != "run.yaml":
+        argv = [text for text in argv if text != "…"]
+        if argv[0] in cli.LAUNCHED:
+            given = {"model_name_or_path": "STUDENT", "teacher_model_name_or_path": "TEACHER", "dataset_name": "DATA"}
+            given |= {"output_dir": "runs/out", "use_cpu": "true", "bf16": "false"}
+            argv += [f"--{name}={value}" for name, value in given.items() if f"--{name}" not in argv]
+    run = yaml.safe_load((place / "run.yaml").read_text())
+    if "--teacher_model_server_url" in argv:
+        run.pop("teacher_model_name_or_path")
+    if argv[0] == "cache-teacher":
+        run["teacher_cache"] = "cache"
+    (place / "run.yaml").write_text(yaml.safe_dump(run))
+    if argv[0] in cli.LAUNCHED:
+        assert cli.main(argv) == 0
+        [given] = begun
+        assert not launcher.unknown_to_launcher(given[: given.index("--config")] if "--config" in given else [])
+        return
+    if argv[0] == "landscape":  # its own parser leaves what is training's to training's
+        monkeypatch.setattr(script, "parse", lambda *args, **kwargs: (_ for _ in ()).throw(Parsed))
+        monkeypatch.setattr(OneLineParser, "parse_args", argparse.ArgumentParser.parse_args)
+    with pytest.raises(Parsed):
+        cli.main(argv)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_docs_is_known(command, place, begun, monkeypatch, capsys):
+    name, *argv = shlex.split(command)
+    if name == "amid-trl":
+        of_ours(argv, place, begun, monkeypatch)
+    elif name in ("accelerate", "torchrun"):
+        at = argv.index("-m")
+        assert argv[at + 1] == "amid_trl"
+        flags = argv[1:at] if name == "accelerate" else []
+        assert not launcher.unknown_to_launcher(flags)
+        assert all((place / path).exists() for path in flags if path.endswith(".yaml"))
+        of_ours(argv[at + 2 :], place, begun, monkeypatch)
+    elif name == "python":
+        assert (ROOT / argv[0]).is_file()
+    elif name == "make":
+        assert re.search(rf"^{argv[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    else:
+        extras = [extra for text in argv for found in re.findall(r"\[(.*)\]", text) for extra in found.split(",")]
+        known = re.findall(r'^ +"([\w-]+)": \[', (ROOT / "setup.py").read_text(), flags=re.MULTILINE)
+        assert set(extras) <= set(known)
+    assert not capsys.readouterr().err
+
+
+def test_every_command_of_ours_is_in_the_docs():
+    shown = {command.split()[1] for command in COMMANDS if command.startswith("amid-trl")}
+    assert shown == {*OF_US} - {"merge"}  # which is in a sentence
+    assert len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize("page", ["compare.md", "decide.md"])
+def test_a_comparison_of_the_docs_can_be_read(page, place):
+    text = (ROOT / "docs" / page).read_text()
+    [content] = [block for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "\nruns:" in block]
+    (place / "comparison.yaml").write_text(content)
+    assert len(read_comparison("comparison.yaml").runs) >= 3
+
+
+def fields() -> set[str]:
+    """All that `amid-trl train` takes."""
+    parser = script.make_parser(prog="amid-trl train")
+    return {option.lstrip("-") for option in parser._option_string_actions} | {"accelerate_config", "num_processes"}
+
+
+@pytest.mark.parametrize("page", ["decide.md", "migrating.md", "quickstart.md", "troubleshooting.md"])
+def test_every_field_that_a_page_sets_exists(page):
+    text = (ROOT / "docs" / page).read_text()
+    spans = re.findall(r"`([^`\n]+)`", text)
+    ours = [span for span in spans if "there" not in span]
+    flags = {flag for span in ours for flag in re.findall(r"--([a-z]\w*_\w+)", span)}
+    keywords = {name for span in ours for name in re.findall(r"(?<![\w{\"])([a-z]\w+)=(?=[\w\"{\[.])", span)}
+    unknown = (flags | keywords) - fields() - {"teacher_model", "deepspeed_config"}
+    assert not unknown
