@@ -11,7 +11,7 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.46"],
     "eval": ["rouge-score"],
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
-    "plot": ["matplotlib"],
+    "plot": ["jinja2", "matplotlib"],
     "serve": ["starlette", "uvicorn"],
     "notebook": ["ipykernel", "ipywidgets", "matplotlib"],
     "compare": ["matplotlib", "scipy>=1.15"],
@@ -19,11 +19,13 @@ EXTRAS = {
     "ray": ["optuna>=5", "ray[tune]>=2.50"],  # apart from sweep: 250 MB
 }
 TEST = [
+    "axe-playwright-python",  # with playwright, which drives a Chromium that the machine has
     "beartype",
     "hypothesis",
     "jaxtyping",
     "mpmath",
     "nbclient",
+    "playwright",
     "pyright",
     "pytest",
     "pytest-timeout",
@@ -33,6 +35,7 @@ TEST = [
     *EXTRAS["eval"],
     *EXTRAS["compare"],
     *EXTRAS["notebook"],
+    *EXTRAS["plot"],
     *EXTRAS["quantization"],
     *EXTRAS["serve"],
     *EXTRAS["sweep"],
@@ -55,6 +58,7 @@ setup(
         "amid_trl.launch.accelerate_configs": ["*.yaml"],
         "amid_trl.evaluation.sets": ["*.yaml"],
         "amid_trl.launch.recipes": ["*.yaml"],
+        "amid_trl.report": ["page.html"],
     },
     install_requires=[
         "torch>=2.7",

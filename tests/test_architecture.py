@@ -26,10 +26,11 @@ ORDER = [
     {"data"},
     {"models"},
     {"teacher", "sources", "evaluation"},
-    {"training"},
+    {"training", "plotting"},
     {"launch"},
     {"choosing", "comparison"},
     {"sweep"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
@@ -213,13 +214,14 @@ def test_objectives_and_divergences_keep_their_names():
     assert list(amid_trl.DIVERGENCES) == ["kl", "js", "tv", "alpha", "ab", "hellinger", "renyi", "jeffreys", "chi2"]
 
 
-def test_an_installed_package_has_its_yaml_files(tmp_path):
+def test_an_installed_package_has_its_yaml_files_and_the_page(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     [built] = tmp_path.glob("lib*/amid_trl")
     files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.yaml")}
     assert len(files) == 7 + 6 + 5  # recipes, engines, sets
     assert {path.relative_to(built) for path in built.rglob("*.yaml")} == files
+    assert (built / "report" / "page.html").exists()
 
 
 def test_every_objective_and_divergence_is_in_the_docs():
