@@ -63,7 +63,7 @@ def _places(p: Sequence[float], q: Sequence[float], alpha: float, lambdas: Seque
     from amid_trl.maths.assistant import alpha_mixture
 
     log_p, log_q = (torch.tensor(tuple(each), dtype=torch.double).log() for each in (p, q))
-    mixtures = [alpha_mixture(log_p, log_q, alpha=alpha, lam=lam).exp().tolist() for lam in lambdas]
+    mixtures = [alpha_mixture(log_p, log_q, alpha=float(alpha), lam=lam).exp().tolist() for lam in lambdas]
     return [*zip(*map(_place, mixtures), strict=True)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from amid_trl.fields import require_package
 from amid_trl.outputs import write_whole
 from amid_trl.parser import OneLineParser
-from amid_trl.report.kinds import KINDS, find
+from amid_trl.report.kinds import READABLE, find
 
 
 PROMPTS = 5
@@ -18,7 +18,7 @@ def write_report(argv: Sequence[str]) -> int:
         "amid-trl report",
         description="One HTML file that needs no server and no network: curves, answers, intervals, a heat map.",
     )
-    files = "; ".join(f"{kind.file} of {kind.made_by}" for kind in KINDS)
+    files = "; ".join(f"{kind.file} of {kind.made_by}" for kind in READABLE)
     parser.add_argument("paths", nargs="+", metavar="[NAME=]PATH", help=f"a folder that holds one of these: {files}")
     parser.add_argument("--output", metavar="FILE", help="default: report.html in the first folder")
     parser.add_argument(

@@ -24,7 +24,7 @@ LANDSCAPE = Kind(
     "amid-trl landscape",
     ("tokens", "of_tokens", "rows", "points", "forward_kl", "reverse_kl", "suggestion"),
 )
-KINDS = (RUN, EVALUATION, COMPARISON, LANDSCAPE)
+READABLE = (RUN, EVALUATION, COMPARISON, LANDSCAPE)
 # What says that a folder is that of a run, though it may have no logs.
 OF_A_RUN = ("config.json", "adapter_config.json", "training_args.bin", "completions", "checkpoint-*")
 
@@ -59,12 +59,12 @@ def find(path: str) -> list[Found]:
     if not place.exists():
         raise ValueError(f"{place} does not exist")
     if place.is_file():
-        kind = next((kind for kind in KINDS if kind.file == place.name), None)
+        kind = next((kind for kind in READABLE if kind.file == place.name), None)
         if kind is None:
             raise ValueError(f"{place} is none of the files that a report is made of: {_readable()}")
         return [read(kind, place, name or place.resolve().parent.name)]
     name = name or place.resolve().name
-    files = {kind: place / kind.file for kind in KINDS if (place / kind.file).exists()}
+    files = {kind: place / kind.file for kind in READABLE if (place / kind.file).exists()}
     if RUN not in files and (logs := _last_logs(place)) is not None:
         files[RUN] = logs
     found = [read(kind, file, name) for kind, file in files.items()]
@@ -127,4 +127,4 @@ def _step(file: Path) -> int | None:
 
 
 def _readable() -> str:
-    return ", ".join(f"{kind.file} ({kind.made_by})" for kind in KINDS)
+    return ", ".join(f"{kind.file} ({kind.made_by})" for kind in READABLE)

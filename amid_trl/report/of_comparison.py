@@ -10,10 +10,10 @@ from amid_trl.plotting.curves import curves
 from amid_trl.plotting.intervals import intervals
 from amid_trl.report.kinds import EVALUATION, RUN, Found, check_keys, read
 from amid_trl.report.of_evaluations import check_answers, side_by_side
-from amid_trl.report.page import Number, Section, Table, drawn, number
+from amid_trl.report.page import Number, PageSection, Table, drawn, number
 
 
-def comparison_section(found: Found, prompts: int) -> Section:
+def comparison_section(found: Found, prompts: int) -> PageSection:
     """The section of one comparison; answers and curves are those of each run's first training seed."""
     results = found.content
     runs, baseline = results["runs"], results["baseline"]
@@ -38,7 +38,7 @@ def comparison_section(found: Found, prompts: int) -> Section:
     for each in evaluations.values():
         check_answers(each)
     answers = {name: each.content for name, each in evaluations.items()}
-    return Section(
+    return PageSection(
         title=f"Comparison {found.name}",
         facts=[
             ("budget of each run", f"{amount:,} {unit}"),

@@ -5,14 +5,14 @@ from typing import Any
 
 from amid_trl.evaluation.metrics import METRICS
 from amid_trl.report.kinds import Found, check_keys
-from amid_trl.report.page import Answers, Section, Table, number
+from amid_trl.report.page import PageSection, PromptAnswers, Table, number
 
 
 SHOWN_SETTINGS = ("evaluation_set", "teacher", "seeds", "temperature", "top_p", "max_new_tokens", "lm_eval")
 REFERENCE = "reference"
 
 
-def evaluation_section(evaluations: Sequence[Found], prompts: int) -> Section:
+def evaluation_section(evaluations: Sequence[Found], prompts: int) -> PageSection:
     """One section for evaluations on one set."""
     settings = [each.content["settings"] for each in evaluations]
     evaluation_set = settings[0].get("evaluation_set")
@@ -23,7 +23,7 @@ def evaluation_section(evaluations: Sequence[Found], prompts: int) -> Section:
     contents = {each.name: each.content for each in evaluations}
     for each in evaluations:
         check_answers(each)
-    return Section(
+    return PageSection(
         title=f"Evaluation on {evaluation_set}" if evaluation_set else "Evaluation",
         facts=[(name, _of_all(settings, name)) for name in SHOWN_SETTINGS if any(of.get(name) for of in settings)],
         tables=[Table("Means over rows and sampling seeds", ["metric", *contents], rows)],
@@ -39,12 +39,12 @@ def check_answers(evaluation: Found) -> None:
             check_keys(each, keys, f"one of the {part} in {evaluation.file}", evaluation.kind)
 
 
-def side_by_side(evaluations: Mapping[str, Mapping[str, Any]], prompts: int) -> list[Answers]:
+def side_by_side(evaluations: Mapping[str, Mapping[str, Any]], prompts: int) -> list[PromptAnswers]:
     """The first prompts, each with its first reference and what every model has answered with its first seed."""
     first = next(iter(evaluations.values()))
     texts = {name: _first_texts(content) for name, content in evaluations.items()}
     return [
-        Answers(
+        PromptAnswers(
             _prompt_text(row["prompt"]),
             [(REFERENCE, row["references"][0]), *((name, of_model.get(i, "")) for name, of_model in texts.items())],
         )

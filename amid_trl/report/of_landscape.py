@@ -6,10 +6,10 @@ from amid_trl.choosing.report import HEADINGS, point_text, suggested_fields
 from amid_trl.choosing.suggestion import setting_of
 from amid_trl.plotting.heat_map import PANELS, heat_map
 from amid_trl.report.kinds import Found, check_keys
-from amid_trl.report.page import Number, Section, Table, drawn
+from amid_trl.report.page import Number, PageSection, Table, drawn
 
 
-def landscape_section(found: Found) -> Section:
+def landscape_section(found: Found) -> PageSection:
     """The section of one landscape."""
     results = found.content
     named = [("KL(p‖q)", results["forward_kl"]), ("KL(q‖p)", results["reverse_kl"])]
@@ -25,7 +25,7 @@ def landscape_section(found: Found) -> Section:
     shown_columns = ", ".join(title for title, *_ in PANELS.values())
     alt = f"Heat maps over α and λ: {shown_columns}. The table below has the numbers."
     about = results.get("about", {})
-    return Section(
+    return PageSection(
         title=f"Landscape {found.name}",
         facts=[
             *((name, str(about[name])) for name in ("student", "teacher", "dataset") if about.get(name)),

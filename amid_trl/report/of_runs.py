@@ -6,16 +6,16 @@ from typing import Any
 
 from amid_trl.plotting.curves import AXES, curves, lines_of
 from amid_trl.report.kinds import Found, check_keys
-from amid_trl.report.page import Answers, Cell, Picture, Section, Table, drawn, number
+from amid_trl.report.page import Cell, PageSection, Picture, PromptAnswers, Table, drawn, number
 
 
 # Lines of a table of logs: of more every second, third, … is left out.
-LINES = 200
+LOG_ROWS = 200
 # What is in every entry, and no figure of the run.
 BESIDES = ("step", "epoch", "num_input_tokens_seen", "total_flos")
 
 
-def runs_section(runs: Sequence[Found], prompts: int) -> Section:
+def runs_section(runs: Sequence[Found], prompts: int) -> PageSection:
     """One section for all of the runs."""
     histories = {run.name: run.content["log_history"] for run in runs}
     for run in runs:
@@ -23,12 +23,12 @@ def runs_section(runs: Sequence[Found], prompts: int) -> Section:
             check_keys(entry, ("step",), f"an entry of log_history in {run.file}", run.kind)
     written = {run.name: _windows(run.folder) for run in runs}
     answers = [
-        Answers(row["prompt"], [(f"step {row['step']}, text of the {row['source']}", row["completion"])])
+        PromptAnswers(row["prompt"], [(f"step {row['step']}, text of the {row['source']}", row["completion"])])
         for windows in written.values()
         for window in windows
         for row in window[:prompts]
     ]
-    return Section(
+    return PageSection(
         title="Training",
         facts=[(run.name, _progress(run.content)) for run in runs],
         pictures=_curves(histories),
@@ -72,7 +72,7 @@ def _logs(name: str, history: Sequence[Mapping[str, Any]]) -> Table:
     for entry in history:
         by_step.setdefault(entry["step"], {}).update({key: entry[key] for key in columns if key in entry})
     lines = [(step, figures) for step, figures in sorted(by_step.items()) if figures]
-    every = -(-len(lines) // LINES) if lines else 1
+    every = -(-len(lines) // LOG_ROWS) if lines else 1
     rows: list[tuple[str, list[Cell]]] = [
         (str(step), [number(figures.get(key)) for key in columns]) for step, figures in lines[::every]
     ]

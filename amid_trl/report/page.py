@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Answers:
+class PromptAnswers:
     """One prompt, and what each of several wrote."""
 
     prompt: str
@@ -55,7 +55,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page; what it does not have is left out."""
 
     title: str
@@ -65,7 +65,7 @@ class Section:
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     answers_of: str = ""
-    answers: Sequence[Answers] = field(default=())
+    answers: Sequence[PromptAnswers] = ()
 
 
 def number(value: Any, shown: Callable[[float], str] = "{:.4g}".format) -> Cell:
@@ -102,7 +102,7 @@ def variables(palette: Palette) -> dict[str, str]:
     return {"ink": palette.ink, "paper": palette.paper, "muted": palette.muted, **told_apart}
 
 
-def render(sections: Sequence[Section], sources: Sequence[str]) -> str:
+def render(sections: Sequence[PageSection], sources: Sequence[str]) -> str:
     """The page as HTML; `sources` are the files that it was made of. Whatever a model wrote is text there."""
     from jinja2 import Environment, StrictUndefined
 
