@@ -18,7 +18,7 @@ def without_pictures(html: str) -> str:
 
 def test_the_command_of_the_example_writes_the_page(tmp_path, monkeypatch):
     [command] = re.findall(
-        r"^    amid-trl (report .*(?:\\\n.*)*)$", (EXAMPLE / "README.md").read_text(), flags=re.MULTILINE
+        r"^    amid-trl (report (?:.*\\\n)*.*)$", (EXAMPLE / "README.md").read_text(), flags=re.MULTILINE
     )
     arguments = command.replace("\\\n", " ").split()
     stored = ROOT / arguments[arguments.index("--output") + 1]
