@@ -36,5 +36,5 @@ def write_report(argv: Sequence[str]) -> int:
     output = Path(args.output) if args.output else found[0].folder / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, render(sections_of(found, args.prompts), [str(each.file) for each in found]))
-    print(output)
+    print(f"{output.parent}: {output.name}")
     return 0

@@ -54,7 +54,7 @@ COMMANDS = {
     ],
     "init-student": ["MODEL", "OUT", "--drop-layers", "1", "--vocabulary", "300"],
     "merge": ["ADAPTER", "OUT"],
-    "report": ["LOGS", "--output", "OUT"],
+    "report": ["LOGS"],
 }
 
 

@@ -20,7 +20,7 @@ def test_the_page_is_written_beside_the_first_path_and_refers_to_nothing(
     run.mkdir()
     (run / "trainer_state.json").write_bytes((run_folder / "trainer_state.json").read_bytes())
     assert cli.main(["report", str(run), str(landscape_folder)]) == 0
-    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert capsys.readouterr().out == f"{run}: report.html\n"
     html = (run / "report.html").read_text()
     assert not re.findall(r"https?:|<script|@import|<link(?! rel=\"icon\" href=\"data:,\")", html)
     for link in re.findall(r"(?:src|href)=\"([^\"]*)", html):
