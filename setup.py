@@ -14,7 +14,7 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.46"],
     "eval": ["rouge-score"],
     "eval-harness": ["lm-eval"],  # apart from eval: 300 MB, with scikit-learn
-    "plot": ["matplotlib"],
+    "plot": ["jinja2", "matplotlib"],
     "serve": ["starlette", "uvicorn"],
     "notebook": ["ipykernel", "ipywidgets", "matplotlib"],
     "compare": ["matplotlib", "scipy>=1.15"],
@@ -24,12 +24,13 @@ EXTRAS = {
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
 }
 TEST = [
+    "axe-playwright-python",  # with playwright, which drives a Chromium that the machine has, or nothing
     "beartype",
     "hypothesis",
     "jaxtyping",
     "mpmath",
     "nbclient",
-    "playwright",  # drives a Chromium that is installed already; without one its tests are skipped
+    "playwright",
     "pyright",
     "pytest",
     "pytest-timeout",
@@ -40,6 +41,7 @@ TEST = [
     *EXTRAS["compare"],
     *EXTRAS["docs"],
     *EXTRAS["notebook"],
+    *EXTRAS["plot"],
     *EXTRAS["quantization"],
     *EXTRAS["serve"],
     *EXTRAS["sweep"],
@@ -62,6 +64,7 @@ setup(
         "amid_trl.launch.accelerate_configs": ["*.yaml"],
         "amid_trl.evaluation.sets": ["*.yaml"],
         "amid_trl.launch.recipes": ["*.yaml"],
+        "amid_trl.report": ["page.html"],
     },
     install_requires=[
         "torch>=2.7",

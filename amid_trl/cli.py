@@ -28,6 +28,10 @@ COMMANDS = {
         "what each α, λ, divergence and temperature would do, without training",
         "amid_trl.choosing.command:measure_landscape",
     ),
+    "report": (
+        "one HTML page of runs, evaluations, comparisons and landscapes",
+        "amid_trl.report.command:write_report",
+    ),
     "init-student": (
         "make a student from some of the teacher's layers or tokens",
         "amid_trl.models.command:init_student",

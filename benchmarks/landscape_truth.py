@@ -19,8 +19,8 @@ from typing import Any
 from amid_trl.choosing.report import FIELDS
 from amid_trl.choosing.suggestion import why_not
 from amid_trl.comparison.intervals import rank_agreement
-from amid_trl.comparison.metrics import METRICS
 from amid_trl.comparison.spec import read_comparison
+from amid_trl.evaluation.metrics import METRICS
 from amid_trl.training.objective_fields import ObjectiveFields
 
 

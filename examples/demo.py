@@ -26,6 +26,8 @@ from amid_trl.evaluation.scores import rouge_l
 from amid_trl.models.generation import generate_greedy
 from amid_trl.models.layers import parse_layers
 from amid_trl.models.pruning import drop_layers
+from amid_trl.plotting.curves import curves
+from amid_trl.plotting.theme import picture
 
 
 OUTPUT = Path("runs/demo")
@@ -104,7 +106,7 @@ def main() -> None:
     # The adapter merged into the pruned layers: an ordinary model, for from_pretrained and every server.
     trainer.model.merge_and_unload().save_pretrained(OUTPUT / "student")
     tokenizer.save_pretrained(OUTPUT / "student")
-    plot_loss(trainer.state.log_history, OUTPUT / "loss.png")
+    (OUTPUT / "loss.png").write_bytes(picture(curves({"student": trainer.state.log_history}, ["loss", "kl"]), "png"))
     report = "\n\n".join([table(before, after), *conversations(list(references), answers_by)])
     (OUTPUT / "report.txt").write_text(report + "\n", encoding="utf-8")
     minutes = (time.perf_counter() - started) / 60
@@ -160,23 +162,6 @@ def conversations(asked: list[str], answers_by: dict[str, list[str]]) -> list[st
     return [
         "\n".join([asked[i], *(f"  {who:<15} {answers[i]}" for who, answers in answers_by.items())]) for i in chosen
     ]
-
-
-def plot_loss(history: list[dict], path: Path) -> None:
-    """Training loss and KL(p || q) by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [entry for entry in history if "loss" in entry]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in (("loss", f"objective (α = {ALPHA:g}, λ = {LAMBDA:g})"), ("kl", "KL(p || q)")):
-        axes.plot([entry["step"] for entry in steps], [entry[key] for entry in steps], label=label)
-    axes.set(xlabel="step", ylabel="nats per token", ylim=(0, None))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,12 @@ from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from amid_trl import AMiDConfig, AMiDTrainer
+from amid_trl.choosing.grid import Grid
+from amid_trl.choosing.landscape import landscape
+from amid_trl.choosing.report import results
 from amid_trl.evaluation.evaluate import evaluate
 from amid_trl.maths.kernel import _compiled
+from amid_trl.maths.linear import Head, States
 
 
 def pytest_collection_finish() -> None:
@@ -138,3 +142,18 @@ def evaluated(tmp_path_factory, models, rows_file) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("evaluated") / "out"
     evaluate(models["student"], folder, replace(SHORT, evaluation_set=rows_file), teacher=models["teacher"])
     return json.loads((folder / "results.json").read_text()), folder
+
+
+# ---- amid-trl landscape ----
+
+
+@pytest.fixture(scope="session")
+def measured() -> dict:
+    """What landscape.json holds, of a small grid at made-up states."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        States(torch.randn(30, 6, generator=generator), Head(torch.randn(11, 6, generator=generator)))
+        for _ in range(2)
+    )
+    grid = Grid(("kl", "ab"), ("pr", "pq"), (-5.0, 0.5, 1.0), (0.1, 1.0), (1.0, 2.0))
+    return results(landscape(student, teacher, grid, tokens=20, rows=torch.arange(30) // 5))

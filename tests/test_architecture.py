@@ -26,10 +26,11 @@ ORDER = [
     {"data"},
     {"models"},
     {"teacher", "sources", "evaluation"},
-    {"training"},
+    {"training", "plotting"},
     {"launch"},
     {"choosing", "comparison"},
     {"sweep"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

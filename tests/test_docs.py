@@ -1,5 +1,6 @@
 """Every block of Python in docs/ runs, on tiny stand-ins for models and data; every link leads somewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -23,12 +24,15 @@ BLOCKS = {
 
 
 @pytest.fixture
-def in_place_of(tmp_path, student, teacher, models, rows_file):
+def in_place_of(tmp_path, student, teacher, models, rows_file, measured):
     """For each block: the names that it takes for granted, and what stands in it in place of what."""
     trainer = {"student": student, "teacher": teacher}
     config = {'AMiDConfig("out"': f"AMiDConfig({str(tmp_path / 'out')!r}, {SETTINGS}"}
     tensors = {f"{model}_hidden": torch.randn(5, width) for model, width in (("student", 8), ("teacher", 12))}
     heads = {f"{model}_head": torch.nn.Linear(width, 30) for model, width in (("student", 8), ("teacher", 12))}
+    (tmp_path / "landscape.json").write_text(json.dumps(measured))
+    history = [{"step": step, "loss": 1.0 / step, "kl": 2.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     return {
         "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
@@ -43,6 +47,15 @@ def in_place_of(tmp_path, student, teacher, models, rows_file):
         ),
         "choosing.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "choosing.md 1": ({**tensors, **heads}, {}),
+        "report.md 0": (
+            {},
+            {
+                "runs/student/": f"{tmp_path}/",
+                "runs/landscape/": f"{tmp_path}/",
+                "runs/compare/": f"{DOCS.parent}/examples/study/results/",
+                '(f"{name}.svg")': f'(f"{tmp_path}/{{name}}.svg")',
+            },
+        ),
         "loss.md 0": ({**tensors, **heads}, {}),
         "evaluation.md 0": (
             {},

@@ -53,14 +53,16 @@ def measure_landscape(argv: Sequence[str]) -> int:
 
 
 def _write(folder: Path, found: Any, about: dict[str, Any]) -> None:
-    from amid_trl.choosing.heat_map import picture
     from amid_trl.choosing.report import landscape_csv, landscape_table, results
+    from amid_trl.plotting.heat_map import heat_map
+    from amid_trl.plotting.theme import picture
 
     measured = {**results(found), "about": about}
-    pictures = {kind: picture(measured, kind) for kind in ("png", "svg")}
+    figure = heat_map(measured)
+    pictures = {} if figure is None else {kind: picture(figure, kind) for kind in ("png", "svg")}
     contents = {"json": json.dumps(measured) + "\n", "md": landscape_table(measured), "csv": landscape_csv(measured)}
     folder.mkdir(parents=True, exist_ok=True)
-    written = {kind: content for kind, content in {**contents, **pictures}.items() if content is not None}
+    written = {**contents, **pictures}
     for kind, content in written.items():
         write_whole(folder / f"landscape.{kind}", content)
     print(measured["suggestion"]["reason"])

@@ -56,8 +56,7 @@ def landscape_table(results: Mapping[str, Any]) -> str:
         "",
     ]
     if advice["point"] is not None:
-        fields = {FIELDS[name]: value for name, value in advice["point"].items() if value is not None}
-        lines += ["```yaml", *(f"{name}: {value}" for name, value in fields.items()), "```", ""]
+        lines += ["```yaml", *(f"{name}: {value}" for name, value in suggested_fields(advice).items()), "```", ""]
     lines += [
         advice["reason"],
         "",
@@ -68,11 +67,17 @@ def landscape_table(results: Mapping[str, Any]) -> str:
     ]
     named = [("**KL(p‖q)**", results["forward_kl"]), ("**KL(q‖p)**", results["reverse_kl"])]
     for name, point in [*named, *((str(setting_of(point)), point) for point in results["points"])]:
-        lines.append(f"| {name} | {' | '.join(_cell(point, column) for column in HEADINGS.values())} |")
+        lines.append(f"| {name} | {' | '.join(point_text(point, column) for column in HEADINGS.values())} |")
     return "\n".join([*lines, ""])
 
 
-def _cell(point: Mapping[str, Any], column: str) -> str:
+def suggested_fields(advice: Mapping[str, Any]) -> dict[str, Any]:
+    """The suggestion as fields of AMiDConfig; none where nothing is suggested."""
+    return {FIELDS[name]: value for name, value in (advice["point"] or {}).items() if value is not None}
+
+
+def point_text(point: Mapping[str, Any], column: str) -> str:
+    """A number with half of its interval; nothing where there is none."""
     value, ends = point[column], point["intervals"][column]
     if value is None:
         return ""

@@ -126,11 +126,12 @@ def _process(arguments: Sequence[str], folder: Path, environment: Mapping[str, s
 
 
 def _write_report(output_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
-    from amid_trl.comparison.figure import comparison_figure
+    from amid_trl.plotting.intervals import intervals
+    from amid_trl.plotting.theme import picture
 
     markdown = comparison_table(results)
     write_whole(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
     write_whole(output_dir / "comparison.md", markdown)
-    write_whole(output_dir / "comparison.png", comparison_figure(results))
+    write_whole(output_dir / "comparison.png", picture(intervals(results), "png"))
     print(f"\n{markdown}")
     return results

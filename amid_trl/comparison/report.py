@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from amid_trl.comparison.intervals import Interval, deviation, paired_interval
-from amid_trl.comparison.metrics import METRICS
 from amid_trl.comparison.results import Result, Results
 from amid_trl.comparison.spec import Comparison, SeededRun
+from amid_trl.evaluation.metrics import METRICS, VERDICTS, direction, shown
 
 
 WORK = ("steps", "tokens", "minutes")
@@ -138,7 +138,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         "|---" * (2 + len(metrics) + len(WORK)) + "|",
     ]
     for name, run in runs.items():
-        cells = [_mean(run["metrics"][metric]) for metric in metrics]
+        cells = [mean_text(run["metrics"][metric]) for metric in metrics]
         work = f"{run['work']['steps']:.0f} | {run['work']['tokens']:,.0f} | {shown(run['work']['minutes'], digits=2)}"
         lines.append(f"| `{name}` | {len(run['seeds'])} | {' | '.join(cells)} | {work} |")
     if baseline in runs and len(runs) > 1:
@@ -173,27 +173,23 @@ def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> 
 
 
 def _cell(difference: Mapping[str, Any]) -> str:
+    text, verdict = difference_text(difference), difference["verdict"]
+    return text.replace(verdict, f"**{verdict}**", 1) if verdict in VERDICTS else text
+
+
+def difference_text(difference: Mapping[str, Any]) -> str:
+    """The verdict, and by how much, with the ends of its interval."""
     mean, interval, verdict = difference["mean"], difference["interval"], difference["verdict"]
     if interval is None:
         return f"{shown(mean, sign='+')}, {verdict}" if verdict == "too few seeds" and mean is not None else verdict
-    if verdict == "not distinguishable":
+    if verdict not in VERDICTS:
         mean, low, high = (shown(value, sign="+") for value in (mean, *interval))
         return f"{verdict}: {mean} ({low} to {high})"
     low, high = sorted(map(abs, interval))  # neither end is on the other side of 0
-    return f"**{verdict}** by {shown(abs(mean))} ({shown(low)} to {shown(high)})"
+    return f"{verdict} by {shown(abs(mean))} ({shown(low)} to {shown(high)})"
 
 
-def _mean(summary: Mapping[str, Any]) -> str:
+def mean_text(summary: Mapping[str, Any]) -> str:
+    """A mean and its deviation."""
     spread = summary["deviation"]
     return shown(summary["mean"], digits=4) + ("" if spread is None else f" ± {shown(spread, digits=2)}")
-
-
-def shown(value: float, digits: int = 3, sign: str = "") -> str:
-    """So many significant digits, but all of those before the point, and at most six behind it."""
-    before = math.floor(math.log10(abs(value))) + 1 if value and math.isfinite(value) else 1
-    return f"{value:{sign},.{min(6, max(0, digits - before))}f}"
-
-
-def direction(metric: str) -> str:
-    """Which way the metric is better, in words."""
-    return {1: "more is better", -1: "less is better", 0: "neither is better"}[METRICS[metric].better]

@@ -15,9 +15,9 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerState
 
 from amid_trl.comparison.intervals import summed
-from amid_trl.comparison.metrics import TRAINING_METRICS
 from amid_trl.comparison.spec import ON_WAY, RESULT, SETTINGS
 from amid_trl.data.batches import row_key
+from amid_trl.evaluation.metrics import TRAINING_METRICS
 from amid_trl.launch import script as train
 from amid_trl.maths.figures import Figures
 from amid_trl.outputs import fingerprint, sole_use, versions, write_whole
@@ -175,6 +175,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         metrics = trainer.evaluate() if evaluates else {}
         rows = trainer.evaluated_rows() if evaluates else None
         trainer.save_model(str(folder))
+        trainer.save_state()
         if trainer.is_world_process_zero():
             _write_result(folder, settings, metrics, rows, trainer)
         trainer.end()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from amid_trl.comparison.metrics import (
+from amid_trl.evaluation.metrics import (
     EVALUATE_METRICS,
     METRICS,
     OF_TRAININGS_TEACHER,

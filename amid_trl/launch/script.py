@@ -95,6 +95,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     trainer.accelerator.print("✅ Training completed.")
 
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     trainer.accelerator.print(f"💾 Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

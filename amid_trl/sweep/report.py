@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from amid_trl.comparison.metrics import TRAINING_METRICS
+from amid_trl.evaluation.metrics import TRAINING_METRICS
 from amid_trl.outputs import versions, write_whole
 from amid_trl.sweep.search import Search
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from amid_trl.comparison.metrics import METRICS, OF_TRAININGS_TEACHER, TRAINING_METRICS
 from amid_trl.comparison.spec import OWN, check_each
+from amid_trl.evaluation.metrics import METRICS, OF_TRAININGS_TEACHER, TRAINING_METRICS
 
 
 SAMPLERS = ("tpe", "random")

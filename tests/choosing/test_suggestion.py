@@ -6,15 +6,11 @@ import json
 import re
 
 import pytest
-import torch
-from matplotlib.figure import Figure
 
-from amid_trl.choosing.grid import Grid, Setting
-from amid_trl.choosing.heat_map import PANELS, _short, heat_map, picture
-from amid_trl.choosing.landscape import Landscape, landscape
-from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table, results
+from amid_trl.choosing.grid import Setting
+from amid_trl.choosing.landscape import Landscape
+from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table
 from amid_trl.choosing.suggestion import setting_of, suggest, suggestion
-from amid_trl.maths.linear import Head, States
 
 
 FORWARD = {"gradient_norm": 1.0, "participation": 0.8, "cosine_forward": 1.0, "cosine_reverse": 0.3}
@@ -78,22 +74,6 @@ def test_nothing_is_suggested_where_the_models_agree_to_the_rounding():
     assert "None is left to suggest" in suggestion(same)["reason"]
 
 
-def test_numbers_in_the_heat_map_lose_a_leading_zero_alone():
-    shown = {0.456: ".46", -0.3: "-.30", 10.05: "10.05", 20.3: "20.30", -1.0: "-1.00", 0.0: ".00"}
-    assert {number: _short(number) for number in shown} == shown
-
-
-@pytest.fixture(scope="module")
-def measured() -> dict:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (
-        States(torch.randn(30, 6, generator=generator), Head(torch.randn(11, 6, generator=generator)))
-        for _ in range(2)
-    )
-    grid = Grid(("kl", "ab"), ("pr", "pq"), (-5.0, 0.5, 1.0), (0.1, 1.0), (1.0, 2.0))
-    return results(landscape(student, teacher, grid, tokens=20, rows=torch.arange(30) // 5))
-
-
 def test_the_results_are_json_whose_suggestion_is_in_the_grid(measured):
     again = json.loads(json.dumps(measured, allow_nan=False))
     assert again == measured and measured["suggestion"]["point"] in [vars(setting_of(p)) for p in measured["points"]]
@@ -127,35 +107,3 @@ def test_the_csv_has_every_number(measured):
         assert [float(row["loss_low"]), float(row["loss_high"])] == each["intervals"]["loss"]
         assert (row["cosine_forward"] == "") == (each["cosine_forward"] is None)
         assert float(row["gradient_quantile_0.95"]) == each["gradient_quantiles"]["0.95"]
-
-
-def test_the_heat_map_has_a_panel_for_each_kind_and_column(measured):
-    figure = heat_map(measured)
-    assert isinstance(figure, Figure)
-    assert len(figure.axes) == 4 * len(PANELS)  # kl and ab, T = 1 and 2; pq has no assistant
-    assert {axes.get_xlabel() for axes in figure.axes[-len(PANELS) :]} == {"λ, the teacher's share"}
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["-5", "0.5", "1"]
-    [image] = figure.axes[2].get_images()
-    of_kl = [p for p in measured["points"] if (p["divergence"], p["order"], p["temperature"]) == ("kl", "pr", 1.0)]
-    drawn = image.get_array()
-    for p in of_kl:
-        place = drawn[(-5.0, 0.5, 1.0).index(p["alpha"]), (0.1, 1.0).index(p["lam"])]
-        assert (place is p["cosine_forward"]) or place == pytest.approx(p["cosine_forward"]) or place.mask
-    framed = [axes for axes in figure.axes if axes.patches]
-    assert len(framed) == (len(PANELS) if measured["suggestion"]["point"]["alpha"] is not None else 0)
-
-
-def test_pictures_are_the_same_of_the_same_results(measured):
-    of_kl = {**measured, "points": measured["points"][:6]}
-    png, svg = picture(of_kl, "png"), picture(of_kl, "svg")
-    assert png.startswith(b"\x89PNG") and b"<svg" in svg and "λ, the teacher".encode() in svg
-    assert (picture(of_kl, "png"), picture(of_kl, "svg")) == (png, svg)
-
-
-def test_without_an_assistant_there_is_no_heat_map():
-    student, teacher = (
-        States(torch.randn(5, 6), Head(torch.randn(11, 6))),
-        States(torch.randn(5, 6), Head(torch.randn(11, 6))),
-    )
-    plain = results(landscape(student, teacher, Grid(("kl", "tv"), ("pq", "qp"))))
-    assert heat_map(plain) is None and picture(plain, "svg") is None and "tv qp" in landscape_table(plain)

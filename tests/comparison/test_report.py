@@ -1,35 +1,11 @@
 """What is said of results that are known: who is better, by how much, and when nobody is."""
 
 import pytest
-from matplotlib.figure import Figure
+from compared import SEEDS, comparison, result, results
 
-from amid_trl.comparison.figure import comparison_figure
 from amid_trl.comparison.report import comparison_table, report
 from amid_trl.comparison.results import Result, RowSums, _row_figures
 from amid_trl.comparison.spec import Comparison, SeededRun
-
-
-SEEDS = (0, 1, 2)
-WORK = {"steps": 10, "tokens": 12345, "minutes": 1.5}
-TOKENS = [4.0, 2.0, 4.0]
-
-
-def comparison(*names: str, metrics=("eval_kl",)) -> Comparison:
-    return Comparison({}, {name: {} for name in names}, SEEDS, metrics, {"steps": 10}, names[0], {})
-
-
-def result(
-    value: float, seed: int, metric: str = "eval_kl", hashes=("rows", None), trained_rows=None, num_processes=1
-) -> Result:
-    """A metric that moves by 0.01 from seed to seed, the same in every row."""
-    value += 0.01 * seed
-    rows = {metric: RowSums([value * tokens for tokens in TOKENS], TOKENS)}
-    facts = {"trained_rows": trained_rows, "num_processes": num_processes}
-    return Result({metric: value}, WORK, rows, hashes, facts)
-
-
-def results(metric: str = "eval_kl", **values: float) -> dict:
-    return {SeededRun(name, seed): result(value, seed, metric) for name, value in values.items() for seed in SEEDS}
 
 
 def test_less_kl_is_better_and_more_agreement_is():
@@ -112,7 +88,6 @@ def test_without_the_baseline_there_are_no_differences():
     found = report(comparison("kd", "low"), results(low=0.8))
     assert found["runs"]["low"]["differences"]["eval_kl"]["mean"] is None
     assert "Against" not in comparison_table(found)
-    assert comparison_figure(found).startswith(b"\x89PNG")
 
 
 def test_other_rows_are_refused():
@@ -170,25 +145,6 @@ def test_a_run_that_diverged_is_said_to_have(seeds):
     found = report(comparison("kd", "low"), some)
     assert found["runs"]["low"]["differences"]["eval_kl"]["interval"] is None
     assert "| `low` | not a number |" in comparison_table(found)
-    assert comparison_figure(found).startswith(b"\x89PNG")
-
-
-def test_the_figure_shows_the_means_by_their_verdicts(monkeypatch):
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    comparison_figure(report(comparison("kd", "low", "high"), results(kd=1.0, low=0.8, high=1.2)))
-    [panel] = drawn[0].axes
-    circles = [line for line in panel.lines if line.get_marker() == "o"]
-    assert [float(line.get_xdata()[0]) for line in circles] == pytest.approx([-0.2, 0.2])
-    colours = {handle.get_label(): handle.get_color() for handle in drawn[0].legends[0].legend_handles}
-    assert [line.get_color() for line in circles] == [colours["better"], colours["worse"]]
-
-
-def test_the_figure_is_drawn_for_every_verdict():
-    found = report(comparison("kd", "low", "high", "same"), results(kd=1.0, low=0.8, high=1.2, same=1.0))
-    verdicts = [run["differences"]["eval_kl"]["verdict"] for run in list(found["runs"].values())[1:]]
-    assert verdicts == ["better", "worse", "not distinguishable"]
-    assert comparison_figure(found).startswith(b"\x89PNG")
 
 
 def test_what_a_row_of_an_evaluation_adds():

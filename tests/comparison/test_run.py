@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, Tr
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.comparison import run as compared_run
-from amid_trl.comparison.metrics import TRAINING_METRICS
+from amid_trl.evaluation.metrics import TRAINING_METRICS
 from amid_trl.launch import script as train
 
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from amid_trl import cli
-from amid_trl.comparison.metrics import TRAINING_METRICS
 from amid_trl.comparison.spec import check_configs, read_comparison
+from amid_trl.evaluation.metrics import TRAINING_METRICS
 from amid_trl.maths.token_loss import DistillationTokenLoss
 from amid_trl.outputs import fingerprint
 

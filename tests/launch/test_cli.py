@@ -83,6 +83,10 @@ def student_of(tmp_path_factory, tiny_dir, data_dir):
         said = run(*LAUNCHERS[launcher], *given, "--output_dir", str(folder))
         assert not (models / "from-yaml").exists()
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+        logs = json.loads((folder / "trainer_state.json").read_text())[
+            "log_history"
+        ]  # which save_strategy leaves to us
+        assert logs[-1]["step"] == 2
         return load_file(folder / "adapter_model.safetensors"), said
 
     return launch

@@ -48,6 +48,7 @@ HELP = [
         ["compare", "--help"],
         ["sweep", "--help"],
         ["landscape", "--help"],
+        ["report", "--help"],
         ["init-student", "--help"],
         ["merge", "--help"],
     ),

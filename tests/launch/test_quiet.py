@@ -54,6 +54,7 @@ COMMANDS = {
     ],
     "init-student": ["MODEL", "OUT", "--drop-layers", "1", "--vocabulary", "300"],
     "merge": ["ADAPTER", "OUT"],
+    "report": ["LOGS"],
 }
 
 
@@ -69,7 +70,10 @@ def places(tmp_path_factory, tiny_dir) -> dict[str, str]:
     (folder / "SET").write_text(json.dumps({"prompt": "Is water wet?", "reference": "Yes."}) + "\n")
     filled = COMPARISON.replace("MODEL", str(tiny_dir)).replace("DATA", str(folder / "DATA"))
     (folder / "COMPARISON").write_text(filled)
-    names = ("ADAPTER", "DATA", "SET", "COMPARISON", "UNUSED")
+    logs = {"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "global_step": 2}
+    (folder / "LOGS").mkdir()
+    (folder / "LOGS" / "trainer_state.json").write_text(json.dumps(logs))
+    names = ("ADAPTER", "DATA", "SET", "COMPARISON", "UNUSED", "LOGS")
     return {"MODEL": str(tiny_dir), **{name: str(folder / name) for name in names}}
 
 

@@ -149,6 +149,8 @@ MISTAKES = [
     (["evaluate", "m", *INTO, "--lm-eval", "arc_easy"], "lm_eval=arc_easy needs the package lm-eval: pip install"),
     (["evaluate", "m", *INTO, "--lm-eval", "arc_easy", "--teacher", "t"], "no effect without an evaluation_set"),
     (["merge", "MODEL", "out"], "holds a model, not an adapter"),
+    (["report", "FOLDER"], "holds nothing that a report is made of: trainer_state.json (amid-trl train), "),
+    (["report", "MODEL"], "is a run without logs: neither it nor a checkpoint in it has a trainer_state.json"),
     (["compare", "NAMELESS", *INTO], "runs.one: teacher_model_name_or_path is missing"),
     (["compare", "BATCH", *INTO], "runs.one: per_device_train_batch_size must be at least 1; got 0"),
 ]

@@ -71,7 +71,7 @@ SAID = re.compile(
     r"|W\d{4} .+ torch/distributed/elastic/.+ (SIGTERM|death signal)"  # what torch says of it
     r"|\[transformers\] mtime may not be reliable"  # two checkpoints within what the file system can tell apart
     r"|\d+/\d+ .+: done|Mean |# |## |\||\d{4}-\d\d-\d\dT.+; model "  # evaluate, compare
-    r"|/.+: (results|comparison)\.json|/.+: \d+ (rows|of \d+ layers)|/.+: merged /"  # where results lie
+    r"|/.+: ((results|comparison)\.json|report\.html)|/.+: \d+ (rows|of \d+ layers)|/.+: merged /"  # where results lie
 )
 
 

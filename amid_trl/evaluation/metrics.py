@@ -1,5 +1,6 @@
-"""The figures that runs are compared by."""
+"""The figures that models are compared by: what they are called, which way they are better, how they are written."""
 
+import math
 from typing import NamedTuple
 
 
@@ -14,7 +15,7 @@ class Metric(NamedTuple):
 TRAINING_METRICS = {
     "eval_kl": Metric("KL(p‖q), nats", -1),
     "eval_nll": Metric("NLL of the references, nats", -1),
-    "eval_top1_agreement": Metric("top-1 agreement", 1),
+    "eval_top1_agreement": Metric("top-1 agreement, share of tokens", 1),
     "eval_student_entropy": Metric("student's entropy, nats", 0),
 }
 
@@ -25,10 +26,10 @@ OF_TRAININGS_TEACHER = ("eval_kl", "eval_top1_agreement")
 
 # Of `amid-trl evaluate`.
 EVALUATE_METRICS = {
-    "rougeL": Metric("ROUGE-L", 1),
+    "rougeL": Metric("ROUGE-L, percent", 1),
     "kl_pq": Metric("KL(p‖q), nats", -1),
     "nll": Metric("NLL of the references, nats", -1),
-    "top1_agreement": Metric("top-1 agreement", 1),
+    "top1_agreement": Metric("top-1 agreement, share of tokens", 1),
     "teacher_perplexity": Metric("teacher's perplexity of the student's text", 0),  # of dull text it is low
     "distinct_1": Metric("different words / words", 0),
     "distinct_2": Metric("different pairs of words / pairs", 0),
@@ -42,3 +43,18 @@ TEACHER_METRICS = ("kl_pq", "top1_agreement", "teacher_perplexity")
 
 
 METRICS = {**TRAINING_METRICS, **EVALUATE_METRICS}
+
+
+# What a difference is called that is told apart from 0; more and less where neither is better.
+VERDICTS = ("better", "worse", "more", "less")
+
+
+def shown(value: float, digits: int = 3, sign: str = "") -> str:
+    """So many significant digits, but all of those before the point, and at most six behind it."""
+    before = math.floor(math.log10(abs(value))) + 1 if value and math.isfinite(value) else 1
+    return f"{value:{sign},.{min(6, max(0, digits - before))}f}"
+
+
+def direction(metric: str) -> str:
+    """Which way the metric is better, in words."""
+    return {1: "more is better", -1: "less is better", 0: "neither is better"}[METRICS[metric].better]

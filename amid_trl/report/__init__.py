@@ -1,0 +1,1 @@
+"""What runs, evaluations, comparisons and landscapes came to, as a page."""
