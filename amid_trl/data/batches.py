@@ -202,8 +202,17 @@ def teachers_view(batch: Batch) -> Batch:
 
 
 def trained_targets(batch: Batch) -> Tensor:
-    """The token that each position but the last predicts, -100 where that is not trained: (rows, tokens - 1)."""
-    return batch["labels"][:, 1:]
+    """The token that each position but the last predicts, -100 where that is not trained: (rows, tokens - 1).
+
+    Nothing predicts the first token of a row, which stands behind the padding where that is on the left.
+    """
+    return batch["labels"][:, 1:].masked_fill(batch["attention_mask"][:, :-1] == 0, UNTRAINED)
+
+
+def counted(batch: Batch) -> Batch:
+    """The labels as they are trained, for who counts them: (rows, tokens)."""
+    targets = trained_targets(batch)
+    return {"labels": torch.nn.functional.pad(targets, (1, 0), value=UNTRAINED)}
 
 
 def unpadded_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:

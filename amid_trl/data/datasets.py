@@ -37,7 +37,7 @@ from typing import Any, Literal
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS
+from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator
 from amid_trl.data.conversations import conversation_row
 from amid_trl.data.rendering import training_template
 from amid_trl.data.reports import StreamReport, noted, said_of
@@ -236,19 +236,20 @@ def _remedy(columns: list[str], format: Format, settings: DataSettings) -> str:
     """What to do about prompts that nothing answers."""
     if format != "prompt" or "completion" in columns:
         return ""
-    if settings.evaluates and settings.generates:
-        return ". It has prompts without answers, and a teacher's cache knows none of the student's: give it answers"
-    if settings.evaluates:
-        return (
-            ". It has prompts without answers (columns "
-            f"{', '.join(map(repr, columns))}): set eval_generate=True, and the student answers them"
-        )
+    has = f". It has prompts without answers (columns {', '.join(map(repr, columns))})"
     preferred = (
         ", or name the column 'chosen' 'completion' to train on it (rename_column)" if "chosen" in columns else ""
     )
+    if settings.dataset_text_alone:
+        return (
+            f"{has}, and a teacher_cache has the teacher's answers to the dataset's own text: give the rows a "
+            f"completion, or leave teacher_cache out{preferred}"
+        )
+    if settings.evaluates:
+        return f"{has}: set eval_generate=True, and the student answers them"
     return (
-        f". It has prompts without answers (columns {', '.join(map(repr, columns))}): set lmbda=1.0, and the student "
-        f"writes all text, or seq_kd=True for the teacher to write what the student does not{preferred}"
+        f"{has}: set lmbda=1.0, and the student writes all text, or seq_kd=True for the teacher to write what the "
+        f"student does not{preferred}"
     )
 
 
@@ -318,3 +319,9 @@ def all_datasets(train: Any, evaluation: Any) -> dict[str, Any]:
     several = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     evaluations = {f"eval_{name}".rstrip("_"): dataset for name, dataset in several.items()}
     return {name: dataset for name, dataset in {"train": train, **evaluations}.items() if dataset is not None}
+
+
+def known_datasets(train: Any, evaluation: Any, collator: Any) -> dict[str, Any]:
+    """Likewise; None for each where only a collator of one's own knows which rows it makes of them."""
+    datasets = all_datasets(train, evaluation)
+    return datasets if isinstance(collator, DistillationCollator) else dict.fromkeys(datasets)

@@ -63,6 +63,7 @@ class DataSettings:
         formatting_func: row -> text; not applied to a dataset that is tokenised already.
         num_proc: processes that tokenise a `Dataset`.
         evaluates: whether this is an evaluation set.
+        dataset_text_alone: whether nobody may write what is missing, because a cache has the teacher's answers.
         kept_columns: columns that stay in a prepared `Dataset`, where there are any, for callbacks.
         without_answers: how a set is prepared in which nothing is answered; None refuses it.
     """
@@ -82,6 +83,7 @@ class DataSettings:
     formatting_func: Callable[[dict[str, Any]], str] | None = None
     num_proc: int | None = None
     evaluates: bool = False
+    dataset_text_alone: bool = False
     kept_columns: tuple[str, ...] = ()
     without_answers: "DataSettings | None" = None
 

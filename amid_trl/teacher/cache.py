@@ -32,6 +32,14 @@ from amid_trl.teacher.shards import ShardReader, ShardWriter
 ABOUT = "teacher.json"
 
 
+# What to do about rows that are missing: of a cache that is read, and of one that is filled, which was whole.
+WRITE_THEM = "write them with `amid-trl cache-teacher` and these settings"
+LOAD_IT = (
+    "the teacher was not loaded, because the cache has all rows that the trainer was given; give these to the "
+    "trainer as an eval_dataset, and it is loaded and asked about them"
+)
+
+
 class About(Protocol):
     """What all rows of a cache have in common; `format` says of which kind they are."""
 
@@ -213,14 +221,9 @@ def _check_about(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 def open_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> "CachedTeacher":
     """The teacher of `teacher_cache`; a ValueError if it is another one's, or lacks a row of the prepared datasets."""
-    cache = checked_cache(run)
-    for name, dataset in datasets.items():
-        if missing := cache.missing(dataset):
-            raise ValueError(
-                f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "
-                f"{missing[0]} first: write them with `amid-trl cache-teacher` and these settings"
-            )
-    return CachedTeacher(cache, run.accelerator.device)
+    teacher = CachedTeacher(checked_cache(run), run.accelerator.device, WRITE_THEM)
+    teacher.check(datasets)
+    return teacher
 
 
 def loaded_as(args: TeacherFields) -> str:
@@ -285,10 +288,20 @@ class CachedTeacher:
     rows_at_once = 1
     is_far = False
 
-    def __init__(self, cache: TeacherCache, device: torch.device):
-        self._cache, self.name = cache, cache.teacher
+    def __init__(self, cache: TeacherCache, device: torch.device, remedy: str):
+        """`remedy` says in an error what to do about rows that are missing."""
+        self._cache, self.name, self._remedy = cache, cache.teacher, remedy
         self.is_sparse = not cache.holds_states
         self._head = cache.head(device) if cache.holds_states else None
+
+    def check(self, datasets: Mapping[str, Any]) -> None:
+        """ValueError if it lacks a row of the prepared datasets, as far as their rows are known."""
+        for name, dataset in datasets.items():
+            if missing := self._cache.missing(dataset):
+                raise ValueError(
+                    f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "
+                    f"{missing[0]} first: {self._remedy}"
+                )
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """A file answers at once."""

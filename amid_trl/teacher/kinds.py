@@ -10,11 +10,12 @@ from amid_trl.maths.linear import States
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.run import Run
 from amid_trl.teacher.adapter import AdapterTeacher
-from amid_trl.teacher.cache import CachedTeacher, open_cache, whole_cache
+from amid_trl.teacher.cache import LOAD_IT, CachedTeacher, open_cache, whole_cache
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.filling import FillingTeacher, StatesTeacher
 from amid_trl.teacher.in_memory import ModelTeacher
 from amid_trl.teacher.moving_average import AverageTeacher
+from amid_trl.teacher.reach import check_reach
 from amid_trl.teacher.remote import open_remote
 from amid_trl.teacher.server import open_server
 
@@ -49,18 +50,24 @@ def open_teacher(
     student: nn.Module,
     wrapped_student: Callable[[], nn.Module],
     datasets: Mapping[str, Any],
+    *,
+    generates: bool,
 ) -> Teacher:
     """The teacher that the settings name: a model in memory, an adapter of the student's base, a server or a cache.
 
-    A ValueError if it is another one's, or does not know all rows of the prepared datasets.
+    `generates` says whether text is written behind the training set's prompts. A ValueError if it is another one's, or
+    does not know all rows of the prepared datasets, or cannot read one.
     """
     by_name = model is None and run.args.absent_teacher is None  # the others cost little to open, and are looked at
     if by_name and (cache := whole_cache(run, datasets)) is not None:
-        return CachedTeacher(cache, run.accelerator.device)
+        return CachedTeacher(cache, run.accelerator.device, LOAD_IT)
     if run.args.reads_cache:
         return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
-        teacher: Teacher = open_remote(run) or open_server(run)
+        served = open_remote(run) or open_server(run)
+        url, room = run.args.teacher_model_server_url, run.args.max_new_tokens
+        check_reach(datasets, url, served.longest_row, room=room, generates=generates)
+        teacher: Teacher = served
     elif run.args.teacher_ema is not None:
         teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
     elif run.args.teacher_adapter_path is not None:

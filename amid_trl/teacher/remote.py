@@ -101,6 +101,11 @@ class RemoteTeacher:
         """The longest row that it reads, in tokens; None without a bound."""
         return self._about.positions
 
+    @property
+    def longest_row(self) -> int:
+        """That can be asked about: what it reads, and what one request may hold."""
+        return min(self._about.positions or self._about.max_tokens, self._about.max_tokens)
+
     def expect(self, batches: Sequence[Batch]) -> None:
         """Ask about a window's rows at once; what was expected two windows ago and is not used is forgotten."""
         pending = {key: request for window in self._expected for key, request in window.items()}

@@ -76,11 +76,16 @@ class TeacherServer:
         self._positions: int | None = about.get("max_model_len")
         self.log_probs([[0, 0]])
 
+    @property
+    def longest_row(self) -> int | None:
+        """In tokens: it writes one more, for which there has to be room. None where it does not say."""
+        return None if self._positions is None else self._positions - 1
+
     def check(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         """ValueError if the server's tokenizer is another one, or its teacher does not read rows of that length."""
-        if self._positions is not None and (max_length is None or max_length >= self._positions):
+        if self.longest_row is not None and (max_length is None or max_length > self.longest_row):
             raise ValueError(
-                f"the teacher at {self.url} reads at most {self._positions - 1} tokens and writes one; lower "
+                f"the teacher at {self.url} reads at most {self.longest_row} tokens and writes one; lower "
                 f"max_length={max_length}"
             )
         text = tokenizer.decode([*range(0, self.vocabulary, 1 + self.vocabulary // 500)], skip_special_tokens=True)
@@ -95,7 +100,7 @@ class TeacherServer:
 
     def check_company(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Warn if a row's answers depend on the rows beside it, as those of half precision do."""
-        longest = COMPANY_TOKENS if self._positions is None else min(COMPANY_TOKENS, self._positions - 1)
+        longest = min(COMPANY_TOKENS, self.longest_row or COMPANY_TOKENS)
         text = tokenizer.decode([*range(0, self.vocabulary, 1 + self.vocabulary // 500)], skip_special_tokens=True)
         row = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[:longest]
         if len(row) < 2:
@@ -247,7 +252,7 @@ class ServedTeacher:
     is_far, is_sparse = False, True
 
     def __init__(self, server: TeacherServer):
-        self._server, self.name = server, server.model
+        self._server, self.name, self.longest_row = server, server.model, server.longest_row
         self.rows_at_once = REQUESTS * server.batch_size
 
     def expect(self, batches: Sequence[Batch]) -> None:

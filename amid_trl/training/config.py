@@ -253,6 +253,7 @@ def data_settings(
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
         evaluates=evaluates,
+        dataset_text_alone=config.teacher_cache is not None,
         kept_columns=("prompt",) if evaluates else (),  # TRL's LogCompletionsCallback reads it
     )
     writes = config.eval_generate or config.generates if evaluates else config.generates
@@ -267,8 +268,7 @@ def data_settings(
                 *(config.max_length, config.max_new_tokens, config.longest_row),
             )
         return writing
-    # A cache knows the dataset's text alone.
-    alone = None if config.teacher_cache else replace(writing, trains_on_dataset=False)
+    alone = None if settings.dataset_text_alone else replace(writing, trains_on_dataset=False)
     return replace(writing if config.eval_generate else settings, without_answers=alone)
 
 

@@ -18,6 +18,7 @@ from amid_trl.sources.shares import WindowSources
 from amid_trl.sources.source import Source
 from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
+from amid_trl.teacher.cache import CachedTeacher
 from amid_trl.teacher.kinds import Teacher, open_teacher
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.balancing import Balancing
@@ -81,6 +82,11 @@ class Parts:
                 if known in means:
                     means.add(known, totals[name], totals["tokens"])
 
+    def check_evaluated(self, datasets: Mapping[str, Any]) -> None:
+        """ValueError, before it is begun, if the teacher cannot answer an evaluation of these prepared datasets."""
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check(datasets)
+
     @property
     def callbacks(self) -> tuple[TrainerCallback, ...]:
         """Those that want to know what the trainer does."""
@@ -122,7 +128,7 @@ def open_parts(
     that it came with, `datasets` the prepared ones by name; with `deals`, for our own collator, the rows of a window
     are dealt by length, and an evaluation answers prompts alone.
     """
-    teacher = open_teacher(run, teacher_model, student, wrapped_student, datasets)
+    teacher = open_teacher(run, teacher_model, student, wrapped_student, datasets, generates=run.args.generates)
     plain_text = open_plain_text(run, pretrain_dataset)
     writers = open_writers(run, student, wrapped_student, teacher_model, student_generation)
     answers = None

@@ -24,8 +24,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
-from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator
-from amid_trl.data.datasets import all_datasets, prepare_dataset
+from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, counted
+from amid_trl.data.datasets import known_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
@@ -134,7 +134,7 @@ class AMiDTrainer(GKDTrainer):
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
-        datasets = all_datasets(self.train_dataset, self.eval_dataset)
+        datasets = known_datasets(self.train_dataset, self.eval_dataset, self.data_collator)
         run = Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed)
         teacher, run = with_teacher(pair, run, self.model, datasets)
         self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
@@ -195,7 +195,7 @@ class AMiDTrainer(GKDTrainer):
         window = self._windows.window(batches, step, steps, self._prepare_inputs)
         self._parts.window = window = self._parts.balancing(window)
         self._parts.ask_ahead(epoch_iterator, num_batches, step + 1, steps)
-        return window.batches, self._get_num_items_in_batch(window.batches, device)
+        return window.batches, self._get_num_items_in_batch([*map(counted, window.batches)], device)
 
     # ---- The loss ----
 
@@ -277,11 +277,12 @@ class AMiDTrainer(GKDTrainer):
             self._parts.sources.follow(metrics)
         return metrics
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """The loss and the figures of the evaluation set, every trained token with the same weight."""
+        self._parts.check_evaluated(known_datasets(None, dataloader.dataset, self.data_collator))
         self._parts.eval_means.pop()
         with evaluation_alone(self), fsdp_evaluation(self):
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._parts.evaluated(self.args.sft_weight)
         cast(Any, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output

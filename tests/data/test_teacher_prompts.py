@@ -89,6 +89,15 @@ def test_a_template_can_be_told_something_else_for_the_teacher(tokenizer):
     assert got["teacher_prompt_ids"] == got["prompt_ids"] + tokenizer("Think.")["input_ids"]
 
 
+def test_the_teachers_prompt_names_the_rows_tools(tokenizer):
+    named = "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
+    tokenizer.chat_template = named + tokenizer.chat_template
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    [got] = prepared([{**chat("Where is it?", "Here."), "tools": tools}], tokenizer)
+    assert tokenizer.decode(got["teacher_prompt_ids"]).startswith("weather <|im_start|>")
+    assert tokenizer.decode(got["prompt_ids"]).startswith("weather <|im_start|>")
+
+
 def test_tokens_have_the_teachers_prompt_as_tokens(tokenizer):
     row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "prompt_ids": [5, 6], "teacher_prompt_ids": [9]}
     [got] = prepared([row], tokenizer)

@@ -61,6 +61,14 @@ def test_a_text_with_such_a_token_is_refused_with_row_and_names(train, renamed, 
         train(teacher_model=renamed(), **{where: rows_with(0, tokenizer)})
 
 
+def test_a_teacher_that_is_loaded_once_the_data_is_known_refuses_such_a_text_too(train, renamed, tokenizer, tmp_path):
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_fill": True}
+    settings = {"has_teacher": False, "teacher_model_name_or_path": renamed(), **cache}
+    train(train_dataset=messages_dataset(4), **settings).train()
+    with pytest.raises(ValueError, match="row 3 of a dataset has a token that means another thing to the teacher"):
+        train(train_dataset=rows_with(0, tokenizer), **settings)
+
+
 def test_a_streams_row_with_such_a_token_is_refused_when_it_comes(train, renamed, tokenizer):
     rows = rows_with(0, tokenizer).to_iterable_dataset()
     trainer = train(teacher_model=renamed(), train_dataset=rows, max_steps=3)

@@ -1,0 +1,30 @@
+"""Whether a teacher on a server reads the rows that it will be asked about, where they have prompts of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from amid_trl.data.rows import is_trained
+
+
+def check_reach(datasets: Mapping[str, Any], url: str, most: int | None, *, room: int, generates: bool) -> None:
+    """ValueError, with its index, for a row that is longer than `most` tokens behind the teacher's own prompt.
+
+    `max_length` bounds the student's rows alone. `room` tokens may be written behind a prompt: behind all of the
+    training set's in a run that `generates`, and wherever nothing is trained. A stream's rows are known later.
+    """
+    for name, dataset in datasets.items():
+        if most is None or not isinstance(dataset, Dataset) or "teacher_prompt_ids" not in dataset.column_names:
+            continue
+        rows = dataset.with_format(None).select_columns(["teacher_input_ids", "teacher_labels", "teacher_prompt_ids"])
+        for index, row in enumerate(rows):
+            ids, labels, prompt = map(list, row.values())
+            is_written = (generates and name == "train") or not is_trained(labels)
+            longest = max(len(ids), len(prompt) + room if is_written else 0)
+            if longest > most:
+                raise ValueError(
+                    f"row {index} of the {name} dataset has {longest} tokens for the teacher, {len(prompt)} of them "
+                    f"its prompt, but the teacher at {url} reads rows of at most {most} tokens: shorten its "
+                    "teacher_prompt or leave the row out"
+                )
