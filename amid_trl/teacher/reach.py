@@ -17,9 +17,9 @@ def check_reach(datasets: Mapping[str, Any], url: str, most: int | None, *, room
     for name, dataset in datasets.items():
         if most is None or not isinstance(dataset, Dataset) or "teacher_prompt_ids" not in dataset.column_names:
             continue
-        rows = dataset.with_format(None).select_columns(["teacher_input_ids", "teacher_labels", "teacher_prompt_ids"])
-        for index, row in enumerate(rows):
-            ids, labels, prompt = map(list, row.values())
+        plain = dataset.with_format(None)
+        rows = zip(*(plain[f"teacher_{column}"] for column in ("input_ids", "labels", "prompt_ids")), strict=True)
+        for index, (ids, labels, prompt) in enumerate(rows):
             is_written = (generates and name == "train") or not is_trained(labels)
             longest = max(len(ids), len(prompt) + room if is_written else 0)
             if longest > most:
