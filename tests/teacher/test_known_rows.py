@@ -1,4 +1,4 @@
-"""What a teacher does not know or cannot read is said where it can be known: before training, or before an evaluation."""
+"""What a teacher does not know or cannot read is said before training, or before an evaluation."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tiny import QUESTIONS, messages_dataset, save_tiny, tiny_llama
 from transformers import TrainerCallback
 
 from amid_trl import AMiDConfig, AMiDTrainer
-from amid_trl.data.batches import DistillationCollator, pad_rows
+from amid_trl.data.batches import pad_rows
 from amid_trl.data.datasets import prepare_dataset
 from amid_trl.data.rows import DataSettings
 from amid_trl.teacher.cache import CachedTeacher, TeacherCache
@@ -92,7 +92,7 @@ def test_the_way_out_that_it_names_is_one(build, filled, teacher, tokenizer):
 
 def test_a_cache_that_is_only_read_says_so_too(build, filled, tokenizer):
     trainer = build(teacher_cache=filled["teacher_cache"])
-    with pytest.raises(ValueError, match="2 of 8 rows .*, row 6 first: write them with `amid-trl cache-teacher`"):
+    with pytest.raises(ValueError, match=r"2 of 8 rows .*, row 6 first: write them with `amid-trl cache-teacher`"):
         trainer.evaluate(prepared(tokenizer))
 
 

@@ -13,7 +13,7 @@ from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.models.pruning import drop_layers
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 VOCABULARY, DIM = 49152, 576
 
