@@ -248,8 +248,7 @@ class AMiDTrainer(GKDTrainer):
             return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, size, balance)
 
     def _record_evaluation(self, rows: Figures) -> None:
-        rows = self._gathered(rows)
-        self._parts.record(self._parts.eval_means, rows)
+        self._parts.record(self._parts.eval_means, rows := self._gathered(rows))
         if self.row_recorder is not None:
             self.row_recorder(rows)
 
