@@ -211,7 +211,12 @@ PREFERENCES = {"prompt": "Is water wet?", "chosen": " Yes.", "rejected": " No."}
         ({"prompt": "Is water wet?"}, MIXED, r"columns 'prompt'\): set lmbda=1.0.*or seq_kd=True"),
         (PREFERENCES, MIXED, "set lmbda=1.0.*or name the column 'chosen' 'completion' to train on it .rename_column."),
         ({"prompt": "Is water wet?"}, DataSettings(evaluates=True), "set eval_generate=True"),
-        ({"prompt": "Is water wet?"}, DataSettings(evaluates=True, generates=True), "give it answers"),
+        (
+            {"prompt": "Is water wet?"},
+            DataSettings(dataset_text_alone=True),
+            "a completion, or leave teacher_cache out",
+        ),
+        ({"prompt": "Is water wet?"}, DataSettings(evaluates=True, dataset_text_alone=True), "a completion"),
     ],
 )
 def test_prompts_that_nobody_answers_come_with_what_to_do(row, settings, remedy, streaming, tokenizer):
