@@ -91,12 +91,12 @@ def page_svg(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<(g|image|text)\b([^>]*?) id="[^"]*"', r"<\1\2", svg)
     svg = re.sub(r'^<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
-    for name, colour in variables(LIGHT).items():
+    for name, colour in style_variables(LIGHT).items():
         svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r"\s*\n\s*", "\n", svg)
 
 
-def variables(palette: Palette) -> dict[str, str]:
+def style_variables(palette: Palette) -> dict[str, str]:
     """The palette as the variables of a style sheet."""
     told_apart = {f"colour-{i}": colour for i, colour in enumerate(palette.colours)}
     return {"ink": palette.ink, "paper": palette.paper, "muted": palette.muted, **told_apart}
@@ -108,7 +108,7 @@ def render(sections: Sequence[PageSection], sources: Sequence[str]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    colours = {"light": variables(LIGHT), "dark": variables(DARK)}
+    colours = {"light": style_variables(LIGHT), "dark": style_variables(DARK)}
     return (
         NO_TEXT.sub("\N{REPLACEMENT CHARACTER}", template.render(sections=sections, sources=sources, **colours)) + "\n"
     )
