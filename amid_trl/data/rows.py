@@ -65,6 +65,7 @@ class DataSettings:
         evaluates: whether this is an evaluation set.
         kept_columns: columns that stay in a prepared `Dataset`, where there are any, for callbacks.
         without_answers: how a set is prepared in which nothing is answered; None refuses it.
+        teachers: the names that the column `teacher` may have; none where one teacher has all rows.
     """
 
     max_length: int | None = None
@@ -84,6 +85,7 @@ class DataSettings:
     evaluates: bool = False
     kept_columns: tuple[str, ...] = ()
     without_answers: "DataSettings | None" = None
+    teachers: tuple[str, ...] = ()
 
     @property
     def budget_is(self) -> str:
