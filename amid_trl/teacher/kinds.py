@@ -25,6 +25,7 @@ class Teacher(Protocol):
     rows_at_once: int  # it is worth asking about so many together
     is_far: bool  # whether it is worth asking before the answer is needed
     is_sparse: bool  # whether it answers with the likeliest tokens, and not with hidden states
+    asks_together: bool  # whether all processes have to ask at a time, about a batch without rows if they have none
 
     @property
     def name(self) -> str:
@@ -64,7 +65,8 @@ def open_teacher(
     elif run.args.teacher_ema is not None:
         teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
     elif run.args.teacher_adapter_path is not None:
-        teacher = AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
+        path = run.args.teacher_adapter_path
+        teacher = AdapterTeacher(student, wrapped_student, path, run.accelerator, run.teacher)
     else:
         assert model is not None
         name = run.args.teacher_model_name_or_path
