@@ -217,7 +217,7 @@ def test_an_installed_package_has_its_yaml_files(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     [built] = tmp_path.glob("lib*/amid_trl")
     files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.yaml")}
-    assert len(files) == 7 + 6 + 5  # recipes, engines, sets
+    assert len(files) == 8 + 6 + 5  # recipes, engines, sets
     assert {path.relative_to(built) for path in built.rglob("*.yaml")} == files
 
 
