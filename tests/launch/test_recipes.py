@@ -59,7 +59,7 @@ def text_of(name: str) -> str:
 
 
 def test_there_is_one_for_each_method():
-    assert recipes.names() == sorted([*OBJECTIVES, "two-teachers"])
+    assert recipes.names() == sorted([*OBJECTIVES, "domains"])
     table = (ROOT / "docs" / "recipes.md").read_text()
     assert all(f"\n| `{name}` |" in table for name in recipes.names())
 
@@ -151,7 +151,7 @@ def test_a_recipe_trains(name, student, teacher, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("lmbda", ["1.0", "0.0"])
 def test_the_recipe_for_two_domains_trains_with_two_teachers(lmbda, student, tokenizer, models, tmp_path):
-    settings = yaml.safe_load(text_of("two-teachers"))["teachers"]
+    settings = yaml.safe_load(text_of("domains"))["teachers"]
     assert {name: set(fields) for name, fields in settings.items()} == {
         name: {"teacher_model_name_or_path"} for name in ("math", "code")
     }
@@ -159,7 +159,7 @@ def test_the_recipe_for_two_domains_trains_with_two_teachers(lmbda, student, tok
     given = json.dumps({name: {"teacher_model_name_or_path": place} for name, place in teachers.items()})
     flags = ("--teachers", given, "--lmbda", lmbda, "--output_dir", str(tmp_path), "--logging_steps", "1")
     rows = messages_dataset(8).add_column("teacher", ["math", "code"] * 4)
-    config = parsed("two-teachers", *SHORT, *flags)
+    config = parsed("domains", *SHORT, *flags)
     trainer = AMiDTrainer(student, None, config, train_dataset=rows, processing_class=tokenizer)
     before = weights(student)
     trainer.train()
