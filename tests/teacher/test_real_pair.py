@@ -44,11 +44,13 @@ def trained(pair, tmp_path, folder="run", teacher=True, hints=False, peft_config
     trainer = AMiDTrainer(
         whole if peft_config is not None else drop_layers(whole, range(16, 22)),
         args=AMiDConfig(
-            **{"output_dir": str(tmp_path / folder), "use_cpu": True, "bf16": False, "num_train_epochs": 2},
-            **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1, "lmbda": 0.0},
-            **{"learning_rate": 1e-4, "optim": "sgd", "max_length": 160, "max_new_tokens": 16, "report_to": []},
-            **{"save_strategy": "no", "disable_tqdm": True, **settings},
-            teacher_model_name_or_path=place if teacher else None,
+            **{
+                **{"output_dir": str(tmp_path / folder), "use_cpu": True, "bf16": False, "num_train_epochs": 2},
+                **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 1},
+                **{"lmbda": 0.0, "learning_rate": 1e-4, "optim": "sgd", "max_length": 160, "max_new_tokens": 16},
+                **{"report_to": [], "save_strategy": "no", "disable_tqdm": True},
+                **{"teacher_model_name_or_path": place if teacher else None, **settings},
+            }
         ),
         train_dataset=dataset if hints else dataset.remove_columns("teacher_prompt"),
         processing_class=tokenizer,
