@@ -1,6 +1,6 @@
 """The record of a run that teacher, sources and objective build themselves from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,11 @@ class RenamedTokens:
     """Ids with a name for the student and another for the teacher (None: no name): no text may have them."""
 
     names: Mapping[int, tuple[str | None, str | None]] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, several: "Iterable[RenamedTokens]") -> "RenamedTokens":
+        """Those of any of several teachers."""
+        return cls({i: names for each in several for i, names in each.names.items()})
 
     @property
     def ids(self) -> list[int]:
@@ -62,6 +67,7 @@ class Run(Generic[Settings]):
         vocabulary: How many tokens all models and the tokenizer know.
         positions: The longest row, in tokens, that all models read; None without a bound.
         renamed: Tokens that mean another thing to the teacher, which no text may have.
+        teacher: The name of the teacher that this record is of, where there are several.
     """
 
     args: Settings
@@ -70,3 +76,4 @@ class Run(Generic[Settings]):
     vocabulary: int
     positions: int | None
     renamed: RenamedTokens = field(default_factory=RenamedTokens)
+    teacher: str = ""

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny import messages_dataset, prompt_only_dataset
 
+from amid_trl import AMiDConfig, AMiDTrainer
+
 
 DOCS = Path(__file__).parents[1] / "docs"
 SETTINGS = "use_cpu=True, bf16=False, max_steps=2, report_to='none', save_strategy='no'"
@@ -24,10 +26,11 @@ BLOCKS = {
 
 
 @pytest.fixture
-def in_place_of(tmp_path, student, teacher, models, rows_file, measured):
+def in_place_of(tmp_path, student, teacher, models, rows_file, measured, tokenizer):
     """For each block: the names that it takes for granted, and what stands in it in place of what."""
     trainer = {"student": student, "teacher": teacher}
     config = {'AMiDConfig("out"': f"AMiDConfig({str(tmp_path / 'out')!r}, {SETTINGS}"}
+    public = {"AMiDConfig": AMiDConfig, "AMiDTrainer": AMiDTrainer, "tokenizer": tokenizer}
     tensors = {f"{model}_hidden": torch.randn(5, width) for model, width in (("student", 8), ("teacher", 12))}
     heads = {f"{model}_head": torch.nn.Linear(width, 30) for model, width in (("student", 8), ("teacher", 12))}
     (tmp_path / "landscape.json").write_text(json.dumps(measured))
@@ -54,6 +57,14 @@ def in_place_of(tmp_path, student, teacher, models, rows_file, measured):
                 "runs/landscape/": f"{tmp_path}/",
                 "runs/compare/": f"{DOCS.parent}/examples/study/results/",
                 '(f"{name}.svg")': f'(f"{tmp_path}/{{name}}.svg")',
+            },
+        ),
+        "teacher.md 0": (
+            {**trainer, "rows": messages_dataset(8).add_column("teacher", ["math", "chat"] * 4), **public},
+            {
+                'AMiDConfig(\n        "out"': f"AMiDConfig({str(tmp_path / 'out')!r}, {SETTINGS}",
+                '"Qwen/Qwen2.5-Math-7B-Instruct"': repr(models["teacher"]),
+                '"Qwen/Qwen2.5-7B-Instruct"': repr(models["student"]),
             },
         ),
         "loss.md 0": ({**tensors, **heads}, {}),

@@ -72,13 +72,13 @@ def trained_tokens(trainer: AMiDTrainer, rows: int = ROWS) -> TrainedTokens:
     check_counts(rows, None)
     check_alone(trainer.args)
     check_whole(trainer)
-    base, answer = causal_lm(trainer.model), cast(Any, None)
+    base, answer, teacher = causal_lm(trainer.model), cast(Any, None), cast(Any, trainer.teacher)
     of_student, of_teacher, of_row, seen = [], [], [], 0
     with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for batch in _batches(trainer, rows):
             hidden = backbone_states(base, batch["input_ids"], batch["attention_mask"])
             of_student.append(trained_states(hidden, language_model_head(base), batch).hidden)
-            answer = cast(States, trainer.teacher(teachers_view(batch)))
+            answer = cast(States, teacher(teachers_view(batch)))
             of_teacher.append(answer.hidden)
             of_row.append((trained_targets(batch) != UNTRAINED).sum(-1).cpu())
             seen += batch["input_ids"].numel()
@@ -99,8 +99,13 @@ def check_alone(args: AMiDConfig) -> None:
     """Refuse what a landscape is not made of.
 
     Raises:
-        ValueError: several processes, or an engine that divides a model.
+        ValueError: several teachers, several processes, or an engine that divides a model.
     """
+    if args.teachers is not None:
+        raise ValueError(
+            f"a landscape is of one teacher, and there are {', '.join(args.teachers)}: leave teachers out, describe "
+            "the one and give its rows"
+        )
     engine = args.distributed_state.distributed_type if args.distributed_state is not None else DistributedType.NO
     if args.world_size > 1 or args.teacher_deepspeed is not None or engine != DistributedType.NO:
         raise ValueError(
@@ -115,7 +120,7 @@ def check_whole(trainer: AMiDTrainer) -> None:
     Raises:
         ValueError: the field that names it.
     """
-    if trainer.teacher.is_sparse:
+    if cast(Any, trainer.teacher).is_sparse:
         name = "teacher_cache" if trainer.args.teacher_cache is not None else "teacher_model_server_url"
         raise ValueError(
             f"{name} knows the teacher's likeliest tokens alone, and a landscape needs all of its distribution: name "

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from amid_trl.data.row_teachers import TEACHER, teacher_of
 from amid_trl.data.rows import UNTRAINED, DataSettings, Row, teachers_row, tokens_row
 
 
@@ -47,10 +48,14 @@ def unpadded(rows: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 class PromptTokens(NamedTuple):
-    """What a completion is written for; `teacher_ids` is what the teacher reads before it, None for the same."""
+    """What a completion is written for; `teacher_ids` is what the teacher reads before it, None for the same.
+
+    `teacher` is the number of the row's teacher; None where there is one for all.
+    """
 
     ids: Tensor
     teacher_ids: Tensor | None = None
+    teacher: int | None = None
 
     def read_by(self, teacher: bool) -> Tensor:
         """What the teacher, or else the student, reads."""
@@ -77,16 +82,25 @@ class DistillationCollator:
     `input_ids`, `attention_mask`, `labels` are (rows, tokens) and padded on the right, `prompts` and
     `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns. Rows with a
     `teacher_prompt_ids` add `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, `teacher_prompts` and
-    `teacher_prompt_attention_mask` likewise. A row that was not prepared here, without `prompt_ids`, is read as
-    `tokens_row` does.
+    `teacher_prompt_attention_mask` likewise. With several `teachers` there is `teacher`, the number of each row's. A
+    row that was not prepared here, without `prompt_ids`, is read as `tokens_row` does.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    teachers: tuple[str, ...] = ()
 
     def __call__(self, rows: Iterable[Row]) -> Batch:
-        rows = [row if "prompt_ids" in row else tokens_row(row, DataSettings()) for row in rows]
-        return _batch([_token_row(row) for row in rows], self.pad_token_id, self.pad_to_multiple_of)
+        made = [self._row(row) for row in rows]
+        return _batch(made, self.pad_token_id, self.pad_to_multiple_of)
+
+    def _row(self, given: Row) -> TokenRow:
+        row = _token_row(given if "prompt_ids" in given else tokens_row(given, DataSettings()))
+        if not self.teachers:
+            return row
+        where = f"a row that begins with the tokens {row.ids[:8].tolist()}"
+        number = self.teachers.index(teacher_of(given, self.teachers, where))
+        return row._replace(prompt=row.prompt._replace(teacher=number))
 
 
 def _token_row(row: Row) -> TokenRow:
@@ -135,9 +149,8 @@ def window_prompts(batches: Sequence[Batch], writer: str) -> list[PromptTokens]:
 
 
 def _prompts(batch: Batch) -> Iterator[PromptTokens]:
-    return map(
-        PromptTokens, *(_optional(batch, prefix + "prompts", prefix + "prompt_attention_mask") for prefix in PREFIXES)
-    )
+    ids = (_optional(batch, prefix + "prompts", prefix + "prompt_attention_mask") for prefix in PREFIXES)
+    return map(PromptTokens, *ids, batch[TEACHER].tolist() if TEACHER in batch else [None] * len(batch["input_ids"]))
 
 
 def _optional(batch: Batch, name: str, mask: str) -> Iterable[Tensor | None]:
@@ -152,13 +165,14 @@ def several_each(prompts: Sequence[PromptTokens], times: int) -> list[PromptToke
     return [prompts[i - i % times] for i in range(len(prompts))]
 
 
-def deal_by_length(batches: Sequence[Batch], pad_token_id: int, pad_to_multiple_of: int | None = None) -> list[Batch]:
-    """The rows of batches padded as above, in batches of the same sizes but of similar rows, so that less is padding.
+def deal_rows(batches: Sequence[Batch], pad_token_id: int, pad_to_multiple_of: int | None = None) -> list[Batch]:
+    """The rows of batches padded as above, in batches of the same sizes but of one teacher's rows and similar length.
 
-    For a loss that is a sum over the rows of all these batches, as over an optimizer step, nothing else changes.
+    So less is padding, and at most one batch for each further teacher is of several. For a loss that is a sum over the
+    rows of all these batches, as over an optimizer step, nothing else changes.
     """
     rows = [row for batch in batches for row in _token_rows(batch)]
-    rows.sort(key=lambda row: len(row.ids))
+    rows.sort(key=lambda row: (row.prompt.teacher or 0, len(row.ids)))
     rest = iter(rows)
     return [_batch([*islice(rest, len(batch["input_ids"]))], pad_token_id, pad_to_multiple_of) for batch in batches]
 
@@ -171,6 +185,9 @@ def _token_rows(batch: Batch) -> Iterator[TokenRow]:
 
 def _batch(rows: Sequence[TokenRow], pad_token_id: int, multiple_of: int | None) -> Batch:
     own = _padded([row[:2] for row in rows], [row.prompt.ids for row in rows], pad_token_id, multiple_of)
+    numbers = [row.prompt.teacher for row in rows]
+    if rows and None not in numbers:
+        own[TEACHER] = torch.tensor(numbers, dtype=torch.long)
     if all(row.teacher_ids is None for row in rows):
         return own
     theirs: Any = [row[:2] if row.teacher_ids is None else (row.teacher_ids, row.teacher_labels) for row in rows]
@@ -198,7 +215,8 @@ def teachers_view(batch: Batch) -> Batch:
     """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any."""
     if "teacher_input_ids" not in batch:
         return batch
-    return {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+    read = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+    return {**read, TEACHER: batch[TEACHER]} if TEACHER in batch else read
 
 
 def trained_targets(batch: Batch) -> Tensor:

@@ -15,7 +15,8 @@ generation prompt of the chat template, exactly as at inference; it is empty if 
 The first line that matches decides. `tools` and `chat_template_kwargs` columns go to the chat template. A turn is trained
 from the first token that the generation prompt does not supply to its first EOS token, which is included; what the
 template writes after it (a newline, usually) is not. A turn with nothing before it answers nothing and is not trained,
-nor is one that says nothing, or that the template makes say something else than its row does.
+nor is one that says nothing, or that the template makes say something else than its row does. With several teachers the
+column `teacher` names the row's, and stays.
 
 **Row policy.** A row that cannot be made, because its chat template refuses it or its columns contradict each other, is
 left out. If none can be used, the dataset is refused with the first reason. What is wrong with the run rather than with a
@@ -41,6 +42,7 @@ from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationColl
 from amid_trl.data.conversations import conversation_row
 from amid_trl.data.rendering import training_template
 from amid_trl.data.reports import StreamReport, noted, said_of
+from amid_trl.data.row_teachers import TEACHER, teacher_of
 from amid_trl.data.rows import BAD, DROPPED, NO_ANSWER, BadRow, DataSettings, Row, fit, text_row, tokens_row
 from amid_trl.data.teacher_prompts import has_teacher_prompts, with_teachers_row
 
@@ -89,7 +91,8 @@ def prepare_dataset(
     `with_transform()` is read through it, once.
 
     Raises:
-        ValueError: unknown columns, images, no rows, no prompts although text is generated, or no usable row.
+        ValueError: unknown columns, images, no rows, no prompts although text is generated, no usable row, or a row of
+            a teacher that there is not.
     """
     plain = dataset if _is_transformed(dataset) else dataset.with_format(None)
     first = next(iter(plain), None)
@@ -109,6 +112,7 @@ def prepare_dataset(
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
         teachers=has_teacher_prompts(columns, settings),
+        name=name,
     )
     if isinstance(plain, IterableDataset):
         prepared, reasons, said = _prepare_stream(plain, make_row, columns, settings, name)
@@ -145,7 +149,7 @@ def _prepare_rows(
         return None, set(found) & DROPPED, f"no row can be used. {said}"
     if said:
         logger.warning(said)
-    made = {*ROW_COLUMNS, *(TEACHER_COLUMNS if make_row.keywords["teachers"] else ())}
+    made = {*_features(make_row)} - {*NOTED}
     if made <= set(columns) <= {*made, *stays} and not found and not _is_transformed(dataset):
         return dataset, set(), said
     rows = rows.remove_columns(list(NOTED))
@@ -165,7 +169,8 @@ def _prepare_stream(
 
 
 def _features(make_row: partial[dict[str, Any]]) -> Features:
-    return WITH_TEACHERS if make_row.keywords["teachers"] else FEATURES
+    features = WITH_TEACHERS if make_row.keywords["teachers"] else FEATURES
+    return Features({**features, TEACHER: Value("string")}) if make_row.keywords["settings"].teachers else features
 
 
 def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
@@ -275,8 +280,11 @@ def _noted_row(
     template: str | None,
     settings: DataSettings,
     teachers: bool,
+    name: str,
 ) -> dict[str, Any]:
-    words = ""
+    words, of_teacher = "", {}
+    if settings.teachers:
+        of_teacher = {TEACHER: teacher_of(example, settings.teachers, f"row {number} of the {name} dataset")}
     try:
         row, notes = _row(example, format, tokenizer, template, settings)
         cut, fitting = fit(row, settings)
@@ -289,7 +297,7 @@ def _noted_row(
         row = cut = {column: [] for column in (*ROW_COLUMNS, *(TEACHER_COLUMNS if teachers else ()))}
         notes, fitting, words = [BAD], [], str(error)
     lengths = {"tokens": len(row["input_ids"]), "prompt_tokens": len(row["prompt_ids"])}
-    return {**cut, **lengths, "notes": [*notes, *fitting], "words": words, "number": number}
+    return {**cut, **of_teacher, **lengths, "notes": [*notes, *fitting], "words": words, "number": number}
 
 
 def _row(

@@ -66,6 +66,7 @@ class DataSettings:
         dataset_text_alone: whether nobody may write what is missing, because a cache has the teacher's answers.
         kept_columns: columns that stay in a prepared `Dataset`, where there are any, for callbacks.
         without_answers: how a set is prepared in which nothing is answered; None refuses it.
+        teachers: the names that the column `teacher` may have; none where one teacher has all rows.
     """
 
     max_length: int | None = None
@@ -86,6 +87,7 @@ class DataSettings:
     dataset_text_alone: bool = False
     kept_columns: tuple[str, ...] = ()
     without_answers: "DataSettings | None" = None
+    teachers: tuple[str, ...] = ()
 
     @property
     def budget_is(self) -> str:

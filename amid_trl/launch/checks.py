@@ -13,6 +13,7 @@ from amid_trl.evaluation.settings import require_rouge
 from amid_trl.fields import check_at_least, require_package
 from amid_trl.launch.declared import names_in
 from amid_trl.models.names import HUB_NAME, check_adapter_name, check_model_name
+from amid_trl.training.named_teachers import naming_teacher, settings_of_teachers
 from amid_trl.training.run_fields import WITHOUT_BF16
 
 
@@ -86,29 +87,40 @@ def check_run(config: Any, model_args: Any, command: str) -> None:
         ImportError: the package.
     """
     check_model_name("model_name_or_path", model_args.model_name_or_path)
-    check_model_name("teacher_model_name_or_path", config.teacher_model_name_or_path)
-    check_adapter_name("teacher_adapter_path", config.teacher_adapter_path)
     for name in ("chat_template_path", "pretrain_dataset"):
         given = getattr(config, name)
         if given and not os.path.exists(given) and not HUB_NAME.fullmatch(given):
             raise ValueError(f"{name}: {given} is neither there nor a name on the Hub")
     if command == "train":
-        if config.reads_cache and not os.path.isdir(config.teacher_cache):
-            raise ValueError(f"teacher_cache: there is no folder {config.teacher_cache}")
         _check_checkpoint(config)
-    check_teacher_given(config, command)
     _check_reporters(config.report_to)
-    for name, (package, install) in NEEDED.items():
-        value = getattr(config, name, None) or getattr(model_args, name, None)
-        if value:
-            require_package(package, f"{name}={value!r}", install)
+    for teacher, own in settings_of_teachers(config).items():
+        with naming_teacher(teacher):
+            _check_teacher(own, command)
+            _check_needed(own, model_args)
     if config.eval_generate:
         require_rouge()
 
 
+def _check_teacher(config: Any, command: str) -> None:
+    check_model_name("teacher_model_name_or_path", config.teacher_model_name_or_path)
+    check_adapter_name("teacher_adapter_path", config.teacher_adapter_path)
+    if command == "train" and config.reads_cache and not os.path.isdir(config.teacher_cache):
+        raise ValueError(f"teacher_cache: there is no folder {config.teacher_cache}")
+    check_teacher_given(config, command)
+
+
+def _check_needed(config: Any, model_args: Any) -> None:
+    for name, (package, install) in NEEDED.items():
+        value = getattr(config, name, None) or getattr(model_args, name, None)
+        if value:
+            require_package(package, f"{name}={value!r}", install)
+
+
 def check_teacher_given(config: Any, command: str) -> None:
     """Refuse a run without a teacher; a cache that is to be written is none."""
-    absent = config.teacher_model_server_url if command == "cache-teacher" else config.absent_teacher
+    writes = command == "cache-teacher" and config.teacher_cache is not None
+    absent = config.teacher_model_server_url if writes else config.absent_teacher
     if not config.teacher_model_name_or_path and not absent:
         raise ValueError("teacher_model_name_or_path is missing: name the teacher with --teacher_model_name_or_path")
 

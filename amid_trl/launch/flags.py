@@ -23,6 +23,7 @@ from amid_trl.launch.declared import Unread, calls_of, declared_class, names_in,
 from amid_trl.launch.help import RunParser, run_parser
 from amid_trl.launch.names import unknown_arguments
 from amid_trl.parser import OneLineParser
+from amid_trl.training.named_teachers import naming_teacher, settings_of_teachers
 from amid_trl.training.run_fields import GROUPS, RunFields
 
 
@@ -161,7 +162,9 @@ def check_flags(argv: list[str], command: str) -> Any:
     script.require_model(model_args)
     script.require_one_dataset(script_args, dataset_args)
     script.require_dataset_name(script_args.dataset_name)
-    _check_parameter_names(config)
+    for name, own in settings_of_teachers(config).items():
+        with naming_teacher(name):
+            _check_parameter_names(own)
     if command == "cache-teacher":
         script.require_cache(config)
     check_run(config, model_args, command)

@@ -11,6 +11,7 @@ from amid_trl.fields import loading_kwargs
 from amid_trl.launch import recipes
 from amid_trl.launch.names import unknown_arguments
 from amid_trl.models.names import HUB_NAME
+from amid_trl.training.named_teachers import settings_of_teachers
 
 
 def make_parser(prog: str | None = None) -> Any:
@@ -60,6 +61,12 @@ def build_trainer(
         "attn_implementation": model_args.attn_implementation,
         **loading_kwargs(training_args, "teacher_model_init_kwargs"),
     }
+    for name, own in settings_of_teachers(training_args).items():
+        if name and own.teacher_model_name_or_path is not None:
+            training_args.teachers[name]["teacher_model_init_kwargs"] = {
+                "attn_implementation": model_args.attn_implementation,
+                **loading_kwargs(own, "teacher_model_init_kwargs"),
+            }
 
     dataset = load_splits(script_args, dataset_args)
     evaluates = evaluates or training_args.eval_strategy != "no"
@@ -124,7 +131,7 @@ def require_model(model_args: Any) -> None:
 
 def require_cache(training_args: Any) -> None:
     """Refuse `cache-teacher` without a folder to write."""
-    if training_args.teacher_cache is None:
+    if all(own.teacher_cache is None for own in settings_of_teachers(training_args).values()):
         raise ValueError("teacher_cache is missing: name the folder with --teacher_cache")
 
 

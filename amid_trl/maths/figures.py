@@ -21,6 +21,11 @@ class Figures:
         """The sum of every column."""
         return dict(zip(self.names, self.columns.sum(0), strict=True))
 
+    def parts(self, name: str, count: int) -> list["Figures"]:
+        """The sums of the rows in which the column of that name is 0, 1, …, each a row."""
+        sums = self.summed(self[name].long(), count).columns
+        return [Figures(self.names, row[None]) for row in sums]
+
     def summed(self, groups: Int[Tensor, " rows"], count: int) -> "Figures":
         """Sums over the rows of each of `count` groups; `groups` says to which each row belongs."""
         sums = self.columns.new_zeros(count, len(self.names))

@@ -156,10 +156,19 @@ def whole_head(model: PreTrainedModel) -> Head:
     return language_model_head(model)
 
 
+def tokens_or_some(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of the rows, and of a batch without rows those of one: no model runs on none.
+
+    A model that processes hold in pieces has to run on all of them, also for the rows of one.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    return (ids, mask) if len(ids) else (ids.new_zeros(1, ids.shape[1]), mask.new_ones(1, mask.shape[1]))
+
+
 def trained_states(hidden: Tensor, head: Head, batch: Batch) -> States:
     """Those of (rows, tokens, dim) hidden states that predict a trained token, rows one after the other."""
     trained = trained_targets(batch) != UNTRAINED
-    return States(hidden[:, :-1][trained.to(hidden.device)], head)
+    return States(hidden[: len(trained), :-1][trained.to(hidden.device)], head)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class ReplayBuffer:
 
     def add(self, prompts: Sequence[PromptTokens], completions: Sequence[Tensor]) -> None:
         """Append rows, the newest last."""
-        own = (PromptTokens(_own(ids), None if read is None else _own(read)) for ids, read in prompts)
+        own = (PromptTokens(_own(ids), None if read is None else _own(read), n) for ids, read, n in prompts)
         self._rows.extend([(prompt, _own(text)) for prompt, text in zip(own, completions, strict=True)])
 
     def sample(self, count: int) -> tuple[list[PromptTokens], list[Tensor]]:
@@ -47,7 +47,7 @@ class ReplayBuffer:
         return [self._rows[i][0] for i in drawn], [self._rows[i][1] for i in drawn]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Rows and generator as three tensors, for a file without pickle."""
+        """Rows and generator as tensors, for a file without pickle."""
         return {**_packed(self._rows), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -82,7 +82,8 @@ def _own(ids: Tensor) -> Tensor:
 def _packed(rows: Sequence[Pair]) -> dict[str, Tensor]:
     """All tokens in a row, `ids`, and the lengths of prompts and completions, (rows, 2).
 
-    With prompts of the teacher's (rows, 3): theirs come last, and have -1 tokens where the teacher reads the same.
+    With prompts of the teacher's (rows, 3): theirs come last, and have -1 tokens where the teacher reads the same. Of
+    several teachers `teachers` has the number of each row's.
     """
     several = any(prompt.teacher_ids is not None for prompt, _ in rows)
     parts = [(prompt.ids, text, *([prompt.teacher_ids] if several else [])) for prompt, text in rows]
@@ -90,14 +91,17 @@ def _packed(rows: Sequence[Pair]) -> dict[str, Tensor]:
     there = [part for row in parts for part in row if part is not None]
     # The empty tensor in front, because nothing at all cannot be concatenated.
     ids = torch.cat([torch.tensor([], dtype=torch.long), *there])
-    return {"ids": ids, "lengths": torch.tensor(lengths, dtype=torch.long).view(-1, 3 if several else 2)}
+    packed = {"ids": ids, "lengths": torch.tensor(lengths, dtype=torch.long).view(-1, 3 if several else 2)}
+    numbers = [prompt.teacher for prompt, _ in rows]
+    return packed if not rows or None in numbers else {**packed, "teachers": torch.tensor(numbers)}
 
 
 def _unpacked(state: Mapping[str, Tensor]) -> list[Pair]:
     lengths = state["lengths"]
     parts = iter(state["ids"].split(lengths.clamp(min=0).flatten().tolist()))
+    numbers = state["teachers"].tolist() if "teachers" in state else [None] * len(lengths)
     rows = []
-    for _, _, *teacher in lengths.tolist():
+    for (_, _, *teacher), number in zip(lengths.tolist(), numbers, strict=True):
         ids, text, *read = (_own(next(parts)) for _ in range(lengths.shape[1]))
-        rows.append((PromptTokens(ids, read[0] if teacher and teacher[0] >= 0 else None), text))
+        rows.append((PromptTokens(ids, read[0] if teacher and teacher[0] >= 0 else None, number), text))
     return rows

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amid_trl.data.batches import Batch, PromptTokens, completion_batch, deal_by_length, several_each, window_prompts
+from amid_trl.data.batches import Batch, PromptTokens, completion_batch, deal_rows, several_each, window_prompts
 from amid_trl.data.plain_text import PlainText
 from amid_trl.maths.balance import Routing, balance_loss, routing
 from amid_trl.maths.means import Means
@@ -76,7 +76,7 @@ class Windows:
         *,
         deals: bool,
     ):
-        """With `deals`, as for our own collator, a window's rows are dealt to its micro-batches by length."""
+        """With `deals`, as for our own collator, the rows of a window are dealt by teacher and length."""
         args = run.args
         self._num_generations = args.num_generations
         self._writers, self._sources, self._plain_text, self._means = writers, sources, plain_text, means
@@ -91,7 +91,7 @@ class Windows:
         if source not in DATASET_TEXT and batches:
             batches = [to_device(batch) for batch in self.written_by(source, batches, step)]
         if self._deals:
-            batches = deal_by_length(batches, *self._pad)
+            batches = deal_rows(batches, *self._pad)
         for name, share in self._sources.shares(source).items():
             self._means.add(name, share, 1)
         if self._plain_text is None or not batches:

@@ -13,12 +13,20 @@ from torch import nn
 from amid_trl._trl import forward_redirection, use_adapter
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import Head, States
-from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.models.heads import (
+    backbone_states,
+    causal_lm,
+    evaluating,
+    language_model_head,
+    tokens_or_some,
+    trained_states,
+)
 from amid_trl.models.pairs import common_positions
 from amid_trl.models.quantised import compare_base
 
 
-# The teacher's adapter beside the student's, and what stands for none: then the base itself is the teacher.
+# The teacher's adapter beside the student's, in front of the teacher's name where there are several; and what stands
+# for none: then the base itself is the teacher.
 TEACHER_ADAPTER = "teacher"
 BASE = "base"
 
@@ -29,19 +37,28 @@ class AdapterTeacher:
     rows_at_once = 1
     is_far = False
     is_sparse = False
+    asks_together = True
 
-    def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):
+    def __init__(
+        self,
+        student: nn.Module,
+        wrapped: Callable[[], nn.Module],
+        path: str,
+        accelerator: Accelerator,
+        teacher: str = "",
+    ):
+        """`teacher` tells it from others that are adapters too."""
         if not is_peft_model(student):
             raise ValueError(f"teacher_adapter_path={path!r} needs a student with an adapter; pass peft_config")
         self._wrapped, self._accelerator, self.name = wrapped, accelerator, path
-        self._adapter = None if path == BASE else TEACHER_ADAPTER
+        self._adapter = None if path == BASE else f"{TEACHER_ADAPTER}_{teacher}".rstrip("_")
         if self._adapter is not None:
             adapted: Any = student
-            if TEACHER_ADAPTER in adapted.peft_config:
+            if self._adapter in adapted.peft_config:
                 raise ValueError(
-                    f"the student has an adapter called {TEACHER_ADAPTER!r}, the name that the teacher's gets"
+                    f"the student has an adapter called {self._adapter!r}, the name that the teacher's gets"
                 )
-            adapted.load_adapter(path, TEACHER_ADAPTER, is_trainable=False)
+            adapted.load_adapter(path, self._adapter, is_trainable=False)
             compare_base(path, adapted)
 
     @property
@@ -72,23 +89,26 @@ def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator) -
     """What the student answers with the weights that it has now, as a teacher: without gradient and dropout."""
     student: Any = accelerator.unwrap_model(wrapped)
     base = causal_lm(student)
-    tokens = (batch["input_ids"], batch["attention_mask"])
     with torch.no_grad(), accelerator.autocast(), evaluating(student):
-        hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens)
+        hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens_or_some(batch))
         return trained_states(hidden, language_model_head(base), batch)
 
 
 @contextmanager
 def student_alone(model: nn.Module) -> Iterator[None]:
-    """Within it `model.save_pretrained` leaves out the teacher's adapter; by itself it saves all that there are."""
-    adapters = list(getattr(model, "peft_config", ()))
-    if TEACHER_ADAPTER not in adapters:
+    """Within it `model.save_pretrained` leaves out the teachers' adapters; by itself it saves all that there are."""
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    own = [name for name, config in adapters.items() if not (config.inference_mode and _is_teachers(name))]
+    if len(own) == len(adapters):
         yield
         return
-    adapters.remove(TEACHER_ADAPTER)
     saved: Any = model
-    saved.save_pretrained = partial(saved.save_pretrained, selected_adapters=adapters)
+    saved.save_pretrained = partial(saved.save_pretrained, selected_adapters=own)
     try:
         yield
     finally:
         del saved.save_pretrained  # the instance's, in front of the method
+
+
+def _is_teachers(adapter: str) -> bool:
+    return adapter.partition("_")[0] == TEACHER_ADAPTER

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import Batch, row_key, unpadded_rows
+from amid_trl.data.row_teachers import TEACHER
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.sparse import SparseTeacher, joined
@@ -188,18 +189,22 @@ class TeacherCache:
         buckets = torch.cat([log_p.float(), log_tail[:, None]], dim=-1).log_softmax(-1)
         return SparseTeacher(ids.long(), buckets[:, :-1], buckets[:, -1])
 
-    def missing(self, dataset: Any) -> list[int] | None:
-        """The indices of the rows of a prepared dataset that it does not hold; None where they are not known yet."""
+    def missing(self, dataset: Any, teacher: str = "") -> list[int] | None:
+        """The indices of the rows of a prepared dataset that it does not hold; None where they are not known yet.
+
+        Of several teachers' rows those of the one of that name.
+        """
         if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
             return None
         plain = dataset.with_format(None)
         prefix = "teacher_" if "teacher_input_ids" in dataset.column_names else ""  # the rows that the teacher reads
-        rows = zip(plain[f"{prefix}input_ids"], plain[f"{prefix}labels"], strict=True)
-        return [i for i, (ids, labels) in enumerate(rows) if row_key(ids, labels) not in self]
+        names = plain[TEACHER] if teacher else [teacher] * len(plain)
+        rows = zip(plain[f"{prefix}input_ids"], plain[f"{prefix}labels"], names, strict=True)
+        return [i for i, (*row, name) in enumerate(rows) if name == teacher and row_key(*row) not in self]
 
-    def is_whole(self, datasets: Mapping[str, Any]) -> bool:
-        """Whether it is known to hold every row of the prepared datasets."""
-        return all(self.missing(dataset) == [] for dataset in datasets.values())
+    def is_whole(self, datasets: Mapping[str, Any], teacher: str = "") -> bool:
+        """Whether it is known to hold every row of the prepared datasets, of several teachers' one's."""
+        return all(self.missing(dataset, teacher) == [] for dataset in datasets.values())
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -221,7 +226,7 @@ def _check_about(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 def open_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> "CachedTeacher":
     """The teacher of `teacher_cache`; a ValueError if it is another one's, or lacks a row of the prepared datasets."""
-    teacher = CachedTeacher(checked_cache(run), run.accelerator.device, WRITE_THEM)
+    teacher = CachedTeacher(checked_cache(run), run, WRITE_THEM)
     teacher.check(datasets)
     return teacher
 
@@ -259,7 +264,7 @@ def whole_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> Teacher
         return None
     cache = checked_cache(run)
     same = cache.about["loaded_as"] == loaded_as(run.args)  # else the teacher is loaded and looked at
-    return cache if same and cache.is_whole(datasets) else None
+    return cache if same and cache.is_whole(datasets, run.teacher) else None
 
 
 def checked_cache(run: Run[TeacherFields]) -> TeacherCache:
@@ -286,18 +291,18 @@ class CachedTeacher:
     """Looks every row up in a cache, which has the dataset's own text."""
 
     rows_at_once = 1
-    is_far = False
+    is_far = asks_together = False
 
-    def __init__(self, cache: TeacherCache, device: torch.device, remedy: str):
+    def __init__(self, cache: TeacherCache, run: Run[TeacherFields], remedy: str):
         """`remedy` says in an error what to do about rows that are missing."""
-        self._cache, self.name, self._remedy = cache, cache.teacher, remedy
+        self._cache, self.name, self._of, self._remedy = cache, cache.teacher, run.teacher, remedy
         self.is_sparse = not cache.holds_states
-        self._head = cache.head(device) if cache.holds_states else None
+        self._head = cache.head(run.accelerator.device) if cache.holds_states else None
 
     def check(self, datasets: Mapping[str, Any]) -> None:
         """ValueError if it lacks a row of the prepared datasets, as far as their rows are known."""
         for name, dataset in datasets.items():
-            if missing := self._cache.missing(dataset):
+            if missing := self._cache.missing(dataset, self._of):
                 raise ValueError(
                     f"{len(missing)} of {len(dataset)} rows of the {name} dataset are not in the teacher's cache, row "
                     f"{missing[0]} first: {self._remedy}"

@@ -33,6 +33,13 @@ MODEL_FIELDS = ("teacher_model_name_or_path", *dict.fromkeys((*LOADING_FIELDS, *
 class TeacherFields(Fields):
     """Parameters that control the teacher."""
 
+    teachers: JSON = option(
+        None,
+        "Several teachers by name, each described by the fields of a single one and, where it has an objective of its "
+        'own, by those of the objective: {"math": {"teacher_model_name_or_path": "Qwen/Qwen2.5-Math-7B-Instruct"}, '
+        '"chat": {"teacher_model_server_url": "http://there:8000"}}. The column teacher names the row\'s; a row that '
+        "names none needs a teacher called default.",
+    )
     teacher_model_revision: str | None = option(None, "Revision of the teacher on the Hub.")
     teacher_adapter_path: str | None = option(
         None,
@@ -106,8 +113,12 @@ class TeacherFields(Fields):
         return self.teacher_model_server_url or cache or self.teacher_adapter_path or average
 
     def __post_init__(self):
-        """Refuse what cannot work, and what would have no effect."""
+        """The checks, behind TRL's."""
         super().__post_init__()
+        self.check_teacher()
+
+    def check_teacher(self) -> None:
+        """Refuse what cannot work, and what would have no effect."""
         check_at_least(self, 1, "teacher_top_k")
         check_file(self, "teacher_deepspeed")
         self._check_places()

@@ -115,7 +115,7 @@ class FillingTeacher(TrainerCallback):
     at the end of an epoch or of an evaluation.
     """
 
-    is_sparse = False
+    is_sparse, asks_together = False, True
 
     def __init__(self, teacher: StatesTeacher, run: Run[TeacherFields]):
         self._teacher, self._accelerator, self._head = teacher, run.accelerator, teacher.head
@@ -134,7 +134,7 @@ class FillingTeacher(TrainerCallback):
         self._teacher.expect([batch for batch in batches if not self._knows(_keys(batch))])
 
     def __call__(self, batch: Batch) -> States:
-        """The hidden states at the trained tokens; all processes have to ask."""
+        """The hidden states at the trained tokens; all processes have to ask, also about no row."""
         if not self._is_checked:
             check_same_teacher(self._run, self._folder, self._teacher)
             self._is_checked = True
@@ -147,6 +147,8 @@ class FillingTeacher(TrainerCallback):
                     self._writer.add(key, hidden)
             self._cache.refresh()  # the writer may have written
         rows = [waiting[0] if (waiting := self._writer.waiting(key)) else self._cache.row(key) for key in keys]
+        if not rows:
+            rows = [torch.empty(0, 0)]  # nobody multiplies it
         return States(torch.cat(cast(list[Tensor], rows)).to(batch["input_ids"].device), self._head)
 
     def _knows(self, keys: Sequence[bytes]) -> bool:

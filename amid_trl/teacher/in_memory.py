@@ -12,7 +12,7 @@ from amid_trl._trl import forward_redirection
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import Head, States
 from amid_trl.models.fsdp import reshard
-from amid_trl.models.heads import backbone_states, causal_lm, language_model_head, trained_states
+from amid_trl.models.heads import backbone_states, causal_lm, language_model_head, tokens_or_some, trained_states
 from amid_trl.models.pairs import common_positions
 from amid_trl.run import RenamedTokens
 
@@ -26,6 +26,7 @@ class ModelTeacher:
     rows_at_once = 1
     is_far = False
     is_sparse = False
+    asks_together = True
 
     def __init__(
         self,
@@ -67,13 +68,12 @@ class ModelTeacher:
             self._renamed.check(batch["input_ids"][batch["attention_mask"].bool()])
         teacher: Any = self._accelerator.unwrap_model(self._wrapped)
         base = causal_lm(teacher)
-        tokens = (batch["input_ids"], batch["attention_mask"])
         with (
             torch.no_grad(),
             self._accelerator.autocast(),
             self._at_home.on_device() if self._at_home else nullcontext(),
         ):
-            hidden = forward_redirection(self._wrapped, teacher, backbone_states, base, *tokens)
+            hidden = forward_redirection(self._wrapped, teacher, backbone_states, base, *tokens_or_some(batch))
             reshard(self._wrapped)
             head = language_model_head(base)
             # The parameter goes home with the others; the tensor that it had on the device stays for the loss.

@@ -26,6 +26,7 @@ class Teacher(Protocol):
     rows_at_once: int  # it is worth asking about so many together
     is_far: bool  # whether it is worth asking before the answer is needed
     is_sparse: bool  # whether it answers with the likeliest tokens, and not with hidden states
+    asks_together: bool  # whether all processes have to ask at a time, about a batch without rows if they have none
 
     @property
     def name(self) -> str:
@@ -60,18 +61,18 @@ def open_teacher(
     """
     by_name = model is None and run.args.absent_teacher is None  # the others cost little to open, and are looked at
     if by_name and (cache := whole_cache(run, datasets)) is not None:
-        return CachedTeacher(cache, run.accelerator.device, LOAD_IT)
+        return CachedTeacher(cache, run, LOAD_IT)
     if run.args.reads_cache:
         return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
         served = open_remote(run) or open_server(run)
-        url, room = run.args.teacher_model_server_url, run.args.max_new_tokens
-        check_reach(datasets, url, served.longest_row, room=room, generates=generates)
+        check_reach(run, datasets, served.longest_row, generates=generates)
         teacher: Teacher = served
     elif run.args.teacher_ema is not None:
         teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
     elif run.args.teacher_adapter_path is not None:
-        teacher = AdapterTeacher(student, wrapped_student, run.args.teacher_adapter_path, run.accelerator)
+        path = run.args.teacher_adapter_path
+        teacher = AdapterTeacher(student, wrapped_student, path, run.accelerator, run.teacher)
     else:
         assert model is not None
         name = run.args.teacher_model_name_or_path

@@ -24,6 +24,7 @@ class AverageTeacher(TrainerCallback):
 
     rows_at_once = 1
     is_far = is_sparse = False
+    asks_together = True
     name = "the student's moving average"
 
     def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], decay: float, accelerator: Accelerator):

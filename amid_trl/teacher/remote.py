@@ -74,7 +74,7 @@ class RemoteTeacher:
     it stays away for longer than its `connection` waits.
     """
 
-    is_far, is_sparse = True, False
+    is_far, is_sparse, asks_together = True, False, False
 
     def __init__(
         self,

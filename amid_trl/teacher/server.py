@@ -249,7 +249,7 @@ def open_server(run: Run[TeacherFields]) -> "ServedTeacher":
 class ServedTeacher:
     """Asks a server about every row, whoever wrote it."""
 
-    is_far, is_sparse = False, True
+    is_far, is_sparse, asks_together = False, True, False
 
     def __init__(self, server: TeacherServer):
         self._server, self.name, self.longest_row = server, server.model, server.longest_row

@@ -1,5 +1,7 @@
-"""The loss of one micro-batch: both models' hidden states at its trained tokens, compared by a token loss."""
+"""The loss of one micro-batch: hidden states at its trained tokens, compared with the teacher of each row."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from amid_trl.models.deepspeed import gathered_head
 from amid_trl.models.heads import backbone_states, causal_lm, whole_head
 from amid_trl.models.routers import routed_states
 from amid_trl.sources.windows import Balance
+from amid_trl.teacher.several import TeachersAnswers
 
 
 class BatchLoss(NamedTuple):
@@ -34,21 +37,28 @@ class BatchLoss(NamedTuple):
     aux_loss: Tensor | None
 
 
-def row_names(token_loss: DistillationTokenLoss) -> tuple[str, ...]:
-    """What is summed over the tokens of a row, and how many they are."""
-    return (*token_loss.means, "assistant_nll", "tokens")
+def row_names(token_losses: Sequence[DistillationTokenLoss]) -> tuple[str, ...]:
+    """What is summed over the tokens of a row, how many they are, and the number of the row's teacher."""
+    return (*_all_names(token_loss.means for token_loss in token_losses), "assistant_nll", "tokens", "teacher")
+
+
+def _all_names(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for some in names for name in some))
 
 
 def batch_loss(
     student: nn.Module,
     batch: Batch,
-    teacher: States | SparseTeacher,
-    token_loss: DistillationTokenLoss,
+    answers: TeachersAnswers,
+    token_losses: Sequence[DistillationTokenLoss],
     vocabulary: int,
     chunk_size: int | None,
     balance: Balance | None = None,
 ) -> BatchLoss:
-    """Run the student and compare; called inside the forward of whatever wraps the student."""
+    """Run the student and compare; called inside the forward of whatever wraps the student.
+
+    The rows of each teacher are compared by the token loss in its place. The sum is that of all tokens.
+    """
     base = causal_lm(student)
     head = whole_head(base)
     tokens, aux_loss = (batch["input_ids"], batch["attention_mask"]), None
@@ -62,48 +72,89 @@ def batch_loss(
     trained = targets != UNTRAINED
     states = States(hidden[:, :-1][trained], head.cut(vocabulary))
     labels = targets[trained]
-    if isinstance(teacher, States):
-        with gathered_head(teacher.head) as teacher_head:
-            cut = States(teacher.hidden, teacher_head.cut(vocabulary))
-            total, columns = _compared(states, cut, token_loss, (labels,), trained, chunk_size)
-    else:
-        total, columns = _compared(states, None, token_loss, (labels, *teacher), trained, chunk_size)
-    figures = Figures(token_loss.figures, columns)
+    total, figures = _compared(states, labels, trained, answers, token_losses, chunk_size)
     predictions = torch.full_like(targets, UNTRAINED).masked_scatter(trained, figures["student_top1"].long())
+    numbers = answers.numbers.to(hidden.device)
     plain_nll = None
     if "plain_text" in batch:
         plain_nll = _plain_nll(base, head.cut(vocabulary), batch["plain_text"], chunk_size)
-    return BatchLoss(total, _row_sums(figures, trained, token_loss), predictions, plain_nll, aux_loss)
+    row_sums = _row_sums(figures, trained, numbers, row_names(token_losses))
+    return BatchLoss(total, row_sums, predictions, plain_nll, aux_loss)
 
 
 def _compared(
     student: States,
+    labels: Tensor,
+    trained: Tensor,
+    answers: TeachersAnswers,
+    token_losses: Sequence[DistillationTokenLoss],
+    chunk_size: int | None,
+) -> tuple[Tensor, Figures]:
+    """Σ loss over all tokens, and their figures; 0 for one that the teacher of another token does not have."""
+    rows = trained.nonzero()[:, 0]
+    numbers = answers.numbers.to(rows.device)[rows]
+    asked = [(number, answer) for number, answer in enumerate(answers.by_teacher) if answer is not None]
+    # A loss of no token has a gradient all the same.
+    compared = [number for number, answer in asked if len(answer[0])] or [int(answers.numbers[0])]
+    names = _all_names(token_loss.figures for token_loss in token_losses)
+    totals, whole = [], labels.new_zeros(len(labels), len(names), dtype=torch.float32)
+    for number, answer in asked:
+        token_loss, all_tokens = token_losses[number], len(compared) == 1
+        with _whole(answer, len(student.head.weight)) as (teacher, columns):  # all processes have to ask for the head
+            if number not in compared:
+                continue
+            own = slice(None) if all_tokens else numbers == number
+            tokens = RowTokens.of(rows[own], len(trained))
+            part = States(student.hidden[own], student.head)
+            weights = _selection_weights(part, teacher, token_loss, (labels[own], *columns), tokens, chunk_size)
+            given = (labels[own], *columns, *weights)
+            total, figures = linear_token_loss(part, teacher, token_loss, given, chunk_size)
+        totals.append(total)
+        whole = whole.to(figures.dtype)
+        for name, column in zip(token_loss.figures, figures.unbind(-1), strict=True):
+            whole[own, names.index(name)] = column
+    return sum(totals[1:], totals[0]), Figures(names, whole)
+
+
+def _selection_weights(
+    student: States,
     teacher: States | None,
     token_loss: DistillationTokenLoss,
     columns: tuple[Tensor, ...],
-    trained: Tensor,
+    tokens: RowTokens,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
-    """The token loss on the linear path.
+) -> tuple[Tensor, ...]:
+    """The one column of a token loss that selects; none of one that does not.
 
     A selection that asks about the tokens projects both models' hidden states once more, without gradient.
     """
-    if (selection := token_loss.selection) is not None:
-        known, scores = {}, token_loss.scores
-        if scores.asks:
-            with torch.no_grad():
-                _, answers = linear_token_loss(student, teacher, scores, columns, chunk_size)
-            known = dict(zip(scores.asks, answers.T, strict=True))
-        tokens = RowTokens.of(trained.nonzero()[:, 0], len(trained))
-        columns = (*columns, selection.weights(known, tokens))
-    return linear_token_loss(student, teacher, token_loss, columns, chunk_size)
+    if (selection := token_loss.selection) is None:
+        return ()
+    known, scores = {}, token_loss.scores
+    if scores.asks:
+        with torch.no_grad():
+            _, found = linear_token_loss(student, teacher, scores, columns, chunk_size)
+        known = dict(zip(scores.asks, found.T, strict=True))
+    return (selection.weights(known, tokens),)
 
 
-def _row_sums(figures: Figures, trained: Tensor, token_loss: DistillationTokenLoss) -> Tensor:
+@contextmanager
+def _whole(answer: States | SparseTeacher, vocabulary: int) -> Iterator[tuple[States | None, tuple[Tensor, ...]]]:
+    """The teacher's states with all of its head, or what stands for them among the columns of the tokens."""
+    if isinstance(answer, SparseTeacher):
+        yield None, answer
+        return
+    with gathered_head(answer.head) as head:
+        yield States(answer.hidden, head.cut(vocabulary)), ()
+
+
+def _row_sums(figures: Figures, trained: Tensor, numbers: Tensor, names: tuple[str, ...]) -> Tensor:
+    *summed, _ = names
     ones = torch.ones_like(figures["nll"])
-    columns = [ones if name == "tokens" else figures[name] for name in row_names(token_loss)]
-    of_tokens = Figures(row_names(token_loss), torch.stack(columns, dim=-1))
-    return of_tokens.summed(trained.nonzero()[:, 0], len(trained)).columns
+    columns = [ones if name == "tokens" else figures[name] for name in summed]
+    of_tokens = Figures(tuple(summed), torch.stack(columns, dim=-1))
+    sums = of_tokens.summed(trained.nonzero()[:, 0], len(trained)).columns
+    return torch.cat([sums, numbers[:, None].to(sums)], dim=-1)
 
 
 def _plain_nll(base: PreTrainedModel, head: Head, blocks: Tensor, chunk_size: int | None) -> Tensor:

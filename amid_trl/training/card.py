@@ -14,6 +14,7 @@ from amid_trl.maths.objective import Objective, Term
 from amid_trl.models.heads import causal_lm
 from amid_trl.sources.fields import ADAPTIVE_FIELDS
 from amid_trl.training.config import AMiDConfig
+from amid_trl.training.named_teachers import settings_of_teachers
 
 
 PAPER = {
@@ -64,14 +65,23 @@ def complete_card(trainer: Any) -> None:
     file = folder / "README.md"
     card = file.read_text(encoding="utf-8").replace(NO_BASE_MODEL, f"`{shown_name(trainer.model)}`")
     card = card.replace(NO_HUB_MODEL, f'model="{folder.resolve().name}"')
-    from_teacher = ""
+    card += "\n\n## Distillation\n\nTrained with `amid_trl.AMiDTrainer`."
     if trainer.teacher_model is not None:
-        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
-        adapted = ", with an adapter" if causal_lm(teacher) is not teacher else ""
-        from_teacher = f" Its teacher was `{shown_name(teacher)}`{adapted}."
-    card += f"\n\n## Distillation\n\nTrained with `amid_trl.AMiDTrainer`.{from_teacher}"
-    card += f"\n\n{objective_table(trainer.args, trainer.objective, is_sparse=trainer.teacher.is_sparse)}"
+        card += f" Its teacher was {shown_teacher(trainer, trainer.teacher_model)}."
+    settings = settings_of_teachers(trainer.args)
+    for name, objective in trainer._parts.objectives.current.items():
+        if name:
+            model = trainer.teacher_models.get(name)
+            card += f"\n\n### Rows of the teacher `{name}`"
+            card += "" if model is None else f"\n\nIts model was {shown_teacher(trainer, model)}."
+        card += f"\n\n{objective_table(settings[name], objective, is_sparse=trainer.teachers[name].is_sparse)}"
     file.write_text(card, encoding="utf-8")
+
+
+def shown_teacher(trainer: Any, model: nn.Module) -> str:
+    """The name of a teacher's model, and whether it has an adapter."""
+    teacher = trainer.accelerator.unwrap_model(model)
+    return f"`{shown_name(teacher)}`{', with an adapter' if causal_lm(teacher) is not teacher else ''}"
 
 
 def shown_name(model: nn.Module) -> str:

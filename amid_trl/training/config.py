@@ -11,9 +11,11 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from trl import DistillationConfig
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
+from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import TAKE_CHOSEN, all_datasets, columns_of, has_prompts_alone, has_turns
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
@@ -23,6 +25,7 @@ from amid_trl.quiet import hide_old_names
 from amid_trl.sources.writers import require_vllm
 from amid_trl.training.build_locks import clear_build_locks
 from amid_trl.training.inherited import DISTILLATION_DEFAULTS, NOT_OURS
+from amid_trl.training.named_teachers import check_teachers, naming_teacher, settings_of_teachers
 from amid_trl.training.objective_fields import check_objective
 from amid_trl.training.run_fields import GROUPS, WITHOUT_BF16, RunFields
 
@@ -49,7 +52,9 @@ class AMiDConfig(RunFields, GKDConfig):  # pyright: ignore[reportIncompatibleVar
             if "support bf16" not in str(error):
                 raise
             raise ValueError(f"{error} {WITHOUT_BF16}") from error
-        check_objective(self)
+        for name, own in settings_of_teachers(self).items():
+            with naming_teacher(name):
+                check_objective(own)
         if self.parallelism_config is not None and (
             self.parallelism_config.cp_enabled or self.parallelism_config.sp_enabled
         ):
@@ -133,6 +138,7 @@ AMiDConfig.__doc__ = f"""
 def own_arguments(
     config: AMiDConfig | None,
     model: Any,
+    teacher_model: Any,
     train_dataset: Dataset | IterableDataset | None,
     evaluation_set: Any,
     *,
@@ -142,6 +148,9 @@ def own_arguments(
 ) -> AMiDConfig:
     """The arguments of one trainer, its own: what the data decides is set, what cannot be done is refused."""
     own = _own_copy(config, model)
+    if isinstance(teacher_model, Mapping):
+        own.teachers = {**{name: {} for name in teacher_model}, **json_dict(own.teachers)}
+        check_teachers(own)
     _follow_prompts(own, train_dataset, prepares=collator is None, formats=formatting_func is not None)
     _check_arguments(own, train_dataset, evaluation_set, compute_metrics, has_collator=collator is not None)
     return own
@@ -253,8 +262,9 @@ def data_settings(
         formatting_func=formatting_func,
         num_proc=config.dataset_num_proc,
         evaluates=evaluates,
-        dataset_text_alone=config.teacher_cache is not None,
+        dataset_text_alone=any(own.teacher_cache for own in settings_of_teachers(config).values()),
         kept_columns=("prompt",) if evaluates else (),  # TRL's LogCompletionsCallback reads it
+        teachers=tuple(json_dict(config.teachers)),
     )
     writes = config.eval_generate or config.generates if evaluates else config.generates
     if not writes:
@@ -283,6 +293,12 @@ def _prompt_budget(config: AMiDConfig, positions: int | None) -> int | None:
     if config.max_length is not None:
         room.append(config.max_length - most if config.max_length > most else config.max_length)
     return min(room, default=None)
+
+
+def own_collator(config: AMiDConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationCollator:
+    """What makes batches of the rows that are prepared here."""
+    padding: Any = (tokenizer.pad_token_id, config.pad_to_multiple_of)
+    return DistillationCollator(*padding, teachers=tuple(json_dict(config.teachers)))
 
 
 def for_sft(args: AMiDConfig, student: nn.Module, *, has_collator: bool) -> AMiDConfig:

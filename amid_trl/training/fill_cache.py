@@ -1,6 +1,8 @@
 """What a run's teacher expects for every row of it, written into a folder."""
 
 from collections.abc import Iterator
+from functools import partial
+from operator import eq
 from typing import Any, cast
 
 import torch
@@ -9,6 +11,7 @@ from tqdm.auto import tqdm
 
 from amid_trl.data.batches import Batch, row_key, teachers_view, trained_targets, unpadded_rows
 from amid_trl.data.datasets import all_datasets
+from amid_trl.data.row_teachers import SINGLE, TEACHER
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
@@ -16,6 +19,9 @@ from amid_trl.models.deepspeed import gathered_head
 from amid_trl.run import Run
 from amid_trl.teacher.cache import CacheAbout, CacheWriter, tokenizer_fingerprint
 from amid_trl.teacher.filling import StatesTeacher, check_same_teacher, hidden_rows, states_writer
+from amid_trl.teacher.kinds import Teacher
+from amid_trl.training.config import AMiDConfig
+from amid_trl.training.named_teachers import settings_of_teachers
 from amid_trl.training.trainer import AMiDTrainer
 
 
@@ -23,17 +29,19 @@ from amid_trl.training.trainer import AMiDTrainer
 CHUNK = 128
 
 
-def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None = None) -> None:
+def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None = None, name: str = SINGLE) -> None:
     """Write what is missing of the trainer's training and evaluation sets. All processes have to call it.
 
+    Of several teachers that of the one of that `name`, and of its rows.
     The `top_k` likeliest tokens in float16 or `dtype`, or with `teacher_cache_states` the hidden states. A teacher of
     which only the likeliest tokens are known is asked for as many as `teacher_top_k` says.
     """
-    accelerator, args, teacher = trainer.accelerator, trainer.args, trainer.teacher
+    accelerator, teacher = trainer.accelerator, trainer.teachers[name]
+    args = settings_of_teachers(trainer.args)[name]
     assert not teacher.is_sparse or top_k == args.teacher_top_k
     size = max(args.per_device_eval_batch_size, teacher.rows_at_once)
-    with _writer(trainer, folder, top_k, dtype) as writer:
-        for batch in tqdm(_batches(trainer, size), desc="Teacher", disable=not accelerator.is_main_process):
+    with _writer(trainer, args, teacher, folder, top_k, dtype) as writer:
+        for batch in tqdm(_batches(trainer, size, name), desc="Teacher", disable=not accelerator.is_main_process):
             batch = teachers_view(batch)
             keys = [row_key(*row) for row in unpadded_rows(batch)]
             missing = len(writer.missing(keys))
@@ -51,8 +59,9 @@ def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | No
     accelerator.wait_for_everyone()
 
 
-def _writer(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None) -> CacheWriter:
-    args, teacher = trainer.args, trainer.teacher
+def _writer(
+    trainer: AMiDTrainer, args: AMiDConfig, teacher: Teacher, folder: str, top_k: int, dtype: str | None
+) -> CacheWriter:
     if args.teacher_cache_states:
         if teacher.is_sparse:
             raise ValueError(
@@ -74,8 +83,10 @@ def _writer(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | None) ->
     return CacheWriter(folder, about, trainer.accelerator.process_index)
 
 
-def _batches(trainer: AMiDTrainer, size: int) -> Iterator[Batch]:
+def _batches(trainer: AMiDTrainer, size: int, name: str) -> Iterator[Batch]:
     for dataset in all_datasets(trainer.train_dataset, trainer.eval_dataset).values():
+        if name != SINGLE:
+            dataset = dataset.filter(partial(eq, name), input_columns=[TEACHER])
         loader = DataLoader(dataset, batch_size=size, collate_fn=trainer.data_collator)
         yield from trainer.accelerator.prepare_data_loader(loader)
 

@@ -52,7 +52,7 @@ HONOURED = {
 # Of GKDConfig's fields those that its help explains otherwise.
 GKD_DIFFERS = {
     "teacher_model_name_or_path": "has to be given, as this or as the trainer's `teacher_model`, unless a server, a "
-    "cache or an adapter of the student's base stands for it",
+    "cache or an adapter of the student's base stands for it, or `teachers` names several",
 }
 
 # Fields that trl.DistillationConfig has and AMiDConfig has not.

@@ -4,7 +4,7 @@ Counted are the pieces of memory that tensors lie in, on whichever device: a tie
 Activations are no part of it, nor the buffers in which an engine passes tensors on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,11 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 def weights(model: nn.Module) -> Held:
     """The memory of parameters and buffers."""
-    return held([*model.parameters(), *model.buffers()])
+    return held(_weights(model))
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> Held:
@@ -101,9 +105,10 @@ def _elements(parameter: nn.Parameter) -> int:
 class MemoryReport(TrainerCallback):
     """Prints the table when training begins; from then on it has the figures for the logs."""
 
-    def __init__(self, run: Run[AMiDConfig], teacher: nn.Module | None, *, is_sparse: bool = False):
-        self._accelerator, self._teacher, self._vocabulary = run.accelerator, teacher, run.vocabulary
-        self._is_sparse = is_sparse
+    def __init__(self, run: Run[AMiDConfig], teachers: Mapping[str, nn.Module], *, are_sparse: Mapping[str, bool]):
+        """`teachers` are those that have a model here, of the names that `are_sparse` has."""
+        self._accelerator, self._teachers, self._vocabulary = run.accelerator, teachers, run.vocabulary
+        self._are_sparse = are_sparse
 
     def on_train_begin(self, args: Any, state, control, **kwargs):
         """Print as transformers prints its logs: what a logger says as `info` is hidden by default."""
@@ -117,8 +122,9 @@ class MemoryReport(TrainerCallback):
         student = weights(self._student) | optimizer_state(self._optimizer, self._student)
         gradients = expected_gradients(self._student, self._accelerator)
         counts = {"memory/student_gib": sum(student.values()) + gradients}
-        if self._teacher is not None:
-            counts["memory/teacher_gib"] = sum(weights(self._teacher).values())
+        if self._teachers:
+            found = held(weight for teacher in self._teachers.values() for weight in _weights(teacher))
+            counts["memory/teacher_gib"] = sum(found.values())
         device = self._accelerator.device
         if device.type == "cuda":
             counts["memory/peak_gib"] = torch.cuda.max_memory_allocated(device)
@@ -128,28 +134,29 @@ class MemoryReport(TrainerCallback):
 
     def table(self, args: AMiDConfig) -> str:
         """Where the memory of this process goes before there are activations."""
-        student, teacher, accelerator = self._student, self._teacher, self._accelerator
+        student, accelerator = self._student, self._accelerator
         state = expected_optimizer_state(self._optimizer, student, accelerator)
         rows = [
             ("student", sum(weights(student).values()), _counted(student.parameters())),
             ("its gradients", expected_gradients(student, accelerator), f"of {_counted(_trained(student))}"),
             ("its optimizer state", state, "after the first step"),
         ]
-        if teacher is not None:
-            rows.append(("teacher", sum(weights(teacher).values()), _counted(teacher.parameters())))
+        for name, teacher in self._teachers.items():
+            rows.append((f"teacher {name}".rstrip(), sum(weights(teacher).values()), _counted(teacher.parameters())))
         rows.append(("a chunk of logits", *self._chunk(args)))
         lines = [f"  {name:<20}{_size(count):>12}  {note}" for name, count, note in rows]
         return "\n".join([f"Memory per process, {accelerator.num_processes} in all, without activations:", *lines])
 
     def _chunk(self, args: AMiDConfig) -> tuple[int, str]:
-        """The logits of all models that are projected; a teacher without a model of its own has the student's head."""
-        models: list[Any] = [self._student]
-        if not self._is_sparse:
-            models.append(self._student if self._teacher is None else self._teacher)
-        unwrapped: list[Any] = [self._accelerator.unwrap_model(model) for model in models]
+        """The logits of the models that are projected together: the student, and one teacher at a time.
+
+        A teacher without a model of its own has the student's head.
+        """
+        teachers = [self._teachers.get(name, self._student) for name, sparse in self._are_sparse.items() if not sparse]
+        unwrapped: list[Any] = [self._accelerator.unwrap_model(model) for model in (self._student, *teachers)]
         with self._accelerator.autocast():
-            heads = [language_model_head(causal_lm(model)) for model in unwrapped]
-            size = sum(head.product_dtype.itemsize for head in heads)
+            own, *others = [language_model_head(causal_lm(model)).product_dtype.itemsize for model in unwrapped]
+            size = own + max(others, default=0)
         tokens = chunk_tokens(self._vocabulary, self._accelerator.device, args.logits_chunk_size)
         return tokens * self._vocabulary * size, f"at most {tokens:,} tokens at a time"
 

@@ -106,11 +106,19 @@ class ObjectiveFields(Fields):
     )
 
     def __post_init__(self):
-        """Refuse what cannot work, before TRL compares it with numbers, and what would have no effect."""
+        """The checks; TRL's compare with numbers, and come behind those that they are some."""
+        self._check_numbers()
+        super().__post_init__()
+        self.check_compared()
+
+    def _check_numbers(self) -> None:
         check_shares(self, "beta", "assistant_lambda")
         if not is_number(self.assistant_alpha) or math.isnan(self.assistant_alpha):
             raise ValueError(f"assistant_alpha must be a real number, inf or -inf; got {self.assistant_alpha!r}")
-        super().__post_init__()
+
+    def check_compared(self) -> None:
+        """Refuse what cannot work, and what would have no effect."""
+        self._check_numbers()
         check_positive(self, "distill_temperature")
         check_weights(self, "sft_weight")
         check_at_least(self, 1, "logits_chunk_size")

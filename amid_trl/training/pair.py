@@ -1,6 +1,5 @@
-"""Student, teacher and tokenizer of a run: loaded where they are names, and checked against each other."""
+"""Student, teachers and tokenizer of a run: loaded where they are names, and checked against each other."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +24,11 @@ from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokeniz
 from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
 from amid_trl.models.pairs import check_adapter, check_text_only, common_positions, common_vocabulary
 from amid_trl.models.quantised import quantisation
-from amid_trl.models.tokenizers import renamed_tokens
 from amid_trl.quiet import hide_old_names
-from amid_trl.run import RenamedTokens, Run
-from amid_trl.teacher.cache import TeacherCache, cache_to_fill, whole_cache
-from amid_trl.teacher.loading import load_teacher
+from amid_trl.run import RenamedTokens
 from amid_trl.training.config import AMiDConfig
+from amid_trl.training.named_teachers import naming_teacher, settings_of_teachers
+from amid_trl.training.teacher_models import LoadedTeacher, TeacherModel, given_model, open_model
 
 
 logger = logging.getLogger(__name__)
@@ -41,37 +39,42 @@ MERGED, TEXT = "merged_base", "text_base"
 
 
 class LoadedPair(NamedTuple):
-    """Both models and the tokenizer of both.
+    """Student and teachers by name, and the tokenizer of all; a teacher of all rows has the name SINGLE.
 
     Attributes:
-        renamed: tokens that mean another thing to the teacher.
-        positions: the longest sequence that both have positions for; None if they declare no bound.
+        positions: the longest sequence that all have positions for; None if they declare no bound.
         generation: how the student's checkpoint says that it generates.
-        awaits_data: whether the teacher is None because its cache may know all rows, which only the data shows.
     """
 
     student: nn.Module
-    teacher: nn.Module | None
+    teachers: dict[str, LoadedTeacher]
     tokenizer: PreTrainedTokenizerBase
-    renamed: RenamedTokens
     positions: int | None
     generation: GenerationConfig
-    awaits_data: bool = False
+
+    def vocabulary(self, student: nn.Module) -> int:
+        """How many tokens all know; the student may have got rows for new ones."""
+        return min(common_vocabulary(student, teacher.model, self.tokenizer) for teacher in self.teachers.values())
+
+    @property
+    def renamed(self) -> RenamedTokens:
+        """Tokens that mean another thing to any of the teachers."""
+        return RenamedTokens.joined(teacher.renamed for teacher in self.teachers.values())
 
 
 def load_pair(
     model: str | nn.Module | None,
-    teacher_model: str | nn.Module | None,
+    teacher_model: TeacherModel | Mapping[str, TeacherModel],
     args: AMiDConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     quantization_config: BitsAndBytesConfig | None,
     *,
     peft_config: Any,
 ) -> LoadedPair:
-    """Student, teacher and tokenizer, loaded where they are names, and checked against each other.
+    """Student, teachers and tokenizer, loaded where they are names, and checked against each other.
 
-    A student's adapter is merged where another follows, that of `peft_config`. The teacher is None where a server, a
-    cache or an adapter of the student's base stands for it. What is drawn is drawn by `args.seed`; `args` is the
+    A student's adapter is merged where another follows, that of `peft_config`. A teacher has no model where a server,
+    a cache or an adapter of the student's base stands for it. What is drawn is drawn by `args.seed`; `args` is the
     trainer's own copy, and does not ask for what the student cannot do.
     """
     set_seed(args.seed)
@@ -79,13 +82,16 @@ def load_pair(
     adapter_follows = peft_config is not None
     if adapter_follows:
         check_adapter(peft_config, "student")
-    absent = args.absent_teacher
-    if teacher_model is not None and absent:
-        raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")
-    teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-    if model is None or (teacher_model is None and not absent):
-        missing = "model" if model is None else "teacher_model (or args.teacher_model_name_or_path)"
-        raise ValueError(f"{missing} is missing: pass a name, a path or a model")
+    if model is None:
+        raise ValueError("model is missing: pass a name, a path or a model")
+    settings = settings_of_teachers(args)
+    given = teacher_model if isinstance(teacher_model, Mapping) else dict.fromkeys(settings, teacher_model)
+    if args.teachers is not None and teacher_model is not None and not isinstance(teacher_model, Mapping):
+        raise ValueError("teacher_model is one model, and there are teachers by name: pass a dict of models, or none")
+    models: dict[str, TeacherModel] = {}
+    for name, own in settings.items():
+        with naming_teacher(name):
+            models[name] = given_model(given.get(name), own)
 
     revision = json_dict(args.model_init_kwargs).get("revision")
     remote = args.trust_remote_code
@@ -96,11 +102,10 @@ def load_pair(
         tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
     )
     warn_of_gguf(tokenizer)
-    teacher, renamed = None, RenamedTokens()
-    cache = cache_to_fill(args)
-    awaits_data = cache is not None and isinstance(teacher_model, str) and not absent
-    if teacher_model is not None and not absent and not awaits_data:
-        teacher, renamed = load_checked_teacher(teacher_model, args, student, tokenizer)
+    teachers: dict[str, LoadedTeacher] = {}
+    for name, own in settings.items():
+        with naming_teacher(name):
+            teachers[name] = open_model(models[name], own, student, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
@@ -109,39 +114,9 @@ def load_pair(
     elif is_part(student) and (is_peft_model(student) or adapter_follows):
         folder = Path(str(args.output_dir), TEXT)
         name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
-    read = TeacherCache(str(args.teacher_cache)) if args.reads_cache else cache
-    bounds = [common_positions(student, teacher), None if read is None else read.about.get("positions")]
+    bounds = [common_positions(student), *(teacher.positions for teacher in teachers.values())]
     positions = min((bound for bound in bounds if bound is not None), default=None)
-    return LoadedPair(student, teacher, tokenizer, renamed, positions, generation_config_of(student), awaits_data)
-
-
-def load_checked_teacher(
-    teacher_model: str | nn.Module, args: AMiDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> tuple[nn.Module, RenamedTokens]:
-    """A teacher with a model of its own, and the tokens that mean another thing to it than to the student."""
-    teacher = load_teacher(teacher_model, args)
-    file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
-    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
-    check_teacher(student, teacher)
-    teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, **of_teacher)
-    if teacher_tokenizer is not None:
-        warn_of_gguf(tokenizer, teacher_tokenizer)
-    writes = args.generates or args.eval_generate
-    return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
-
-
-def with_teacher(
-    pair: LoadedPair, run: Run[AMiDConfig], student: nn.Module, datasets: Mapping[str, Any]
-) -> tuple[nn.Module | None, Run[AMiDConfig]]:
-    """The teacher that the pair has, or that turns out to be needed for the prepared datasets; the run with it."""
-    if not pair.awaits_data or whole_cache(run, datasets) is not None:
-        return pair.teacher, run
-    name = str(run.args.teacher_model_name_or_path)
-    teacher, renamed = load_checked_teacher(name, run.args, student, run.tokenizer)
-    common_vocabulary(student, teacher, run.tokenizer)
-    for dataset in datasets.values():
-        renamed.checked(dataset)
-    return teacher, dataclasses.replace(run, renamed=renamed)
+    return LoadedPair(student, teachers, tokenizer, positions, generation_config_of(student))
 
 
 def load_student(
@@ -283,10 +258,3 @@ def _can_checkpoint(base: Any) -> bool:
     """Whether transformers can recompute the model's activations: the class says so, and has layers that do."""
     declared = getattr(base, "supports_gradient_checkpointing", True)
     return declared and any(hasattr(module, "gradient_checkpointing") for module in base.modules())
-
-
-def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher that the loss could not read, or that would change with the student."""
-    check_text_only(teacher, "teacher")
-    if causal_lm(teacher).base_model is causal_lm(student).base_model:
-        raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")

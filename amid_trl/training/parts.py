@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import GenerationConfig, TrainerCallback
 
 from amid_trl.data.batches import Batch, teachers_view
 from amid_trl.data.plain_text import PlainText, open_plain_text
+from amid_trl.data.row_teachers import SINGLE
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.phases import phase
@@ -19,7 +21,8 @@ from amid_trl.sources.source import Source
 from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
 from amid_trl.teacher.cache import CachedTeacher
-from amid_trl.teacher.kinds import Teacher, open_teacher
+from amid_trl.teacher.kinds import open_teacher
+from amid_trl.teacher.several import Teachers, TeachersAnswers
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.balancing import Balancing
 from amid_trl.training.checkpoints import Stateful
@@ -28,10 +31,12 @@ from amid_trl.training.evaluated_text import EvaluatedText
 from amid_trl.training.half_precision import UnmovedWeights
 from amid_trl.training.lookahead import Lookahead
 from amid_trl.training.memory import MemoryReport
+from amid_trl.training.named_teachers import naming_teacher
 from amid_trl.training.nonfinite import NonfiniteLoss
-from amid_trl.training.run_objective import RunObjective
+from amid_trl.training.run_objective import RunObjectives
 from amid_trl.training.seconds import StepSeconds
 from amid_trl.training.sigterm import StopOnSigterm
+from amid_trl.training.teacher_models import RunTeacher
 from amid_trl.training.trackers import send_completions
 
 
@@ -39,13 +44,14 @@ from amid_trl.training.trackers import send_completions
 class Parts:
     """The parts of one process; `window` is the one that is trained at the moment."""
 
-    teacher: Teacher
+    teachers: Teachers
+    teacher_models: dict[str, nn.Module]
     writers: dict[Source, Writer]
     answers: Answers | None
     evaluated_text: EvaluatedText
     sources: WindowSources
     plain_text: PlainText | None
-    objective: RunObjective
+    objectives: RunObjectives
     train_means: Means
     eval_means: Means
     windows: Windows
@@ -58,16 +64,16 @@ class Parts:
     window: Window = field(default_factory=Window)
     lookahead: Lookahead = field(default_factory=Lookahead)
 
-    def ask_teacher(self, batch: Batch) -> Any:
-        """What the teacher says of a micro-batch."""
+    def ask_teachers(self, batch: Batch) -> TeachersAnswers:
+        """What the teachers say of a micro-batch."""
         with phase("teacher"):
-            return self.teacher(teachers_view(batch))
+            return self.teachers(teachers_view(batch))
 
     def ask_ahead(self, epoch_iterator: Iterator[Batch], count: int, step: int, steps: int) -> None:
-        """Have a teacher that is far away asked about this window, and about window `step` where its text is known."""
-        self.teacher.expect([*map(teachers_view, self.window.batches)])
-        if self.teacher.is_far and self.sources.will_read_dataset(step, steps):
-            self.teacher.expect([*map(teachers_view, self.lookahead.peek(epoch_iterator, count))])
+        """Have teachers that are far away asked about this window, and about window `step` where its text is known."""
+        self.teachers.expect([*map(teachers_view, self.window.batches)])
+        if self.teachers.is_far and self.sources.will_read_dataset(step, steps):
+            self.teachers.expect([*map(teachers_view, self.lookahead.peek(epoch_iterator, count))])
 
     def write_table(self, step: int, callbacks: list[TrainerCallback]) -> None:
         """Print, save and send the table of completions, if one is wanted and there is a new one."""
@@ -75,34 +81,39 @@ class Parts:
             send_completions(rows, callbacks)
 
     def record(self, means: Means, rows: Figures) -> None:
-        """Count the figures of some rows, also by who wrote them where the means have names for that."""
-        totals = rows.totals()
-        for name in self.objective.means:
-            for known in (name, f"{name}/{self.window.source}"):
-                if known in means:
-                    means.add(known, totals[name], totals["tokens"])
+        """Count the figures of some rows, also by writer and by teacher where the means have names for that."""
+        counted = {"": rows, f"/{self.window.source}": rows}
+        for teacher, own in zip(self.teachers.names, rows.parts("teacher", len(self.teachers.names)), strict=True):
+            counted[f"/{teacher}"] = own
+        for of, some in counted.items():
+            totals = some.totals()
+            for name in self.objectives.means:
+                if f"{name}{of}" in means:
+                    means.add(f"{name}{of}", totals[name], totals["tokens"])
 
     def check_evaluated(self, datasets: Mapping[str, Any]) -> None:
-        """ValueError, before it is begun, if the teacher cannot answer an evaluation of these prepared datasets."""
-        if isinstance(self.teacher, CachedTeacher):
-            self.teacher.check(datasets)
+        """ValueError, before it is begun, if a teacher cannot answer an evaluation of these prepared datasets."""
+        for name, teacher in self.teachers.by_name.items():
+            if isinstance(teacher, CachedTeacher):
+                with naming_teacher(name):
+                    teacher.check(datasets)
 
     @property
     def callbacks(self) -> tuple[TrainerCallback, ...]:
         """Those that want to know what the trainer does."""
-        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.seconds, self.teacher)
+        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.seconds, *self.teachers.by_name.values())
         return tuple(part for part in parts if isinstance(part, TrainerCallback))
 
     @property
     def stateful(self) -> tuple[Stateful, ...]:
         """Those whose state a checkpoint holds."""
-        parts = (self.sources, self.objective, self.plain_text, self.teacher)
+        parts = (self.sources, self.objectives, self.plain_text, self.teachers)
         return tuple(part for part in parts if isinstance(part, Stateful))
 
     @property
     def figures(self) -> dict[str, float]:
         """What moves or grows during a run, for the logs; all processes have to ask."""
-        parts = (self.sources, self.objective, self.nonfinite, self.memory, self.unmoved, self.seconds)
+        parts = (self.sources, self.objectives, self.nonfinite, self.memory, self.unmoved, self.seconds)
         return {name: value for part in parts for name, value in part.figures.items()}
 
     def evaluated(self, sft_weight: float) -> dict[str, float]:
@@ -111,12 +122,27 @@ class Parts:
         return {**means, "loss": means.get("objective", 0.0) + sft_weight * means.get("nll", 0.0)}
 
 
+def open_teachers(
+    teachers: Mapping[str, RunTeacher],
+    student: nn.Module,
+    wrapped_student: Callable[[], nn.Module],
+    datasets: Mapping[str, Any],
+    accelerator: Accelerator,
+) -> Teachers:
+    """All of them; a ValueError says of which it is."""
+    opened = {}
+    for name, (run, model) in teachers.items():
+        with naming_teacher(name):
+            opened[name] = open_teacher(run, model, student, wrapped_student, datasets, generates=run.args.generates)
+    return Teachers(opened, accelerator)
+
+
 def open_parts(
     run: Run[AMiDConfig],
     student: nn.Module,
     wrapped_student: Callable[[], nn.Module],
     student_generation: GenerationConfig,
-    teacher_model: nn.Module | None,
+    teachers: Mapping[str, RunTeacher],
     datasets: Mapping[str, Any],
     pretrain_dataset: Dataset | IterableDataset | None,
     *,
@@ -126,34 +152,39 @@ def open_parts(
 
     `wrapped_student` is the student as its engine has wrapped it by then, `student_generation` the generation config
     that it came with, `datasets` the prepared ones by name; with `deals`, for our own collator, the rows of a window
-    are dealt by length, and an evaluation answers prompts alone.
+    are dealt by teacher and length, and an evaluation answers prompts alone.
     """
-    teacher = open_teacher(run, teacher_model, student, wrapped_student, datasets, generates=run.args.generates)
+    opened = open_teachers(teachers, student, wrapped_student, datasets, run.accelerator)
+    models = {name: teacher.model for name, teacher in teachers.items() if teacher.model is not None}
     plain_text = open_plain_text(run, pretrain_dataset)
-    writers = open_writers(run, student, wrapped_student, teacher_model, student_generation)
+    writers = open_writers(run, student, wrapped_student, models.get(SINGLE), student_generation)
     answers = None
     if run.args.eval_generate:
         answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
-    sources, objective = WindowSources(run), RunObjective(run, is_sparse=teacher.is_sparse)
+    are_sparse = {name: teacher.is_sparse for name, teacher in opened.by_name.items()}
+    runs = {name: teacher.run for name, teacher in teachers.items()}
+    sources, objectives = WindowSources(run), RunObjectives(runs, are_sparse=are_sparse)
     # Where sources are mixed one curve would show their figures in turn.
     by_source = [f"{name}/{source}" for name in ("objective", "kl") for source in get_args(Source) if sources.mixes]
-    train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss", *by_source), run.accelerator.device)
+    means = (*objectives.means, *(f"{name}/{each}" for each in opened.names if each for name in objectives.means))
+    train_means = Means((*means, *WINDOW_MEANS, "aux_loss", *by_source), run.accelerator.device)
     return Parts(
-        teacher,
+        opened,
+        models,
         writers,
         answers,
         EvaluatedText(write, *padding),
         sources,
         plain_text,
-        objective,
+        objectives,
         train_means,
-        eval_means=Means((*objective.means, *ANSWER_MEANS), run.accelerator.device),
+        eval_means=Means((*means, *ANSWER_MEANS), run.accelerator.device),
         windows=Windows(run, writers, sources, plain_text, train_means, deals=deals),
         balancing=Balancing(run, student, wrapped_student),
         nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
-        memory=MemoryReport(run, teacher_model, is_sparse=teacher.is_sparse),
+        memory=MemoryReport(run, models, are_sparse=are_sparse),
         unmoved=UnmovedWeights(run),
         seconds=StepSeconds(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),

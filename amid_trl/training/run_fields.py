@@ -8,6 +8,7 @@ from amid_trl.fields import check_at_least, check_choice, check_weights, option,
 from amid_trl.sources.fields import SourceFields
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.training.inherited import REFUSED
+from amid_trl.training.named_teachers import check_teachers, naming_teacher, settings_of_teachers
 from amid_trl.training.objective_fields import ObjectiveFields
 
 
@@ -45,10 +46,21 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
         if self.router_aux_loss_coef is not None:
             check_weights(self, "router_aux_loss_coef")
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
+        self.check_text()
+        check_teachers(self)
+
+    def check_text(self) -> None:
+        """Refuse an objective for text that nobody writes, and a cache for text that is new."""
         if self.student_shares.most == 0:
             without_effect(self, ("student_text_objective",), "on a run without student text; set lmbda")
-        if self.teacher_cache is not None and self.student_shares.most > 0:
+        elif self.teacher_cache is not None:
             raise ValueError("teacher_cache holds the teacher's answers to the dataset's text alone; set lmbda=0.0")
+
+    def check_trained_with(self) -> None:
+        """Of each teacher, as of a single one."""
+        for name, own in settings_of_teachers(self).items():
+            with naming_teacher(name):
+                TeacherFields.check_trained_with(own)
 
     def check_steps(self) -> None:
         """Refuse to train for no step: schedules are of a run's progress."""

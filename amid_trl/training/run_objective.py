@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from amid_trl.data.row_teachers import SINGLE
 from amid_trl.fields import build_schedule
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
@@ -15,6 +16,7 @@ from amid_trl.maths.token_loss import DistillationTokenLoss
 from amid_trl.run import Run
 from amid_trl.sources.source import STUDENT_TEXT, Source
 from amid_trl.training.config import AMiDConfig
+from amid_trl.training.named_teachers import naming_teacher
 from amid_trl.training.objective_fields import build_objective, build_selection, build_student_text_objective
 
 
@@ -87,6 +89,70 @@ class RunObjective:
         """Go on from where another run was: λ is the same on all processes."""
         if self._taid is not None:
             self._taid.load_state_dict(states[0]["taid"])
+
+
+class RunObjectives:
+    """The objectives of the teachers, by their names and in their order; a single one's for all text."""
+
+    def __init__(self, runs: Mapping[str, Run[AMiDConfig]], *, are_sparse: Mapping[str, bool]):
+        self.by_name: dict[str, RunObjective] = {}
+        for name, run in runs.items():
+            with naming_teacher(name):
+                self.by_name[name] = RunObjective(run, is_sparse=are_sparse[name])
+
+    @property
+    def current(self) -> dict[str, Objective]:
+        """That of each teacher's dataset text, as it is now."""
+        return {name: objective.current for name, objective in self.by_name.items()}
+
+    @property
+    def single(self) -> Objective | None:
+        """That of the teacher of all rows."""
+        return self.current.get(SINGLE)
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """The figures of a token that are logged as means."""
+        return tuple(dict.fromkeys(name for objective in self.by_name.values() for name in objective.means))
+
+    def advance(self, progress: float) -> Objective | None:
+        """Move all of them, and give the `single` one."""
+        for objective in self.by_name.values():
+            objective.advance(progress)
+        return self.single
+
+    def token_losses(self, source: Source | None) -> list[DistillationTokenLoss]:
+        """The loss of text from `source`, of each teacher's rows."""
+        return [objective.token_loss(source) for objective in self.by_name.values()]
+
+    def add(self, rows: Figures) -> None:
+        """Count the rows of a micro-batch, each for its teacher."""
+        for objective, own in zip(self.by_name.values(), rows.parts("teacher", len(self.by_name)), strict=True):
+            objective.add(own)
+
+    def follow(self, progress: float) -> None:
+        """Let each λ that does follow the loss of its rows."""
+        for objective in self.by_name.values():
+            objective.follow(progress)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the logs: the numbers that move, with the name of their teacher where it has one."""
+        named = [(name, objective.figures) for name, objective in self.by_name.items()]
+        return {f"{number}/{name}".rstrip("/"): value for name, own in named for number, value in own.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of those that have a state."""
+        if SINGLE in self.by_name:
+            return self.by_name[SINGLE].state_dict()
+        states = {name: objective.state_dict() for name, objective in self.by_name.items()}
+        return {"objectives": states} if any(states.values()) else {}
+
+    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """Go on from where another run was."""
+        for name, objective in self.by_name.items():
+            own = states if name == SINGLE else [state["objectives"][name] for state in states]
+            objective.resume(own, rank, world)
 
 
 def _is_scheduled(config: AMiDConfig, name: str) -> bool:

@@ -4,7 +4,7 @@ It is a GKDTrainer to every script that asks, but runs none of GKDTrainer's code
 saving and logging are SFTTrainer's, and what distillation adds lives in the modules that are wired together here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any, cast
@@ -26,25 +26,25 @@ from trl import SFTTrainer
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
 from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, counted
 from amid_trl.data.datasets import known_datasets, prepare_dataset
+from amid_trl.data.row_teachers import SINGLE, TEACHER
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
-from amid_trl.models.pairs import common_vocabulary, freeze
 from amid_trl.models.quantised import record_base
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
 from amid_trl.teacher.adapter import student_alone
-from amid_trl.teacher.placement import place
 from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
 from amid_trl.training.card import PAPER, card_folder, complete_card
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
-from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments
+from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments, own_collator
 from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
-from amid_trl.training.pair import load_pair, with_teacher
+from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
 from amid_trl.training.student import own_router_fields, prepare_student
+from amid_trl.training.teacher_models import placed_teachers
 
 
 class AMiDTrainer(GKDTrainer):
@@ -56,7 +56,7 @@ class AMiDTrainer(GKDTrainer):
         teacher_model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`, *optional*):
             The teacher, likewise; an adapter is kept beside its base, not merged. By default
             `args.teacher_model_name_or_path`. Frozen in place. None beside `args.teacher_model_server_url` or
-            `args.teacher_cache`.
+            `args.teacher_cache`. Several by name are a dict (docs/teacher.md).
         args ([`AMiDConfig`], *optional*):
             The settings. Never changed: the trainer works on a copy, `trainer.args`.
         data_collator (`DataCollator`, *optional*):
@@ -90,7 +90,7 @@ class AMiDTrainer(GKDTrainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
-        teacher_model: PreTrainedModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | nn.Module | str | Mapping[str, Any] | None = None,
         args: AMiDConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -107,8 +107,8 @@ class AMiDTrainer(GKDTrainer):
     ):
         if preprocess_logits_for_metrics is not None:
             raise ValueError("preprocess_logits_for_metrics has nothing to process: logits are never held as a whole")
-        functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics}
-        args = own_arguments(args, model, train_dataset, eval_dataset, collator=data_collator, **functions)
+        functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics, "collator": data_collator}
+        args = own_arguments(args, model, teacher_model, train_dataset, eval_dataset, **functions)
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
         self._student_generation = pair.generation
@@ -128,22 +128,20 @@ class AMiDTrainer(GKDTrainer):
                 formatting_func=formatting_func,
             )
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
-        self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
-        if data_collator is None:
-            self.data_collator = DistillationCollator(*cast(Any, (tokenizer.pad_token_id, args.pad_to_multiple_of)))
+        self.vocabulary = pair.vocabulary(self.model)
+        self.data_collator = data_collator or own_collator(args, tokenizer)
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
         datasets = known_datasets(self.train_dataset, self.eval_dataset, self.data_collator)
         run = Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed)
-        teacher, run = with_teacher(pair, run, self.model, datasets)
-        self.teacher_model = None if teacher is None else place(freeze(teacher), args, self.accelerator)
+        teachers, run = placed_teachers(pair.teachers, run, self.model, datasets)
         self._parts = open_parts(
             run,
             self.model,
             lambda: self.model_wrapped,
             self._student_generation,
-            self.teacher_model,
+            teachers,
             datasets,
             pretrain_dataset,
             deals=isinstance(self.data_collator, DistillationCollator),
@@ -160,7 +158,9 @@ class AMiDTrainer(GKDTrainer):
         args, parts = self.args, self._parts
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         self.generation_config = parts.writers["student"].config
-        self.objective, self.teacher, self._windows = parts.objective.current, parts.teacher, parts.windows
+        self.teachers, self.teacher_models = parts.teachers.by_name, parts.teacher_models
+        self.teacher, self.teacher_model = parts.teachers.single, parts.teacher_models.get(SINGLE)  # none with names
+        self.objective, self._windows = parts.objectives.single, parts.windows
         self.row_recorder: Callable[[Figures], None] | None = None  # gets the figures of every row that is evaluated
         for callback in parts.callbacks:
             self.add_callback(callback)
@@ -181,7 +181,7 @@ class AMiDTrainer(GKDTrainer):
             return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, "attention_mask"]
+        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, TEACHER, "attention_mask"]
 
     # ---- A window: the micro-batches of one optimizer step ----
 
@@ -191,7 +191,7 @@ class AMiDTrainer(GKDTrainer):
         batches = self._parts.lookahead.take(epoch_iterator, num_batches if step < steps else 0)
         if self._parts.sources.needs_evaluation:
             self._evaluate(None, None, skip_scheduler=True)
-        self.objective = self._parts.objective.advance(step / steps)
+        self.objective = self._parts.objectives.advance(step / steps)
         window = self._windows.window(batches, step, steps, self._prepare_inputs)
         self._parts.window = window = self._parts.balancing(window)
         self._parts.ask_ahead(epoch_iterator, num_batches, step + 1, steps)
@@ -203,7 +203,7 @@ class AMiDTrainer(GKDTrainer):
         """SFTTrainer's step: the window has been written already. TAID's λ follows the window's loss."""
         loss = SFTTrainer.training_step(self, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._parts.objective.follow(self.state.global_step / self.state.max_steps)
+            self._parts.objectives.follow(self.state.global_step / self.state.max_steps)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -214,12 +214,12 @@ class AMiDTrainer(GKDTrainer):
         student: Any = self.accelerator.unwrap_model(model)
         # DeepSpeed's wrapper says it trains even in evaluation.
         window = self._parts.window if student.training else Window()
-        token_loss = self._parts.objective.token_loss(window.source)
+        token_losses = self._parts.objectives.token_losses(window.source)
+        answers = self._parts.ask_teachers(inputs)
         # Bound, not passed on: FSDP2 casts a forward's arguments to its own dtype.
-        given = {"inputs": inputs, "teacher": self._parts.ask_teacher(inputs), "token_loss": token_loss}
-        in_forward = partial(self._loss, **given, balance=window.balance)
+        in_forward = partial(self._loss, inputs=inputs, answers=answers, token_losses=token_losses, window=window)
         total, row_sums, predictions, plain_nll, aux_loss = forward_redirection(model, student, in_forward, student)
-        rows = Figures(row_names(token_loss), row_sums)
+        rows = Figures(row_names(token_losses), row_sums)
         if num_items_in_batch is None:
             loss = total / rows["tokens"].sum().clamp(min=1).to(total)
         else:
@@ -237,15 +237,15 @@ class AMiDTrainer(GKDTrainer):
             loss = self._parts.nonfinite.handle(loss, rows, inputs, window.source, self.state.global_step)
         else:
             self._parts.record(self._parts.train_means, rows)
-            self._parts.objective.add(rows)
+            self._parts.objectives.add(rows)
             if plain_nll is not None:
                 self._parts.train_means.add("pretrain_nll", plain_nll.detach(), 1)
         return (loss, {"predictions": predictions}) if return_outputs else loss
 
-    def _loss(self, student, inputs, teacher, token_loss, balance) -> BatchLoss:
+    def _loss(self, student, inputs, answers, token_losses, window) -> BatchLoss:
         with self.accelerator.autocast():
             size = self.args.logits_chunk_size
-            return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, size, balance)
+            return batch_loss(student, inputs, answers, token_losses, self.vocabulary, size, window.balance)
 
     def _record_evaluation(self, rows: Figures) -> None:
         self._parts.record(self._parts.eval_means, rows := self._gathered(rows))

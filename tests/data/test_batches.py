@@ -1,10 +1,18 @@
 """Rows become batches, padded so that it can be undone, and are dealt by length."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_by_length, pad_rows
+from amid_trl.data.batches import (
+    DistillationCollator,
+    PromptTokens,
+    completion_batch,
+    deal_rows,
+    pad_rows,
+    window_prompts,
+)
 from amid_trl.data.rows import UNTRAINED
 
 
@@ -83,7 +91,38 @@ def test_rows_are_dealt_by_length_and_stay_what_they_are():
     names = ("input_ids", "attention_mask", "labels", "prompts", "prompt_attention_mask")
     collate = DistillationCollator(pad_token_id=7, pad_to_multiple_of=4)
     window = [collate(map(row, lengths)) for lengths in ([9, 3, 20], [5, 18, 4], [10])]
-    dealt = deal_by_length(window, 7, 4)
+    dealt = deal_rows(window, 7, 4)
     assert sorted(rows_of(dealt)) == sorted(rows_of(window))
     assert [batch["attention_mask"].sum(-1).tolist() for batch in dealt] == [[3, 4, 5], [9, 10, 18], [20]]
     assert [batch["input_ids"].shape[1] for batch in dealt] == [8, 20, 20]
+
+
+def test_rows_of_a_window_are_dealt_by_teacher_and_then_by_length():
+    """At most one micro-batch for each further teacher is of several; completions stay with their row's."""
+    rows = [
+        {
+            "input_ids": [5] * n,
+            "labels": [-100] + [5] * (n - 1),
+            "prompt_ids": [5],
+            "teacher": "chat" if n % 3 else "math",
+        }
+        for n in range(2, 12)
+    ]
+    collate = DistillationCollator(0, teachers=("math", "chat"))
+    window = [collate(rows[start : start + 2]) for start in range(0, 10, 2)]
+    assert window[0]["teacher"].tolist() == [1, 0]
+    dealt = deal_rows(window, 0)
+    assert [batch["teacher"].tolist() for batch in dealt] == [[0, 0], [0, 1], [1, 1], [1, 1], [1, 1]]
+    assert [batch["attention_mask"].sum(-1).tolist() for batch in dealt] == [[3, 6], [9, 2], [4, 5], [7, 8], [10, 11]]
+    prompts = window_prompts(window, writer="student")
+    written = completion_batch(prompts, [torch.tensor([7])] * 10, 0)
+    assert written["teacher"].tolist() == [int(row["teacher"] == "chat") for row in rows]
+
+
+def test_a_row_that_was_not_prepared_is_of_a_teacher_too():
+    collate = DistillationCollator(0, teachers=("math", "chat"))
+    assert collate([{"input_ids": [5, 6], "teacher": "chat"}])["teacher"].tolist() == [1]
+    with pytest.raises(
+        ValueError, match=r"a row that begins with the tokens \[5, 6\] is of the teacher 'chad'.*'chat'"
+    ):
+        collate([{"input_ids": [5, 6], "teacher": "chad"}])

@@ -6,7 +6,7 @@ from datasets import Dataset
 from tiny import QUESTIONS
 from tokenizers.processors import TemplateProcessing
 
-from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_by_length, teachers_view
+from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_rows, teachers_view
 from amid_trl.data.datasets import prepare_dataset
 from amid_trl.data.rows import DataSettings
 
@@ -137,7 +137,7 @@ def test_both_rows_are_in_a_batch_and_survive_dealing(tokenizer):
         assert view["labels"][i, :length].tolist() == row["teacher_labels"]
     # In the order of the trained tokens, which is how the answers of a teacher are paired with the student's.
     assert view["labels"][view["labels"] != -100].tolist() == batch["labels"][batch["labels"] != -100].tolist()
-    [dealt] = deal_by_length([batch], 0)
+    [dealt] = deal_rows([batch], 0)
     order = [1, 0]
     assert all(torch.equal(dealt[name], DistillationCollator(0)([rows[i] for i in order])[name]) for name in batch)
 

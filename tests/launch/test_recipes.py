@@ -1,6 +1,7 @@
 """The recipes are the published methods, say where each value comes from, train, and are found by their names."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def text_of(name: str) -> str:
 
 
 def test_there_is_one_for_each_method():
-    assert recipes.names() == sorted(OBJECTIVES)
+    assert recipes.names() == sorted([*OBJECTIVES, "domains"])
     table = (ROOT / "docs" / "recipes.md").read_text()
     assert all(f"\n| `{name}` |" in table for name in recipes.names())
 
@@ -95,7 +96,7 @@ def test_a_recipe_takes_its_text_from_where_the_method_does(name):
         assert (config.temperature, config.top_p, config.top_k) == (1.0, 1.0, 0) or not config.generates
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_value_says_where_it_comes_from(name):
     above = ""
     for line in text_of(name).splitlines():
@@ -112,7 +113,7 @@ def test_a_recipe_sets_the_method_alone(name):
     assert not {"output_dir", "teacher_model_name_or_path", "pretrain_dataset"} & set(settings)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", recipes.names())
 def test_numbers_are_not_read_as_text(name):
     settings = yaml.safe_load(text_of(name))
     mappings = [value for value in settings.values() if isinstance(value, dict)]
@@ -146,6 +147,25 @@ def test_a_recipe_trains(name, student, teacher, tokenizer, tmp_path):
     if name == "taid":
         t = logged(trainer, "assistant_lambda")
         assert t[0] == 0.4 < t[-1] and t == sorted(t)
+
+
+@pytest.mark.parametrize("lmbda", ["1.0", "0.0"])
+def test_the_recipe_for_two_domains_trains_with_two_teachers(lmbda, student, tokenizer, models, tmp_path):
+    settings = yaml.safe_load(text_of("domains"))["teachers"]
+    assert {name: set(fields) for name, fields in settings.items()} == {
+        name: {"teacher_model_name_or_path"} for name in ("math", "code")
+    }
+    teachers = {"math": models["teacher"], "code": models["student"]}
+    given = json.dumps({name: {"teacher_model_name_or_path": place} for name, place in teachers.items()})
+    flags = ("--teachers", given, "--lmbda", lmbda, "--output_dir", str(tmp_path), "--logging_steps", "1")
+    rows = messages_dataset(8).add_column("teacher", ["math", "code"] * 4)
+    config = parsed("domains", *SHORT, *flags)
+    trainer = AMiDTrainer(student, None, config, train_dataset=rows, processing_class=tokenizer)
+    before = weights(student)
+    trainer.train()
+    assert all(objective == Objective("kl", "qp") for objective in trainer._parts.objectives.current.values())
+    assert all(logged(trainer, f"kl/{name}") for name in teachers)
+    assert all(not torch.equal(weight, before[key]) for key, weight in weights(trainer.model).items())
 
 
 # ---- That they are found ----

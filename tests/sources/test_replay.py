@@ -86,7 +86,7 @@ def test_ids_are_kept_as_longs_on_the_cpu():
     short = [torch.tensor([n], dtype=torch.int32) for n in range(3)]
     buffer.add([PromptTokens(short[0], short[1])], [short[2]])
     [[prompt], [completion]] = buffer.sample(1)
-    assert {part.dtype for part in (*prompt, completion)} == {torch.int64}
+    assert {part.dtype for part in (*prompt[:2], completion)} == {torch.int64}
 
 
 def test_prompts_without_completions_change_nothing():
@@ -204,6 +204,17 @@ def test_prompts_of_the_teachers_survive_and_are_dealt(tmp_path):
         n = int(prompt.ids)
         assert completion.tolist() == [100 + n]
         assert (prompt.teacher_ids is None) if n % 2 == 0 else (prompt.teacher_ids.tolist() == [n, n])
+
+
+def test_rows_keep_the_number_of_their_teacher(tmp_path):
+    buffer = ReplayBuffer(5, seed=0)
+    prompts = [PromptTokens(torch.tensor([n]), teacher=n % 3) for n in range(5)]
+    buffer.add(prompts, [torch.tensor([100 + n]) for n in range(5)])
+    hand = ReplayBuffer(5, seed=1)
+    hand.load_state_dict(deal([saved_with_torch(buffer.state_dict(), tmp_path / "replay")], 1, 2))
+    assert len(hand) == 2
+    for prompt, completion in zip(*hand.sample(2), strict=True):
+        assert (prompt.teacher, completion.tolist()) == (int(prompt.ids) % 3, [100 + int(prompt.ids)])
 
 
 # ---- Another number of processes ----

@@ -54,6 +54,8 @@ def zero(stage: int) -> dict:
     }
 
 
+# Fields of a teacher by name that are paths: in the folder of the models, or of the case.
+IN_MODELS, IN_CASE = ("teacher_model_name_or_path", "teacher_adapter_path"), ("teacher_cache",)
 # What AMiDConfig has to be told.
 ENGINES = {
     "ddp": {},
@@ -129,7 +131,7 @@ def run(
         trainer.evaluate()
     if trains:
         trainer.train(None if resumes is None else str(output_dir.parent / resumes / "checkpoint-2"))
-    models_held = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    models_held = [trainer.model, *trainer.teacher_models.values()]
     resident = [stored_bytes(model) for model in models_held]
     trainer.evaluate()
     if trains:
@@ -180,8 +182,9 @@ def build(
 ) -> AMiDTrainer:
     """A trainer for so many `rows`, or these of them; none of the `silent` ones is trained.
 
-    It `asks` in evaluations: prompts alone, which the student answers. With `hints` the teacher reads more than the
-    student. `lora` puts a new adapter on the student.
+    Of `teachers` by name the first has every other row, and so all of the first process. It `asks` in evaluations:
+    prompts alone, which the student answers. With `hints` the teacher reads more than the student. `lora` puts a new
+    adapter on the student.
     """
     for name in ("teacher_adapter_path", "pretrain_dataset"):
         if name in settings:
@@ -189,6 +192,19 @@ def build(
     if "teacher_model_server_url" in settings:  # the name of a file, because every run of the tests has another port
         settings["teacher_model_server_url"] = (models / settings["teacher_model_server_url"]).read_text()
     train_dataset = messages_dataset(rows) if isinstance(rows, int) else messages_dataset(len(QUESTIONS)).select(rows)
+    eval_dataset = chat_prompt_only_dataset(5) if asks else multi_turn_dataset(5)
+    if "teachers" in settings:
+        teacher, names = None, [*settings["teachers"]]
+        settings["teachers"] = {
+            name: given
+            | {field: str(models / given[field]) for field in IN_MODELS if field in given}
+            | {field: str(output_dir / given[field]) for field in IN_CASE if field in given}
+            for name, given in settings["teachers"].items()
+        }
+        train_dataset, eval_dataset = (
+            dataset.add_column("teacher", [names[row % len(names)] for row in range(len(dataset))])
+            for dataset in (train_dataset, eval_dataset)
+        )
     if hints:
         asked = [messages[:1] for messages in train_dataset["messages"]]
         hinted = [[{**turn, "content": f"It is short. {turn['content']}"}] for [turn] in asked]
@@ -221,7 +237,7 @@ def build(
         ),
         data_collator=None if silent is None else collate,
         train_dataset=train_dataset,
-        eval_dataset=chat_prompt_only_dataset(5) if asks else multi_turn_dataset(5),
+        eval_dataset=eval_dataset,
         peft_config=None if lora is None else LoraConfig(**LORA, **lora),
     )
 

@@ -23,7 +23,16 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 FIGURES = ("loss", "grad_norm", "kl", "nll", "student_entropy", "pretrain_nll", "assistant_lambda", "aux_loss")
-FIGURES += ("eval_loss", "eval_kl", "eval_rougeL", "eval_completions/mean_length")
+FIGURES += (
+    "kl/math",
+    "kl/chat",
+    "eval_kl/math",
+    "eval_kl/chat",
+    "eval_loss",
+    "eval_kl",
+    "eval_rougeL",
+    "eval_completions/mean_length",
+)
 
 
 # ---- Cases: the settings of engine_worker.run ----
@@ -57,6 +66,20 @@ TRAINED = {
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
     "prompts of the teachers": {"hints": True, "lmbda": 1.0},
+    # The first process has rows of one alone, the second of the other.
+    "two teachers": {
+        "teachers": {
+            "math": {"teacher_model_name_or_path": "teacher"},
+            "chat": {"teacher_model_name_or_path": "tied_student", "objective": "kd"},
+        }
+    },
+    "two teachers, student's text, lora": {
+        "teachers": {
+            "math": {"teacher_model_name_or_path": "teacher"},
+            "chat": {"teacher_adapter_path": "adapter"},
+        },
+        **{"lmbda": 1.0, "asks": True, "lora": {}},
+    },
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -83,6 +106,14 @@ TRAINED_UNDER_DDP = {
     },
     "lora": {"lora": {}},
     "served teacher": {"teacher": None, "teacher_model_server_url": "server", "teacher_top_k": 20},
+    "caches of two teachers": {
+        "teachers": {
+            name: {"teacher_model_name_or_path": model, "teacher_cache": name, "teacher_cache_fill": True}
+            for name, model in (("math", "teacher"), ("chat", "tied_student"))
+        },
+        "num_train_epochs": 2,
+        "train_sampling_strategy": "random",
+    },
     # One process writes to the first and the third row of a window of four, two to the first and the second.
     "two completions for a prompt": {
         "lmbda": 1.0,
@@ -263,7 +294,8 @@ def assert_held(two: Runs, one: One, share: float, cases: dict[str, dict]) -> No
     """Each process holds that share of both models."""
     for case in cases:
         want = [share * held for held in one(case)[0]["bytes"]]
-        assert len(want) == (1 if "shared base" in case or "teacher" in case.split() else 2), case
+        alone = "shared base" in case or "teacher" in case.split()
+        assert len(want) == (3 if case in ("two teachers", "caches of two teachers") else 1 if alone else 2), case
         for rank in two.ranks[case]:
             assert rank["bytes"] == pytest.approx(want, rel=0.02), case
 

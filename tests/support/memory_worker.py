@@ -82,7 +82,7 @@ def main(models: Path, output_dir: Path) -> None:
     # FSDP2 shards like this.
     shard = distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
     found["shard"] = sum(held([nn.Parameter(shard)]).values())
-    trainer._parts.memory._teacher = nn.Linear(2**10, 2**10 * (1 + rank), bias=False)  # 4 MiB, and 8
+    trainer._parts.memory._teachers[""] = nn.Linear(2**10, 2**10 * (1 + rank), bias=False)  # 4 MiB, and 8
     found["uneven"] = trainer._parts.memory.figures
     (output_dir / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

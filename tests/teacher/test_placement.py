@@ -99,7 +99,7 @@ ON_DISK = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "c
 
 def test_the_head_stays_on_the_device_for_the_loss(train, teacher):
     trainer = train(teacher_offload=True)
-    states = trainer._parts.teacher(next(iter(trainer.get_train_dataloader())))
+    states = trainer.teacher(next(iter(trainer.get_train_dataloader())))
     assert states.head.weight.data_ptr() not in places(teacher)
 
 

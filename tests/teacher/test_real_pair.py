@@ -53,9 +53,9 @@ def pair(request, tmp_path_factory):
 
 
 def trained(pair, tmp_path, folder="run", teacher=True, hints=False, peft_config=None, **settings) -> AMiDTrainer:
-    """Two epochs of eight rows in four steps."""
+    """Two epochs of eight rows in four steps; every other row is of the first teacher."""
     place, tokenizer, rows = pair
-    dataset = Dataset.from_list(rows)
+    dataset = Dataset.from_list(rows).add_column("teacher", ["first", "second"] * (len(rows) // 2))
     whole = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     trainer = AMiDTrainer(
         whole if peft_config is not None else drop_layers(whole, range(16, 22)),
@@ -78,6 +78,22 @@ def test_a_cache_that_fills_itself_is_the_teacher_in_memory(pair, tmp_path):
         assert (kept.teacher_model is None) == (folder == "whole")
         for name in ("loss", "kl", "teacher_entropy", "grad_norm"):
             assert logged(kept, name) == pytest.approx(logged(memory, name), rel=1e-5), (folder, name)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_each_of_two_teachers_has_its_rows(pair, tmp_path, lmbda):
+    """The same model twice is the one teacher; one in half precision, on the device in turn, is nearly so."""
+    settings = {"lmbda": lmbda, "top_k": 1}
+    one = trained(pair, tmp_path, "one", **settings)
+    for dtype, rel in (("float32", 1e-4), ("bfloat16", 0.05)):
+        named = {"teacher_model_name_or_path": pair[0], "teacher_offload": True}
+        rounded = {**named, "teacher_model_init_kwargs": {"dtype": dtype}}
+        teachers = {"first": named, "second": rounded}
+        two = trained(pair, tmp_path, dtype, teacher=False, teachers=teachers, **settings)
+        for name in ("loss", "kl", "teacher_entropy"):
+            assert logged(two, name) == pytest.approx(logged(one, name), rel=rel), (dtype, name)
+        assert len(logged(two, "kl/first")) == len(logged(two, "kl/second")) == 4
+        assert two.teacher_models["second"].dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])

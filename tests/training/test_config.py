@@ -237,6 +237,7 @@ def test_what_distillation_config_has_and_we_have_not_is_refused_by_name(name):
 EFFECTS = {
     "eval_generate": "training/test_answers.py::test_answers_are_greedy_and_scored_against_the_datasets",
     "nonfinite_loss": "training/test_nonfinite.py::test_skipping_gives_the_gradient_of_the_other_micro_batches",
+    "teachers": "teacher/test_several.py::test_the_gradient_of_a_window_is_that_of_each_rows_own_teacher",
     "teacher_load_in_8bit": "teacher/test_placement.py::test_a_quantised_teacher_trains_a_student",
     "teacher_load_in_4bit": "teacher/test_placement.py::test_a_quantised_teacher_trains_a_student",
     "teacher_offload": "teacher/test_placement.py::test_an_offloaded_teacher_gives_the_numbers_of_one_that_stays",

@@ -148,7 +148,7 @@ def test_logits_of_both_models_have_the_dtype_of_their_products(train, capsys, s
     trainer = train(logits_chunk_size=4096, max_steps=1, **settings)
     trainer.train()
     assert rows(capsys.readouterr().out)["a chunk of logits"] == mib(4096 * 360 * bytes_per_logit)
-    trainer._parts.memory._is_sparse = True  # as of a cache, from which come no logits
+    trainer._parts.memory._are_sparse = {"": True}  # as of a cache, from which come no logits
     assert rows(trainer._parts.memory.table(trainer.args))["a chunk of logits"] == mib(
         4096 * 360 * bytes_per_logit // 2
     )

@@ -1,0 +1,121 @@
+"""The teachers of a run: loaded where they are names, checked against the student, and placed."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from amid_trl.fields import json_dict
+from amid_trl.models.gguf import warn_of_gguf
+from amid_trl.models.heads import causal_lm
+from amid_trl.models.loading import load_tokenizer
+from amid_trl.models.pairs import check_text_only, common_positions, common_vocabulary, freeze
+from amid_trl.models.tokenizers import renamed_tokens
+from amid_trl.run import RenamedTokens, Run
+from amid_trl.teacher.cache import TeacherCache, cache_to_fill, whole_cache
+from amid_trl.teacher.loading import load_teacher
+from amid_trl.teacher.placement import place
+from amid_trl.training.config import AMiDConfig
+from amid_trl.training.named_teachers import naming_teacher
+
+
+TeacherModel = str | nn.Module | None
+
+
+class LoadedTeacher(NamedTuple):
+    """A teacher's settings, and its model if it has one here.
+
+    Attributes:
+        renamed: tokens that mean another thing to it than to the student.
+        positions: the longest sequence that it has positions for; None if it declares no bound.
+        awaits_data: whether the model is None because its cache may know all rows, which only the data shows.
+    """
+
+    args: AMiDConfig
+    model: nn.Module | None
+    renamed: RenamedTokens
+    positions: int | None = None
+    awaits_data: bool = False
+
+
+def given_model(model: TeacherModel, args: AMiDConfig) -> TeacherModel:
+    """The teacher's model or its name, None where something else stands for it; a ValueError for both or none."""
+    absent = args.absent_teacher
+    if model is not None and absent:
+        raise ValueError(f"the teacher is given twice: as teacher_model and as {absent}")
+    model = model if model is not None else args.teacher_model_name_or_path
+    if model is None and not absent:
+        raise ValueError(
+            "teacher_model (or args.teacher_model_name_or_path) is missing: pass a name, a path or a model"
+        )
+    return None if absent else model
+
+
+def open_model(
+    model: TeacherModel, args: AMiDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> LoadedTeacher:
+    """The teacher, loaded unless something stands for it, or its cache may know all rows."""
+    cache = cache_to_fill(args)
+    read = TeacherCache(str(args.teacher_cache)) if args.reads_cache else cache
+    positions = None if read is None else read.about.get("positions")
+    if model is None or (cache is not None and isinstance(model, str)):
+        return LoadedTeacher(args, None, RenamedTokens(), positions, awaits_data=model is not None)
+    loaded, renamed = load_checked_teacher(model, args, student, tokenizer)
+    bounds = [bound for bound in (common_positions(loaded), positions) if bound is not None]
+    return LoadedTeacher(args, loaded, renamed, min(bounds, default=None))
+
+
+def load_checked_teacher(
+    teacher_model: str | nn.Module, args: AMiDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[nn.Module, RenamedTokens]:
+    """A teacher with a model of its own, and the tokens that mean another thing to it than to the student."""
+    teacher = load_teacher(teacher_model, args)
+    file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
+    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    check_teacher(student, teacher)
+    teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, **of_teacher)
+    if teacher_tokenizer is not None:
+        warn_of_gguf(tokenizer, teacher_tokenizer)
+    writes = args.generates or args.eval_generate
+    return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
+
+
+def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that the loss could not read, or that would change with the student."""
+    check_text_only(teacher, "teacher")
+    if causal_lm(teacher).base_model is causal_lm(student).base_model:
+        raise ValueError("teacher_model is the student itself and would change with it; pass a copy or a name")
+
+
+class RunTeacher(NamedTuple):
+    """A teacher's record of the run, with its own settings, and its model where that lies during the run."""
+
+    run: Run[AMiDConfig]
+    model: nn.Module | None
+
+
+def placed_teachers(
+    loaded: Mapping[str, LoadedTeacher], run: Run[AMiDConfig], student: nn.Module, datasets: Mapping[str, Any]
+) -> tuple[dict[str, RunTeacher], Run[AMiDConfig]]:
+    """The teachers as they lie during the run, and the run with the tokens that mean another thing to any of them.
+
+    One that turns out to be needed for the prepared datasets is loaded now.
+    """
+    placed = {}
+    for name, teacher in loaded.items():
+        own = dataclasses.replace(run, args=teacher.args, renamed=teacher.renamed, teacher=name)
+        with naming_teacher(name):
+            model = teacher.model
+            if teacher.awaits_data and whole_cache(own, datasets) is None:
+                model, renamed = load_checked_teacher(
+                    str(own.args.teacher_model_name_or_path), own.args, student, run.tokenizer
+                )
+                common_vocabulary(student, model, run.tokenizer)
+                for dataset in datasets.values():
+                    renamed.checked(dataset)
+                own = dataclasses.replace(own, renamed=renamed)
+            placed[name] = RunTeacher(own, None if model is None else place(freeze(model), own.args, run.accelerator))
+    renamed = RenamedTokens.joined(teacher.run.renamed for teacher in placed.values())
+    return placed, dataclasses.replace(run, renamed=renamed)
