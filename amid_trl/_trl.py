@@ -156,7 +156,12 @@ HOOKS = (
         "an adaptive share follows the evaluations of training",
         ("trial", "ignore_keys_for_eval", "skip_scheduler"),
     ),
-    Hook(f"{_TRAINER}.evaluation_loop", "overridden", "figures of the evaluation set", ("metric_key_prefix",)),
+    Hook(
+        f"{_TRAINER}.evaluation_loop",
+        "overridden",
+        "figures of the evaluation set",
+        ("dataloader", "metric_key_prefix"),
+    ),
     Hook(f"{_TRAINER}.train", "overridden", "resuming from whole checkpoints, SIGTERM", ("resume_from_checkpoint",)),
     Hook(f"{_TRAINER}.save_model", "overridden", "the card beside the model", ("output_dir", "_internal_call")),
     Hook(
@@ -287,6 +292,8 @@ HOOKS = (
         "old checkpoints go when the new one is whole",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
+    Hook(f"{_TRAINER}.save_state", "called", "the logs of a run beside its student"),
+    Hook("optuna.trial.FrozenTrial._trial_id", "read", "a trial that a killed sweep goes on with"),
     Hook("transformers.PreTrainedModel._is_stateful", "read", "whether a prompt is read once for its completions"),
     Hook("transformers.cache_utils.DynamicLayer", "read", "the same: what a cache of every token consists of"),
     Hook("transformers.cache_utils.DynamicSlidingWindowLayer", "read", "the same"),

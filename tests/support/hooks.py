@@ -52,8 +52,13 @@ PUBLIC_OF_TRAINERS = {
     "objective",
 }
 
-# Private names of others than these libraries: argparse's, and ours on a class that we have made.
-OF_OTHERS = {"_option_string_actions", "_actions", "_get_formatter", "_get_help_string", "_assigned"}
+# Private names of others than these libraries: argparse's, those of a NamedTuple, which are documented, and ours on a
+# class that we have made.
+OF_OTHERS = {
+    *("_option_string_actions", "_actions", "_get_formatter", "_get_help_string"),
+    *("_asdict", "_replace"),
+    "_assigned",
+}
 
 OURS = (AMiDTrainer, ComparedTrainer)
 
