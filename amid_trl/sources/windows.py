@@ -76,12 +76,16 @@ class Windows:
         *,
         deals: bool,
     ):
-        """With `deals`, as for our own collator, a window's rows are dealt to its micro-batches by length."""
+        """With `deals`, as for our own collator, a window's rows are dealt to its micro-batches by length.
+
+        Without padding so that these are of like size, by default so that rows of one length are together; packed rows
+        stay as they are.
+        """
         args = run.args
         self._num_generations = args.num_generations
         self._writers, self._sources, self._plain_text, self._means = writers, sources, plain_text, means
         self._pad: Any = (run.tokenizer.pad_token_id, args.pad_to_multiple_of)
-        self._deals = deals
+        self._deals, self._padding_free = deals and not args.packing, args.padding_free
         log = CompletionLog(str(args.output_dir), run.tokenizer, args.num_completions_to_print)
         self._log = log if args.log_completions else None
 
@@ -91,7 +95,7 @@ class Windows:
         if source not in DATASET_TEXT and batches:
             batches = [to_device(batch) for batch in self.written_by(source, batches, step)]
         if self._deals:
-            batches = deal_by_length(batches, *self._pad)
+            batches = deal_by_length(batches, *self._pad, evenly=self._padding_free)
         for name, share in self._sources.shares(source).items():
             self._means.add(name, share, 1)
         if self._plain_text is None or not batches:

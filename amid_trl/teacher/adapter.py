@@ -30,7 +30,16 @@ class AdapterTeacher:
     is_far = False
     is_sparse = False
 
-    def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], path: str, accelerator: Accelerator):
+    def __init__(
+        self,
+        student: nn.Module,
+        wrapped: Callable[[], nn.Module],
+        path: str,
+        accelerator: Accelerator,
+        *,
+        padding_free: bool = False,
+    ):
+        self._padding_free = padding_free
         if not is_peft_model(student):
             raise ValueError(f"teacher_adapter_path={path!r} needs a student with an adapter; pass peft_config")
         self._wrapped, self._accelerator, self.name = wrapped, accelerator, path
@@ -65,14 +74,14 @@ class AdapterTeacher:
         wrapped = self._wrapped()
         student: Any = self._accelerator.unwrap_model(wrapped)
         with use_adapter(student, self._adapter):
-            return student_states(wrapped, batch, self._accelerator)
+            return student_states(wrapped, batch, self._accelerator, self._padding_free)
 
 
-def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator) -> States:
+def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator, padding_free: bool) -> States:
     """What the student answers with the weights that it has now, as a teacher: without gradient and dropout."""
     student: Any = accelerator.unwrap_model(wrapped)
     base = causal_lm(student)
-    tokens = (batch["input_ids"], batch["attention_mask"])
+    tokens = (batch["input_ids"], batch["attention_mask"], padding_free)
     with torch.no_grad(), accelerator.autocast(), evaluating(student):
         hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens)
         return trained_states(hidden, language_model_head(base), batch)

@@ -35,7 +35,9 @@ class ModelTeacher:
         *,
         name: str | None = None,
         offloaded: bool = False,
+        padding_free: bool = False,
     ):
+        self._padding_free = padding_free
         self._wrapped, self._accelerator, self._renamed = wrapped, accelerator, renamed or RenamedTokens()
         self._name, self._at_home = name, HostWeights(wrapped, accelerator.device) if offloaded else None
 
@@ -67,7 +69,7 @@ class ModelTeacher:
             self._renamed.check(batch["input_ids"][batch["attention_mask"].bool()])
         teacher: Any = self._accelerator.unwrap_model(self._wrapped)
         base = causal_lm(teacher)
-        tokens = (batch["input_ids"], batch["attention_mask"])
+        tokens = (batch["input_ids"], batch["attention_mask"], self._padding_free)
         with (
             torch.no_grad(),
             self._accelerator.autocast(),

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,6 +195,11 @@ def _check_arguments(
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
     config.check_trained_with()
+    if config.packing and (has_collator or json_dict(config.dataset_kwargs).get("skip_prepare_dataset")):
+        raise ValueError(
+            "packing=True fills the rows that are prepared here; with a data_collator of your own or "
+            "skip_prepare_dataset set padding_free=True, which trains whatever rows there are without their padding"
+        )
     if not has_collator:
         for name, dataset in all_datasets(train_dataset, evaluation_set).items():
             _check_columns(config, dataset, name)
@@ -283,6 +289,17 @@ def _prompt_budget(config: AMiDConfig, positions: int | None) -> int | None:
     if config.max_length is not None:
         room.append(config.max_length - most if config.max_length > most else config.max_length)
     return min(room, default=None)
+
+
+@contextmanager
+def padded_for_sft(args: AMiDConfig) -> Iterator[None]:
+    """Within it SFTTrainer is not told of `padding_free`, which its collator would see to, and refuses max_length."""
+    asked = args.padding_free
+    args.padding_free = False
+    try:
+        yield
+    finally:
+        args.padding_free = asked
 
 
 def for_sft(args: AMiDConfig, student: nn.Module, *, has_collator: bool) -> AMiDConfig:

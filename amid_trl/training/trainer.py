@@ -26,6 +26,7 @@ from trl import SFTTrainer
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
 from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, counted
 from amid_trl.data.datasets import known_datasets, prepare_dataset
+from amid_trl.data.packing import PACKED_ROWS, packed_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
@@ -39,7 +40,7 @@ from amid_trl.training.answers import add_answers
 from amid_trl.training.batch_loss import BatchLoss, batch_loss, row_names
 from amid_trl.training.card import PAPER, card_folder, complete_card
 from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save_state, whole_checkpoint
-from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments
+from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments, padded_for_sft
 from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair, with_teacher
@@ -112,7 +113,7 @@ class AMiDTrainer(GKDTrainer):
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
         self._student_generation = pair.generation
-        with own_router_fields(pair.student):
+        with own_router_fields(pair.student), padded_for_sft(args):
             SFTTrainer.__init__(
                 self,
                 cast(Any, pair.student),
@@ -178,10 +179,11 @@ class AMiDTrainer(GKDTrainer):
         with global_then_local_main_first():
             rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
             warn_of_endless(rows, processing_class, settings, name=dataset_name)
-            return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+            rows = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+            return packed_dataset(rows, settings) if packing and dataset_name == "train" else rows
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, "attention_mask"]
+        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, "attention_mask", PACKED_ROWS]
 
     # ---- A window: the micro-batches of one optimizer step ----
 
@@ -244,8 +246,8 @@ class AMiDTrainer(GKDTrainer):
 
     def _loss(self, student, inputs, teacher, token_loss, balance) -> BatchLoss:
         with self.accelerator.autocast():
-            size = self.args.logits_chunk_size
-            return batch_loss(student, inputs, teacher, token_loss, self.vocabulary, size, balance)
+            settings = (self.vocabulary, self.args.logits_chunk_size, balance, self.args.padding_free)
+            return batch_loss(student, inputs, teacher, token_loss, *settings)
 
     def _record_evaluation(self, rows: Figures) -> None:
         self._parts.record(self._parts.eval_means, rows := self._gathered(rows))
