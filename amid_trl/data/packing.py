@@ -51,6 +51,14 @@ def packed_dataset(rows: Dataset | IterableDataset, settings: DataSettings) -> D
     )
 
 
+def arranged_dataset(
+    rows: Dataset | IterableDataset, settings: DataSettings, *, seed: int | None, packs: bool
+) -> Dataset | IterableDataset:
+    """Prepared rows in the order that a seed draws, if there is one; packed if they are trained."""
+    shuffled = rows if seed is None else rows.shuffle(seed=seed)
+    return packed_dataset(shuffled, settings) if packs and not settings.evaluates else shuffled
+
+
 def unpacked_dataset(rows: Any) -> Any:
     """The rows of a packed dataset, one by one; any other dataset as it is, and a stream."""
     if not isinstance(rows, Dataset) or PACKED_ROWS not in rows.column_names:

@@ -26,7 +26,7 @@ from trl import SFTTrainer
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
 from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, counted
 from amid_trl.data.datasets import known_datasets, prepare_dataset
-from amid_trl.data.packing import PACKED_ROWS, packed_dataset
+from amid_trl.data.packing import PACKED_ROWS, arranged_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
@@ -82,7 +82,6 @@ class AMiDTrainer(GKDTrainer):
     model: nn.Module
     model_wrapped: nn.Module
     processing_class: PreTrainedTokenizerBase
-
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "amid"]
     _name = "AMiD"
@@ -179,8 +178,7 @@ class AMiDTrainer(GKDTrainer):
         with global_then_local_main_first():
             rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
             warn_of_endless(rows, processing_class, settings, name=dataset_name)
-            rows = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
-            return packed_dataset(rows, settings) if packing and dataset_name == "train" else rows
+            return arranged_dataset(rows, settings, seed=args.seed if args.shuffle_dataset else None, packs=packing)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, "attention_mask", PACKED_ROWS]
