@@ -74,6 +74,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/linear_loss.py
 	$(BIN)/python benchmarks/moving_objectives.py
 	$(BIN)/python benchmarks/trainer_step.py
+	$(BIN)/python benchmarks/padding_free.py
 	$(BIN)/python benchmarks/engine_memory.py
 	$(BIN)/python benchmarks/landscape_cost.py
 

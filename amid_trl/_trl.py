@@ -305,6 +305,7 @@ HOOKS = (
     Hook("transformers.integrations.deepspeed.unset_hf_deepspeed_config", "called", "load a teacher whole"),
     Hook("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", "set", "load a teacher whole"),
     Hook("transformers.PreTrainedModel.disable_input_require_grads", "called", "a hook that checkpointing leaves"),
+    Hook("transformers.PreTrainedConfig._attn_implementation", "read", "flash attention tells rows apart only in one"),
     Hook("transformers.PreTrainedModel._no_split_modules", "set", "which layers engines and device_map keep whole"),
     Hook(
         "accelerate.Accelerator._is_accelerate_prepared", "set", "a student that was evaluated is wrapped for training"

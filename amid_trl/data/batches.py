@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from amid_trl.data.packing import rows_of
 from amid_trl.data.row_teachers import TEACHER, teacher_of
 from amid_trl.data.rows import UNTRAINED, DataSettings, Row, teachers_row, tokens_row
 
@@ -91,7 +92,7 @@ class DistillationCollator:
     teachers: tuple[str, ...] = ()
 
     def __call__(self, rows: Iterable[Row]) -> Batch:
-        made = [self._row(row) for row in rows]
+        made = [self._row(row) for example in rows for row in rows_of(example)]
         return _batch(made, self.pad_token_id, self.pad_to_multiple_of)
 
     def _row(self, given: Row) -> TokenRow:
@@ -165,16 +166,31 @@ def several_each(prompts: Sequence[PromptTokens], times: int) -> list[PromptToke
     return [prompts[i - i % times] for i in range(len(prompts))]
 
 
-def deal_rows(batches: Sequence[Batch], pad_token_id: int, pad_to_multiple_of: int | None = None) -> list[Batch]:
+def deal_rows(
+    batches: Sequence[Batch], pad_token_id: int, pad_to_multiple_of: int | None = None, *, evenly: bool = False
+) -> list[Batch]:
     """The rows of batches padded as above, in batches of the same sizes but of one teacher's rows and similar length.
 
-    So less is padding, and at most one batch for each further teacher is of several. For a loss that is a sum over the
-    rows of all these batches, as over an optimizer step, nothing else changes.
+    So less is padding, and at most one batch for each further teacher is of several. With `evenly` a single teacher's
+    rows are dealt in batches of as many tokens as can be instead, for models that read no padding. For a loss that is
+    a sum over the rows of all these batches, as over an optimizer step, nothing else changes.
     """
     rows = [row for batch in batches for row in _token_rows(batch)]
     rows.sort(key=lambda row: (row.prompt.teacher or 0, len(row.ids)))
+    evenly = evenly and len({row.prompt.teacher for row in rows}) == 1
+    sizes = [len(batch["input_ids"]) for batch in batches]
     rest = iter(rows)
-    return [_batch([*islice(rest, len(batch["input_ids"]))], pad_token_id, pad_to_multiple_of) for batch in batches]
+    dealt = _even_parts(rows, sizes) if evenly else [[*islice(rest, size)] for size in sizes]
+    return [_batch(part, pad_token_id, pad_to_multiple_of) for part in dealt]
+
+
+def _even_parts(rows: Sequence[TokenRow], sizes: Sequence[int]) -> list[list[TokenRow]]:
+    """Rows from short to long in parts of these sizes: the longest first, each to the part that has least yet."""
+    parts: list[list[TokenRow]] = [[] for _ in sizes]
+    for row in reversed(rows):
+        unfilled = [part for part, size in zip(parts, sizes, strict=True) if len(part) < size]
+        min(unfilled, key=lambda part: sum(len(other.ids) for other in part)).append(row)
+    return parts
 
 
 def _token_rows(batch: Batch) -> Iterator[TokenRow]:

@@ -40,6 +40,7 @@ from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator
 from amid_trl.data.conversations import conversation_row
+from amid_trl.data.packing import unpacked_dataset
 from amid_trl.data.rendering import training_template
 from amid_trl.data.reports import StreamReport, noted, said_of
 from amid_trl.data.row_teachers import TEACHER, teacher_of
@@ -323,10 +324,11 @@ def _row(
 
 
 def all_datasets(train: Any, evaluation: Any) -> dict[str, Any]:
-    """The training set and each evaluation set, those that there are, by the names that the logs give them."""
+    """The training set, unpacked, and each evaluation set, by the names that the logs give those that there are."""
     several = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     evaluations = {f"eval_{name}".rstrip("_"): dataset for name, dataset in several.items()}
-    return {name: dataset for name, dataset in {"train": train, **evaluations}.items() if dataset is not None}
+    known = {name: dataset for name, dataset in {"train": train, **evaluations}.items() if dataset is not None}
+    return {name: unpacked_dataset(dataset) for name, dataset in known.items()}
 
 
 def known_datasets(train: Any, evaluation: Any, collator: Any) -> dict[str, Any]:

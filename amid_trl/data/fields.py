@@ -36,5 +36,21 @@ class DataFields(Fields):
         check_choice(self, "assistant_turns", ("all", "last"))
         check_weights(self, "pretrain_weight")
         check_at_least(self, 1, "max_length")
+        if self.packing:
+            self._check_packing()
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} pads rows, and padding_free=True trains them without"
+            )
         if unknown := sorted(json_dict(self.dataset_kwargs).keys() - {"skip_prepare_dataset"}):
             raise ValueError(f"dataset_kwargs may have skip_prepare_dataset alone; got {', '.join(unknown)}")
+
+    def _check_packing(self) -> None:
+        """Packed rows are read without padding, as in TRL."""
+        self.padding_free = True
+        if self.max_length is None:
+            raise ValueError("packing=True fills rows up to max_length tokens; set max_length")
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "packing=True leaves rows of one length, which train_sampling_strategy cannot group by it"
+            )

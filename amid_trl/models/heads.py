@@ -13,6 +13,7 @@ from amid_trl.data.batches import Batch, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head, States
+from amid_trl.models.packing import PackedRows, packed_for
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -35,13 +36,31 @@ def forward_inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     return inputs
 
 
-def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states (batch, tokens, dim) that the head's matrix multiplies."""
+def backbone_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, padding_free: bool = False
+) -> Tensor:
+    """Hidden states (batch, tokens, dim) that the head's matrix multiplies; with `padding_free` padding's are zero."""
+    if padding_free:
+        packed = packed_for(model, input_ids, attention_mask)
+        return packed.unpacked(states_of_packed(model, packed))
+    backbone = backbone_of(model)
+    return _states(model, forward_inputs(backbone or model, input_ids, attention_mask))
+
+
+def states_of_packed(model: PreTrainedModel, packed: PackedRows) -> Tensor:
+    """Those of packed rows, as they lie there: (packed rows, width, dim)."""
+    return _states(model, packed_inputs(packed))
+
+
+def packed_inputs(packed: PackedRows) -> dict[str, Any]:
+    """What a forward pass is given that tells rows apart by positions: no mask, or it would go by that."""
+    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+
+
+def _states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     backbone = backbone_of(model)
     with without_router_logits(model):
-        if backbone is not None:
-            return backbone(**forward_inputs(backbone, input_ids, attention_mask)).last_hidden_state
-        return _states_before_head(model, forward_inputs(model, input_ids, attention_mask))
+        return _states_before_head(model, inputs) if backbone is None else backbone(**inputs).last_hidden_state
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module | None:

@@ -76,12 +76,15 @@ class Windows:
         *,
         deals: bool,
     ):
-        """With `deals`, as for our own collator, the rows of a window are dealt by teacher and length."""
+        """With `deals`, as for our own collator, the rows of a window are dealt by teacher and length.
+
+        Without padding a single teacher's are dealt in micro-batches of like size; packed rows stay as they are.
+        """
         args = run.args
         self._num_generations = args.num_generations
         self._writers, self._sources, self._plain_text, self._means = writers, sources, plain_text, means
         self._pad: Any = (run.tokenizer.pad_token_id, args.pad_to_multiple_of)
-        self._deals = deals
+        self._deals, self._padding_free = deals and not args.packing, args.padding_free
         log = CompletionLog(str(args.output_dir), run.tokenizer, args.num_completions_to_print)
         self._log = log if args.log_completions else None
 
@@ -91,7 +94,7 @@ class Windows:
         if source not in DATASET_TEXT and batches:
             batches = [to_device(batch) for batch in self.written_by(source, batches, step)]
         if self._deals:
-            batches = deal_rows(batches, *self._pad)
+            batches = deal_rows(batches, *self._pad, evenly=self._padding_free)
         for name, share in self._sources.shares(source).items():
             self._means.add(name, share, 1)
         if self._plain_text is None or not batches:

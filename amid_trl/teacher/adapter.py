@@ -46,8 +46,11 @@ class AdapterTeacher:
         path: str,
         accelerator: Accelerator,
         teacher: str = "",
+        *,
+        padding_free: bool = False,
     ):
         """`teacher` tells it from others that are adapters too."""
+        self._padding_free = padding_free
         if not is_peft_model(student):
             raise ValueError(f"teacher_adapter_path={path!r} needs a student with an adapter; pass peft_config")
         self._wrapped, self._accelerator, self.name = wrapped, accelerator, path
@@ -82,15 +85,15 @@ class AdapterTeacher:
         wrapped = self._wrapped()
         student: Any = self._accelerator.unwrap_model(wrapped)
         with use_adapter(student, self._adapter):
-            return student_states(wrapped, batch, self._accelerator)
+            return student_states(wrapped, batch, self._accelerator, self._padding_free)
 
 
-def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator) -> States:
+def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator, padding_free: bool) -> States:
     """What the student answers with the weights that it has now, as a teacher: without gradient and dropout."""
     student: Any = accelerator.unwrap_model(wrapped)
     base = causal_lm(student)
     with torch.no_grad(), accelerator.autocast(), evaluating(student):
-        hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens_or_some(batch))
+        hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens_or_some(batch), padding_free)
         return trained_states(hidden, language_model_head(base), batch)
 
 

@@ -36,7 +36,9 @@ class ModelTeacher:
         *,
         name: str | None = None,
         offloaded: bool = False,
+        padding_free: bool = False,
     ):
+        self._padding_free = padding_free
         self._wrapped, self._accelerator, self._renamed = wrapped, accelerator, renamed or RenamedTokens()
         self._name, self._at_home = name, HostWeights(wrapped, accelerator.device) if offloaded else None
 
@@ -73,7 +75,9 @@ class ModelTeacher:
             self._accelerator.autocast(),
             self._at_home.on_device() if self._at_home else nullcontext(),
         ):
-            hidden = forward_redirection(self._wrapped, teacher, backbone_states, base, *tokens_or_some(batch))
+            hidden = forward_redirection(
+                self._wrapped, teacher, backbone_states, base, *tokens_or_some(batch), self._padding_free
+            )
             reshard(self._wrapped)
             head = language_model_head(base)
             # The parameter goes home with the others; the tensor that it had on the device stays for the loss.

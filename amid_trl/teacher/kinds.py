@@ -62,6 +62,7 @@ def open_teacher(
     by_name = model is None and run.args.absent_teacher is None  # the others cost little to open, and are looked at
     if by_name and (cache := whole_cache(run, datasets)) is not None:
         return CachedTeacher(cache, run, LOAD_IT)
+    padding_free = run.args.padding_free
     if run.args.reads_cache:
         return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
@@ -69,14 +70,16 @@ def open_teacher(
         check_reach(run, datasets, served.longest_row, generates=generates)
         teacher: Teacher = served
     elif run.args.teacher_ema is not None:
-        teacher = AverageTeacher(student, wrapped_student, run.args.teacher_ema, run.accelerator)
+        given = (student, wrapped_student, run.args.teacher_ema, run.accelerator)
+        teacher = AverageTeacher(*given, padding_free=padding_free)
     elif run.args.teacher_adapter_path is not None:
-        path = run.args.teacher_adapter_path
-        teacher = AdapterTeacher(student, wrapped_student, path, run.accelerator, run.teacher)
+        given = (student, wrapped_student, run.args.teacher_adapter_path, run.accelerator, run.teacher)
+        teacher = AdapterTeacher(*given, padding_free=padding_free)
     else:
         assert model is not None
         name = run.args.teacher_model_name_or_path
-        teacher = ModelTeacher(model, run.accelerator, run.renamed, name=name, offloaded=run.args.teacher_offload)
+        how: Any = {"name": name, "offloaded": run.args.teacher_offload, "padding_free": padding_free}
+        teacher = ModelTeacher(model, run.accelerator, run.renamed, **how)
     if not run.args.teacher_cache_fill:
         return teacher
     if teacher.is_sparse:

@@ -27,7 +27,15 @@ class AverageTeacher(TrainerCallback):
     asks_together = True
     name = "the student's moving average"
 
-    def __init__(self, student: nn.Module, wrapped: Callable[[], nn.Module], decay: float, accelerator: Accelerator):
+    def __init__(
+        self,
+        student: nn.Module,
+        wrapped: Callable[[], nn.Module],
+        decay: float,
+        accelerator: Accelerator,
+        *,
+        padding_free: bool = False,
+    ):
         """`wrapped` is the student as its engine has wrapped it. ValueError where that holds weights in pieces."""
         if accelerator.is_fsdp2 or zero_stage(accelerator) == 3:
             raise ValueError(
@@ -36,6 +44,7 @@ class AverageTeacher(TrainerCallback):
             )
         self._student, self._wrapped, self._decay, self._accelerator = student, wrapped, decay, accelerator
         self._averages: dict[str, Tensor] = {}
+        self._padding_free = padding_free
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """It is at hand."""
@@ -44,7 +53,7 @@ class AverageTeacher(TrainerCallback):
         """Without gradient and dropout; the student has its own weights again afterwards."""
         with self._averaged():
             # Frozen, the head is what it is now, and not what it is again outside.
-            return student_states(self._wrapped(), batch, self._accelerator).frozen()
+            return student_states(self._wrapped(), batch, self._accelerator, self._padding_free).frozen()
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, weight) for name, weight in self._student.named_parameters() if weight.requires_grad)

@@ -7,7 +7,7 @@ from amid_trl._trl import prepare_deepspeed
 from amid_trl.models.deepspeed import inference_engine
 from amid_trl.models.fsdp import shard
 from amid_trl.models.heads import causal_lm
-from amid_trl.models.own_logits import check_own_logits
+from amid_trl.models.own_logits import check_own_logits, check_rows_apart
 from amid_trl.teacher.fields import TeacherFields
 
 
@@ -15,7 +15,7 @@ def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> 
     """The teacher as its engine wraps it; by default it is sharded if the student is, else whole on each device.
 
     A ValueError if the loss does not read it as it reads itself: asked before an engine takes it, else where it lies.
-    Every process that has weights asks, which takes two passes of two short rows: under ZeRO-3 each has a piece, and
+    Every process that has weights asks, which takes some passes of short rows: under ZeRO-3 each has a piece, and
     with FSDP2's loading by one process only that one can.
     """
     own = args.teacher_deepspeed is not None
@@ -31,6 +31,8 @@ def place(teacher: nn.Module, args: TeacherFields, accelerator: Accelerator) -> 
     if not stays and not engine:
         teacher = teacher.to("cpu" if args.teacher_offload else accelerator.device)
     check_own_logits(teacher, "teacher")
+    if args.padding_free:
+        check_rows_apart(teacher, "teacher")
     if stays or not engine:
         return teacher  # lies where it was loaded, and cannot be moved, or where it was put
     if args.teacher_deepspeed is not None:

@@ -25,7 +25,7 @@ class Balancing:
 
     def __init__(self, run: Run[AMiDConfig], student: nn.Module, wrapped: Callable[[], nn.Module]):
         args, self._accelerator, self._wrapped = run.args, run.accelerator, wrapped
-        self._weight = args.router_aux_loss_coef or 0.0
+        self._weight, self._padding_free = args.router_aux_loss_coef or 0.0, args.padding_free
         if not self._weight:
             return
         if args.gradient_checkpointing and json_dict(args.gradient_checkpointing_kwargs).get("use_reentrant"):
@@ -59,6 +59,7 @@ class Balancing:
         wrapped = self._wrapped()
         student: Any = self._accelerator.unwrap_model(wrapped)
         tokens = [batch[name].to(self._accelerator.device) for name in ("input_ids", "attention_mask")]
-        _, router_logits = forward_redirection(wrapped, student, routed_states, causal_lm(student), *tokens)
+        given = (causal_lm(student), *tokens, self._padding_free)
+        _, router_logits = forward_redirection(wrapped, student, routed_states, *given)
         reshard(wrapped)
         return routing(router_logits, tokens[1], self._top_k)

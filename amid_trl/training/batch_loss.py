@@ -54,6 +54,7 @@ def batch_loss(
     vocabulary: int,
     chunk_size: int | None,
     balance: Balance | None = None,
+    padding_free: bool = False,
 ) -> BatchLoss:
     """Run the student and compare; called inside the forward of whatever wraps the student.
 
@@ -63,9 +64,9 @@ def batch_loss(
     head = whole_head(base)
     tokens, aux_loss = (batch["input_ids"], batch["attention_mask"]), None
     if balance is None:
-        hidden = backbone_states(base, *tokens)
+        hidden = backbone_states(base, *tokens, padding_free)
     else:
-        hidden, router_logits = routed_states(base, *tokens)
+        hidden, router_logits = routed_states(base, *tokens, padding_free)
         aux_loss = balance(router_logits, batch["attention_mask"])
     hidden = hidden.to(head.weight.device)
     targets = trained_targets(batch).to(hidden.device)

@@ -203,6 +203,11 @@ def _check_arguments(
 ) -> None:
     """Refuse what cannot be done with the trainer's other arguments, or needs what is not installed."""
     config.check_trained_with()
+    if config.packing and (has_collator or json_dict(config.dataset_kwargs).get("skip_prepare_dataset")):
+        raise ValueError(
+            "packing=True fills the rows that are prepared here; with a data_collator of your own or "
+            "skip_prepare_dataset set padding_free=True, which trains whatever rows there are without their padding"
+        )
     if not has_collator:
         for name, dataset in all_datasets(train_dataset, evaluation_set).items():
             _check_columns(config, dataset, name)

@@ -10,10 +10,8 @@ from typing import Any
 
 # Fields of SFTConfig and TrainingArguments: the values that are accepted, and why no other is.
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "packing": ((False,), "rows are padded; packing would need document masks in both models"),
-    "eval_packing": ((None, False), "rows are padded; packing would need document masks in both models"),
-    "packing_strategy": (("bfd",), "nothing is packed"),
-    "padding_free": ((False,), "rows are padded"),
+    "eval_packing": ((None, False), "an evaluation's figures are of its rows, which are counted one by one"),
+    "packing_strategy": (("bfd",), "a row is read whole, with what its prompt says"),
     "truncation_mode": (("keep_start",), "a completion loses its end and a prompt is never cut"),
     "loss_type": (("nll",), "the loss is set by `objective` and `sft_weight`"),
     "label_smoothing_factor": ((0.0,), "the loss is set by `objective` and `sft_weight`"),
@@ -42,7 +40,11 @@ HONOURED = {
     "max_length": "bounds prompt and completion together, and so do both models' positions; one that leaves no room "
     "beside `max_new_tokens` bounds the dataset's rows and the prompts alone, as in GKD",
     "shuffle_dataset": "shuffles the rows once, by `seed`",
-    "pad_to_multiple_of": "for rows of the dataset and for those that are written",
+    "padding_free": "student and teacher read the rows of a micro-batch one behind the other, without padding; "
+    "families that do not tell them apart by position ids are refused by name",
+    "packing": "a row of a micro-batch is filled with several of the dataset's, up to `max_length` tokens, also after "
+    "the student has written them anew; with `padding_free`, as in TRL. For training alone",
+    "pad_to_multiple_of": "for rows of the dataset and for those that are written; refused beside `padding_free`",
     "completion_only_loss": "False trains the prompt of `prompt`/`completion` rows; True is refused on plain text",
     "assistant_only_loss": "is what is done anyway, with any chat template; True is refused on text",
     "activation_offloading": "by SFTTrainer, around each training step; needs an accelerator",

@@ -46,6 +46,11 @@ class RunFields(ObjectiveFields, TeacherFields, DataFields, SourceFields):
         if self.router_aux_loss_coef is not None:
             check_weights(self, "router_aux_loss_coef")
         check_choice(self, "nonfinite_loss", ("stop", "skip"))
+        if self.packing and (self.num_generations > 1 or self.sampling == "adaptive" or self.use_vllm):
+            raise ValueError(
+                "packing=True leaves open how many rows a window has, which num_generations, sampling='adaptive' and "
+                "use_vllm count on; with padding_free=True alone rows are trained without padding too"
+            )
         self.check_text()
         check_teachers(self)
 

@@ -14,7 +14,7 @@ from amid_trl.models.dropout import disable_dropout
 from amid_trl.models.fsdp import check_fsdp
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import note_dtype_at_start
-from amid_trl.models.own_logits import check_own_logits
+from amid_trl.models.own_logits import check_own_logits, check_rows_apart
 from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed
 from amid_trl.training.config import AMiDConfig
@@ -49,6 +49,8 @@ def prepare_student(
     announce_head(student)
     check_fsdp(accelerator, student)
     check_own_logits(student, "student")
+    if args.padding_free:
+        check_rows_apart(student, "student")
 
 
 # What SFTTrainer sets in the configuration of a mixture of experts, for a loss that is not used here.
@@ -65,3 +67,14 @@ def own_router_fields(student: nn.Module) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@contextmanager
+def padded_for_sft(args: AMiDConfig) -> Iterator[None]:
+    """Within it SFTTrainer is not told of `padding_free`, which its collator would see to, and refuses max_length."""
+    asked = args.padding_free
+    args.padding_free = False
+    try:
+        yield
+    finally:
+        args.padding_free = asked

@@ -26,6 +26,7 @@ from trl import SFTTrainer
 from amid_trl._trl import GKDTrainer, forward_redirection, global_then_local_main_first, is_in_notebook
 from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationCollator, counted
 from amid_trl.data.datasets import known_datasets, prepare_dataset
+from amid_trl.data.packing import PACKED_ROWS, arranged_dataset
 from amid_trl.data.row_teachers import SINGLE, TEACHER
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
@@ -43,7 +44,7 @@ from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
-from amid_trl.training.student import own_router_fields, prepare_student
+from amid_trl.training.student import own_router_fields, padded_for_sft, prepare_student
 from amid_trl.training.teacher_models import placed_teachers
 
 
@@ -81,7 +82,6 @@ class AMiDTrainer(GKDTrainer):
     model: nn.Module
     model_wrapped: nn.Module
     processing_class: PreTrainedTokenizerBase
-
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "amid"]
     _name = "AMiD"
@@ -112,7 +112,7 @@ class AMiDTrainer(GKDTrainer):
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
         self._student_generation = pair.generation
-        with own_router_fields(pair.student):
+        with own_router_fields(pair.student), padded_for_sft(args):
             SFTTrainer.__init__(
                 self,
                 cast(Any, pair.student),
@@ -178,10 +178,10 @@ class AMiDTrainer(GKDTrainer):
         with global_then_local_main_first():
             rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
             warn_of_endless(rows, processing_class, settings, name=dataset_name)
-            return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+            return arranged_dataset(rows, settings, seed=args.seed if args.shuffle_dataset else None, packs=packing)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, TEACHER, "attention_mask"]
+        self._signature_columns = [*ROW_COLUMNS, *TEACHER_COLUMNS, TEACHER, "attention_mask", PACKED_ROWS]
 
     # ---- A window: the micro-batches of one optimizer step ----
 
@@ -244,8 +244,8 @@ class AMiDTrainer(GKDTrainer):
 
     def _loss(self, student, inputs, answers, token_losses, window) -> BatchLoss:
         with self.accelerator.autocast():
-            size = self.args.logits_chunk_size
-            return batch_loss(student, inputs, answers, token_losses, self.vocabulary, size, window.balance)
+            settings = (self.vocabulary, self.args.logits_chunk_size, window.balance, self.args.padding_free)
+            return batch_loss(student, inputs, answers, token_losses, *settings)
 
     def _record_evaluation(self, rows: Figures) -> None:
         self._parts.record(self._parts.eval_means, rows := self._gathered(rows))

@@ -58,6 +58,11 @@ TRAINED = {
         "train_sampling_strategy": "random",
     },
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
+    # Two rows in each process, without their padding; alone they are padded.
+    "without padding": {
+        **{"padding_free": True, "student": "mixture", "router_aux_loss_coef": 0.5},
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
+    },
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
     "student's text, remote teacher": {
         **{"lmbda": 1.0, "asks": True},
@@ -105,6 +110,7 @@ TRAINED_UNDER_DDP = {
         "rows": 16,
     },
     "lora": {"lora": {}},
+    "packed rows": {"packing": True, "max_length": 76, "rows": 24},  # twelve bins
     "served teacher": {"teacher": None, "teacher_model_server_url": "server", "teacher_top_k": 20},
     "caches of two teachers": {
         "teachers": {
@@ -135,6 +141,8 @@ MERGED = {"adapter on an adapter": {"student": "adapter", "lora": {}}}
 EVALUATED = {"evaluated alone": {"trains": False}}
 # What one process does as well; it is told nothing of how two share their work.
 REFERENCES = TRAINED | TRAINED_IN_PARTS | TRAINED_UNDER_DDP | TRAINED_UNDER_FSDP2 | AVERAGED | MERGED | EVALUATED
+# What one process does otherwise: it is not sharded, and pads the rows of a window in one batch.
+OF_ENGINES = ("fsdp_config", "padding_free", "per_device_train_batch_size", "gradient_accumulation_steps")
 # Drawn text and an optimizer with moments: both have a state.
 SAVING = {"lmbda": 0.5, "top_k": 0, "optim": "adamw_torch", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 RESUMED = {
@@ -212,7 +220,7 @@ def launch(models: Path, folder: Path, engine: str, cases: dict[str, dict]) -> R
 
 def run_alone(models: Path, folder: Path, case: str) -> dict:
     """One process, each window in a single batch."""
-    settings = {name: value for name, value in REFERENCES[case].items() if name != "fsdp_config"}
+    settings = {name: value for name, value in REFERENCES[case].items() if name not in OF_ENGINES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(models / "cache"))
         return engine_worker.run(models, folder, per_device_train_batch_size=4, **settings)

@@ -58,16 +58,14 @@ def test_every_field_of_training_arguments_is_left_to_transformers_or_refused():
 
 
 def test_a_field_that_nobody_knows_is_found():
-    assert unclassified({"packing", "new"}, HONOURED, REFUSED) == ["new"]
-    assert unclassified({"packing"}, {"packing"}, REFUSED) == ["packing"]
+    assert unclassified({"eval_packing", "new"}, HONOURED, REFUSED) == ["new"]
+    assert unclassified({"eval_packing"}, {"eval_packing"}, REFUSED) == ["eval_packing"]
 
 
 # A value of each field that is not accepted.
 REFUSED_VALUES = {
-    "packing": True,
     "eval_packing": True,
     "packing_strategy": "wrapped",
-    "padding_free": True,
     "truncation_mode": "keep_end",
     "loss_type": "dft",
     "label_smoothing_factor": 0.1,
