@@ -62,6 +62,7 @@ class Run(Generic[Settings]):
         vocabulary: How many tokens all models and the tokenizer know.
         positions: The longest row, in tokens, that all models read; None without a bound.
         renamed: Tokens that mean another thing to the teacher, which no text may have.
+        teacher_tokenizer: The teacher's, where it is another one; `tokenizer` is the student's then.
     """
 
     args: Settings
@@ -70,3 +71,4 @@ class Run(Generic[Settings]):
     vocabulary: int
     positions: int | None
     renamed: RenamedTokens = field(default_factory=RenamedTokens)
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None

@@ -300,7 +300,9 @@ def _row(
 ) -> tuple[Row, list[str]]:
     if format == "tokens":
         row = tokens_row(example, settings)
-        unknown = max(row["input_ids"] + row["prompt_ids"] + list(example.get("teacher_prompt_ids") or []), default=0)
+        same = settings.teacher_tokenizer is None
+        teachers = list(example.get("teacher_prompt_ids") or []) if same else []
+        unknown = max(row["input_ids"] + row["prompt_ids"] + teachers, default=0)
         if unknown >= len(tokenizer):
             raise ValueError(f"input_ids hold token {unknown}, but the tokenizer has {len(tokenizer)} tokens")
         return row, []

@@ -10,6 +10,8 @@ from amid_trl.data.batches import Batch, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.linear import Head, States, linear_token_loss
+from amid_trl.maths.outcomes import OutcomeTokenLoss
+from amid_trl.maths.paired import PairedStates, paired_token_loss
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.maths.token_loss import DistillationTokenLoss, cross_entropy
 from amid_trl.models.deepspeed import gathered_head
@@ -35,13 +37,13 @@ class BatchLoss(NamedTuple):
 
 def row_names(token_loss: DistillationTokenLoss) -> tuple[str, ...]:
     """What is summed over the tokens of a row, and how many they are."""
-    return (*token_loss.means, "assistant_nll", "tokens")
+    return (*token_loss.means, *token_loss.counts, "assistant_nll", "tokens")
 
 
 def batch_loss(
     student: nn.Module,
     batch: Batch,
-    teacher: States | SparseTeacher,
+    teacher: States | SparseTeacher | PairedStates,
     token_loss: DistillationTokenLoss,
     vocabulary: int,
     chunk_size: int | None,
@@ -65,6 +67,11 @@ def batch_loss(
         with gathered_head(teacher.head) as teacher_head:
             cut = States(teacher.hidden, teacher_head.cut(vocabulary))
             total, columns = linear_token_loss(states, cut, token_loss, (labels,), chunk_size)
+    elif isinstance(teacher, PairedStates):
+        assert isinstance(token_loss, OutcomeTokenLoss)
+        with gathered_head(teacher.head) as teacher_head:
+            paired = teacher._replace(head=teacher_head)
+            total, columns = paired_token_loss(states, paired, token_loss, labels, chunk_size)
     else:
         total, columns = linear_token_loss(states, None, token_loss, (labels, *teacher), chunk_size)
     figures = Figures(token_loss.figures, columns)

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from trl import DistillationConfig
 
 from amid_trl._trl import AcceleratorConfig, GKDConfig
@@ -229,6 +230,7 @@ def data_settings(
     evaluates: bool,
     eos_token_ids: Iterable[int],
     formatting_func: Callable[[dict[str, Any]], str] | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DataSettings:
     """How rows are made for these settings and a pair of models that knows `positions` positions.
 
@@ -251,6 +253,7 @@ def data_settings(
         teacher_room=config.max_new_tokens,
         eos_token_ids=tuple(eos_token_ids),
         formatting_func=formatting_func,
+        teacher_tokenizer=teacher_tokenizer,
         num_proc=config.dataset_num_proc,
         evaluates=evaluates,
         kept_columns=("prompt",) if evaluates else (),  # TRL's LogCompletionsCallback reads it

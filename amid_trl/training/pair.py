@@ -25,7 +25,7 @@ from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokeniz
 from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
 from amid_trl.models.pairs import check_adapter, check_text_only, common_positions, common_vocabulary
 from amid_trl.models.quantised import quantisation
-from amid_trl.models.tokenizers import renamed_tokens
+from amid_trl.models.tokenizers import OtherTokenizer, renamed_tokens
 from amid_trl.quiet import hide_old_names
 from amid_trl.run import RenamedTokens, Run
 from amid_trl.teacher.cache import TeacherCache, cache_to_fill, whole_cache
@@ -45,6 +45,7 @@ class LoadedPair(NamedTuple):
 
     Attributes:
         renamed: tokens that mean another thing to the teacher.
+        teacher_tokenizer: the teacher's, where it is another one.
         positions: the longest sequence that both have positions for; None if they declare no bound.
         generation: how the student's checkpoint says that it generates.
         awaits_data: whether the teacher is None because its cache may know all rows, which only the data shows.
@@ -57,6 +58,14 @@ class LoadedPair(NamedTuple):
     positions: int | None
     generation: GenerationConfig
     awaits_data: bool = False
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def vocabulary(self, student: nn.Module) -> int:
+        """How many tokens the student as it is trained knows, and the teacher, if they are the same for it."""
+        if self.teacher is None or self.teacher_tokenizer is None:
+            return common_vocabulary(student, self.teacher, self.tokenizer)
+        common_vocabulary(self.teacher, None, self.teacher_tokenizer)
+        return common_vocabulary(student, None, self.tokenizer)
 
 
 def load_pair(
@@ -96,11 +105,11 @@ def load_pair(
         tokenizer or load_tokenizer(student, model, revision=revision, trust_remote_code=remote)
     )
     warn_of_gguf(tokenizer)
-    teacher, renamed = None, RenamedTokens()
+    teacher, renamed, other = None, RenamedTokens(), None
     cache = cache_to_fill(args)
     awaits_data = cache is not None and isinstance(teacher_model, str) and not absent
     if teacher_model is not None and not absent and not awaits_data:
-        teacher, renamed = load_checked_teacher(teacher_model, args, student, tokenizer)
+        teacher, renamed, other = load_checked_teacher(teacher_model, args, student, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:
@@ -110,24 +119,53 @@ def load_pair(
         folder = Path(str(args.output_dir), TEXT)
         name_text_base(student, tokenizer, folder, revision, saves=args.process_index == 0)
     read = TeacherCache(str(args.teacher_cache)) if args.reads_cache else cache
-    bounds = [common_positions(student, teacher), None if read is None else read.about.get("positions")]
+    # What a teacher of another tokenizer reads is counted in its own tokens.
+    bounds = [
+        common_positions(student, None if other else teacher),
+        None if read is None else read.about.get("positions"),
+    ]
     positions = min((bound for bound in bounds if bound is not None), default=None)
-    return LoadedPair(student, teacher, tokenizer, renamed, positions, generation_config_of(student), awaits_data)
+    generation = generation_config_of(student)
+    return LoadedPair(student, teacher, tokenizer, renamed, positions, generation, awaits_data, other)
 
 
 def load_checked_teacher(
     teacher_model: str | nn.Module, args: AMiDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> tuple[nn.Module, RenamedTokens]:
-    """A teacher with a model of its own, and the tokens that mean another thing to it than to the student."""
+) -> tuple[nn.Module, RenamedTokens, PreTrainedTokenizerBase | None]:
+    """A teacher with a model of its own, the tokens that mean another thing to it, its tokenizer if it is another."""
     teacher = load_teacher(teacher_model, args)
     file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
     of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
     check_teacher(student, teacher)
-    teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, **of_teacher)
+    named = args.teacher_tokenizer_name_or_path or teacher_model
+    teacher_tokenizer = load_tokenizer(teacher, named, gguf_file=file, **of_teacher)
     if teacher_tokenizer is not None:
         warn_of_gguf(tokenizer, teacher_tokenizer)
     writes = args.generates or args.eval_generate
-    return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
+    try:
+        return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes), None
+    except OtherTokenizer as error:
+        check_other_tokenizer(args, error)
+        logger.warning(
+            "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
+            "both are compared on what they have in common (docs/teacher.md).",
+            *(each.name_or_path or type(each).__name__ for each in (teacher_tokenizer, tokenizer)),
+        )
+        return teacher, RenamedTokens(), teacher_tokenizer
+
+
+def check_other_tokenizer(args: AMiDConfig, error: OtherTokenizer) -> None:
+    """Refuse what needs the teacher's answers in the student's tokens."""
+    needs = {
+        "teacher_cache": args.teacher_cache is not None,
+        "seq_kd": args.seq_kd,
+        "distill_temperature": args.distill_temperature != 1.0,
+    }
+    for name, asked in needs.items():
+        if asked:
+            raise OtherTokenizer(
+                f"{name}={getattr(args, name)!r} needs a teacher with the student's tokenizer: {error}"
+            )
 
 
 def with_teacher(
@@ -135,9 +173,9 @@ def with_teacher(
 ) -> tuple[nn.Module | None, Run[AMiDConfig]]:
     """The teacher that the pair has, or that turns out to be needed for the prepared datasets; the run with it."""
     if not pair.awaits_data or whole_cache(run, datasets) is not None:
-        return pair.teacher, run
+        return pair.teacher, dataclasses.replace(run, teacher_tokenizer=pair.teacher_tokenizer)
     name = str(run.args.teacher_model_name_or_path)
-    teacher, renamed = load_checked_teacher(name, run.args, student, run.tokenizer)
+    teacher, renamed, _ = load_checked_teacher(name, run.args, student, run.tokenizer)
     common_vocabulary(student, teacher, run.tokenizer)
     for dataset in datasets.values():
         renamed.checked(dataset)

@@ -18,6 +18,7 @@ from amid_trl.sources.source import Source
 from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
 from amid_trl.teacher.kinds import Teacher, open_teacher
+from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.balancing import Balancing
 from amid_trl.training.checkpoints import Stateful
@@ -65,7 +66,7 @@ class Parts:
         for name in self.objective.means:
             for known in (name, f"{name}/{self.window.source}"):
                 if known in means:
-                    means.add(known, totals[name], totals["tokens"])
+                    means.add(known, totals[name], totals[self.objective.over.get(name, "tokens")])
 
     @property
     def callbacks(self) -> tuple[TrainerCallback, ...]:
@@ -82,8 +83,9 @@ class Parts:
     @property
     def figures(self) -> dict[str, float]:
         """What moves or grows during a run, for the logs; all processes have to ask."""
-        parts = (self.sources, self.objective, self.nonfinite, self.memory, self.unmoved)
-        return {name: value for part in parts for name, value in part.figures.items()}
+        parts = [self.sources, self.objective, self.nonfinite, self.memory, self.unmoved]
+        teacher = [self.teacher] if isinstance(self.teacher, OtherTokenizerTeacher) else []
+        return {name: value for part in (*parts, *teacher) for name, value in part.figures.items()}
 
     def evaluated(self, sft_weight: float) -> dict[str, float]:
         """What an evaluation has found, and its loss. No reduction: rows were gathered when they were recorded."""
@@ -116,7 +118,8 @@ def open_parts(
         answers = Answers(open_greedy_writer(run, student, wrapped_student, student_generation), run.tokenizer)
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
-    sources, objective = WindowSources(run), RunObjective(run, is_sparse=teacher.is_sparse)
+    outcomes = teacher.outcomes if isinstance(teacher, OtherTokenizerTeacher) else None
+    sources, objective = WindowSources(run), RunObjective(run, is_sparse=teacher.is_sparse, outcomes=outcomes)
     # Where sources are mixed one curve would show their figures in turn.
     by_source = [f"{name}/{source}" for name in ("objective", "kl") for source in get_args(Source) if sources.mixes]
     train_means = Means((*objective.means, *WINDOW_MEANS, "aux_loss", *by_source), run.accelerator.device)

@@ -29,7 +29,7 @@ from amid_trl.data.datasets import all_datasets, prepare_dataset
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
-from amid_trl.models.pairs import common_vocabulary, freeze
+from amid_trl.models.pairs import freeze
 from amid_trl.models.quantised import record_base
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
@@ -112,7 +112,7 @@ class AMiDTrainer(GKDTrainer):
         args = own_arguments(args, model, train_dataset, eval_dataset, collator=data_collator, **functions)
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
-        self._student_generation = pair.generation
+        self._student_generation, self._teacher_tokenizer = pair.generation, pair.teacher_tokenizer
         with own_router_fields(pair.student):
             SFTTrainer.__init__(
                 self,
@@ -129,7 +129,7 @@ class AMiDTrainer(GKDTrainer):
                 formatting_func=formatting_func,
             )
         # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
-        self.vocabulary = common_vocabulary(self.model, pair.teacher, tokenizer)
+        self.vocabulary = pair.vocabulary(self.model)
         if data_collator is None:
             padding: Any = (tokenizer.pad_token_id, args.pad_to_multiple_of)
             self.data_collator = DistillationCollator(*padding)
@@ -173,6 +173,7 @@ class AMiDTrainer(GKDTrainer):
             evaluates=dataset_name != "train",
             eos_token_ids=eos_token_ids(processing_class, self._student_generation),
             formatting_func=formatting_func,
+            teacher_tokenizer=self._teacher_tokenizer,
         )
         with global_then_local_main_first():
             rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
