@@ -108,7 +108,9 @@ def prepare_dataset(
         tokenizer=tokenizer,
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
-        teachers=has_teacher_prompts(columns, settings),
+        teachers=has_teacher_prompts(
+            columns, settings, is_chat=format == "messages" or isinstance(first.get("prompt"), list)
+        ),
     )
     if isinstance(plain, IterableDataset):
         prepared, reasons, said = _prepare_stream(plain, make_row, columns, settings, name)

@@ -27,11 +27,11 @@ from amid_trl.data.rows import (
 COLUMN, IDS = "teacher_prompt", "teacher_prompt_ids"
 
 
-def has_teacher_prompts(columns: list[str], settings: DataSettings) -> bool:
-    """Whether the teacher reads prompts of its own in a dataset of these columns."""
+def has_teacher_prompts(columns: list[str], settings: DataSettings, *, is_chat: bool = True) -> bool:
+    """Whether the teacher reads prompts of its own in a dataset of these columns; `is_chat`: these are messages."""
     chats = bool({"messages", "conversations", "prompt"} & set(columns)) and "input_ids" not in columns
     other = settings.teacher_tokenizer
-    renders = bool(settings.teacher_chat_template_kwargs) or (other is not None and other.chat_template is not None)
+    renders = bool(settings.teacher_chat_template_kwargs) if other is None else is_chat and bool(other.chat_template)
     return bool({COLUMN, IDS} & set(columns)) or (renders and chats)
 
 

@@ -150,7 +150,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
         with torch.no_grad():
             log_p = self.objective.log_probs(teacher_logits)
         nll = label_nll(log_q, labels)
-        distilled, mixed = torch.zeros_like(nll), self._mixture_numbers(numbers)
+        distilled, mixed = 0.0 * nll, self._mixture_numbers(numbers)
         figures = {name: torch.zeros_like(nll.detach()) for name in ("aligned", *PER_OUTCOME)}
         figures |= {
             "aligned": (kind != UNPAIRED).to(nll),

@@ -196,12 +196,17 @@ def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizer
 
     Where one model has a single token for several ends, they all are one outcome.
     """
-    names = {each: {token.content: i for i, token in each.added_tokens_decoder.items()} for each in (student, teacher)}
+    names = [
+        {
+            token.content: i
+            for i, token in each.added_tokens_decoder.items()
+            if token.special or i in each.all_special_ids
+        }
+        for each in (student, teacher)
+    ]
     pairs: list[tuple[Any, Any]] = [
         (turn_end(student, []) or student.eos_token_id, turn_end(teacher, []) or teacher.eos_token_id),
         (student.eos_token_id, teacher.eos_token_id),
+        *((i, names[1][name]) for name, i in names[0].items() if name in names[1]),
     ]
-    silent = [{*each.all_special_ids} for each in (student, teacher)]
-    same = [(i, names[teacher][name]) for name, i in names[student].items() if name in names[teacher]]
-    pairs += [pair for pair in same if pair[0] in silent[0] and pair[1] in silent[1]]
     return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]

@@ -95,7 +95,7 @@ class OtherTokenizerTeacher:
             prompt = None if own is None else ids[:own]
             written, places = self._row(ids, labels, prompt)
             if places and all(place.kind == UNPAIRED for place in places):
-                self._name(ids)
+                self._name(prompt or [], ids)
             made.append((written, places))
         return made
 
@@ -103,11 +103,12 @@ class OtherTokenizerTeacher:
         written = self._retokeniser.write(ids, len(prompt or ()), prompt, self._teacher.positions)
         return written, self._retokeniser.places(ids, labels, written)
 
-    def _name(self, ids: list[int]) -> None:
+    def _name(self, prompt: list[int], ids: list[int]) -> None:
         """Say of a row that the two tokenizers have no boundary in it, the first times."""
         self.unaligned_rows += 1
         if self.unaligned_rows <= ROWS_NAMED:
-            text = str(self._retokeniser.student.tokenizer.decode(ids))
+            teachers, own = self._retokeniser.teacher.tokenizer, self._retokeniser.student.tokenizer
+            text = f"{teachers.decode(prompt)}{own.decode(ids[len(prompt) :])}"
             logger.warning(
                 "Student and teacher share no boundary at a trained token of a row, which gives no loss: %.80r", text
             )

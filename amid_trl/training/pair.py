@@ -149,7 +149,7 @@ def load_checked_teacher(
         logger.warning(
             "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
             "both are compared on what they have in common (docs/teacher.md).",
-            *(each.name_or_path or type(each).__name__ for each in (teacher_tokenizer, tokenizer)),
+            *(each.name_or_path for each in (teacher_tokenizer, tokenizer) if each is not None),
         )
         return teacher, RenamedTokens(), teacher_tokenizer
 

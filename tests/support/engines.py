@@ -56,6 +56,8 @@ TRAINED = {
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
     "prompts of the teachers": {"hints": True, "lmbda": 1.0},
+    "teacher with another tokenizer": {"teacher": "other_teacher"},
+    "student's text, teacher with another tokenizer": {"teacher": "other_teacher", "lmbda": 1.0},
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
