@@ -217,9 +217,9 @@ def at_boundaries(
     own, label = outcomes.student[labels][:, None], labels[:, None]
     log_label = log_q.gather(-1, label)
     own_q = log_label.masked_fill(~split, low)
-    q = summed(log_q.scatter(-1, label, log_label.masked_fill(split, low)), outcomes.student, size)
+    q = log_sums(log_q.scatter(-1, label, log_label.masked_fill(split, low)), outcomes.student, size)
 
-    p = summed(log_p, outcomes.teacher, size)
+    p = log_sums(log_p, outcomes.teacher, size)
     chain = torch.minimum(places.log_chain[:, None].to(p), p.gather(-1, own)).masked_fill(~split, low)
     p = p.scatter(-1, own, log_difference(p.gather(-1, own), chain))
     p = torch.cat([p[:, :-1], chain, p[:, -1:]], -1)
@@ -263,7 +263,7 @@ def _entries(start: Tensor, count: Tensor, begun: Begun) -> tuple[Tensor, Tensor
     return rows, begun.student[places], shares / torch.zeros_like(highest).index_add(0, rows, shares)[rows]
 
 
-def summed(
+def log_sums(
     logs: Float[Tensor, "tokens vocab"], groups: Int[Tensor, " vocab"], count: int
 ) -> Float[Tensor, "tokens groups"]:
     """log of the sum of exp(logs) over the members of each of `count` groups; the lowest number where none is."""

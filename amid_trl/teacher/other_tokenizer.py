@@ -21,7 +21,7 @@ from amid_trl.teacher.in_memory import ModelTeacher
 logger = logging.getLogger(__name__)
 
 # So many rows without a shared boundary are named.
-ROWS_NAMED = 5
+UNALIGNED_NAMED = 5
 
 
 class OtherTokenizerTeacher:
@@ -106,7 +106,7 @@ class OtherTokenizerTeacher:
     def _name(self, prompt: list[int], ids: list[int]) -> None:
         """Say of a row that the two tokenizers have no boundary in it, the first times."""
         self.unaligned_rows += 1
-        if self.unaligned_rows <= ROWS_NAMED:
+        if self.unaligned_rows <= UNALIGNED_NAMED:
             teachers, own = self._retokeniser.teacher.tokenizer, self._retokeniser.student.tokenizer
             text = f"{teachers.decode(prompt)}{own.decode(ids[len(prompt) :])}"
             logger.warning(

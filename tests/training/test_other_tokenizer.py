@@ -195,7 +195,7 @@ def test_a_tokenizer_that_changes_text_is_refused_by_name(train, folder, tmp_pat
         train(**settings(folder) | {"teacher_model": str(tmp_path / "lower")})
 
 
-def test_a_teacher_in_memory_takes_its_tokenizer_by_name(train, folder):
+def test_a_teacher_in_memory_has_it_by_name(train, folder):
     other = first_tokens(special_first(), 330).tokenizer
     given = settings(folder, teacher_tokenizer_name_or_path=str(folder / "another"))
     trainer = train(**given | {"teacher_model": tiny_llama(other, seed=1)})
