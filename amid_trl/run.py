@@ -68,6 +68,7 @@ class Run(Generic[Settings]):
         positions: The longest row, in tokens, that all models read; None without a bound.
         renamed: Tokens that mean another thing to the teacher, which no text may have.
         teacher: The name of the teacher that this record is of, where there are several.
+        teacher_tokenizer: The teacher's, where it is another one; `tokenizer` is the student's then.
     """
 
     args: Settings
@@ -77,3 +78,4 @@ class Run(Generic[Settings]):
     positions: int | None
     renamed: RenamedTokens = field(default_factory=RenamedTokens)
     teacher: str = ""
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None

@@ -15,6 +15,7 @@ from amid_trl.data.batches import Batch, teachers_view, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
 from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.trainer import AMiDTrainer
 
@@ -120,6 +121,8 @@ def check_whole(trainer: AMiDTrainer) -> None:
     Raises:
         ValueError: the field that names it.
     """
+    if isinstance(trainer.teacher, OtherTokenizerTeacher):
+        raise ValueError("a landscape needs a teacher with the student's tokenizer; this one has another")
     if cast(Any, trainer.teacher).is_sparse:
         name = "teacher_cache" if trainer.args.teacher_cache is not None else "teacher_model_server_url"
         raise ValueError(

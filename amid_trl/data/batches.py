@@ -228,10 +228,14 @@ def _padded(
 
 
 def teachers_view(batch: Batch) -> Batch:
-    """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any."""
+    """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any.
+
+    Then `own_prompt` says how long these are, for a teacher in whose tokens they are written.
+    """
     if "teacher_input_ids" not in batch:
         return batch
     read = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+    read["own_prompt"] = batch["teacher_prompt_attention_mask"].sum(-1)
     return {**read, TEACHER: batch[TEACHER]} if TEACHER in batch else read
 
 

@@ -112,7 +112,9 @@ def prepare_dataset(
         tokenizer=tokenizer,
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
-        teachers=has_teacher_prompts(columns, settings),
+        teachers=has_teacher_prompts(
+            columns, settings, is_chat=format == "messages" or isinstance(first.get("prompt"), list)
+        ),
         name=name,
     )
     if isinstance(plain, IterableDataset):
@@ -310,7 +312,9 @@ def _row(
 ) -> tuple[Row, list[str]]:
     if format == "tokens":
         row = tokens_row(example, settings)
-        unknown = max(row["input_ids"] + row["prompt_ids"] + list(example.get("teacher_prompt_ids") or []), default=0)
+        same = settings.teacher_tokenizer is None
+        teachers = list(example.get("teacher_prompt_ids") or []) if same else []
+        unknown = max(row["input_ids"] + row["prompt_ids"] + teachers, default=0)
         if unknown >= len(tokenizer):
             raise ValueError(f"input_ids hold token {unknown}, but the tokenizer has {len(tokenizer)} tokens")
         return row, []

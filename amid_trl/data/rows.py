@@ -61,6 +61,7 @@ class DataSettings:
         teacher_room: tokens that may be written behind the teacher's prompt in a run that generates.
         eos_token_ids: tokens that end a turn besides the tokenizer's EOS (those of the model's generation config).
         formatting_func: row -> text; not applied to a dataset that is tokenised already.
+        teacher_tokenizer: the teacher's, where it is another one; its prompts are in its tokens then.
         num_proc: processes that tokenise a `Dataset`.
         evaluates: whether this is an evaluation set.
         dataset_text_alone: whether nobody may write what is missing, because a cache has the teacher's answers.
@@ -82,6 +83,7 @@ class DataSettings:
     teacher_room: int = 0
     eos_token_ids: tuple[int, ...] = ()
     formatting_func: Callable[[dict[str, Any]], str] | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
     num_proc: int | None = None
     evaluates: bool = False
     dataset_text_alone: bool = False

@@ -13,6 +13,7 @@ from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import (
     LONG_TEACHER_PROMPT,
     NO_ANSWER,
+    BadRow,
     DataSettings,
     Row,
     end_tokens,
@@ -26,10 +27,12 @@ from amid_trl.data.rows import (
 COLUMN, IDS = "teacher_prompt", "teacher_prompt_ids"
 
 
-def has_teacher_prompts(columns: list[str], settings: DataSettings) -> bool:
-    """Whether the teacher reads prompts of its own in a dataset of these columns."""
+def has_teacher_prompts(columns: list[str], settings: DataSettings, *, is_chat: bool = True) -> bool:
+    """Whether the teacher reads prompts of its own in a dataset of these columns; `is_chat`: these are messages."""
     chats = bool({"messages", "conversations", "prompt"} & set(columns)) and "input_ids" not in columns
-    return bool({COLUMN, IDS} & set(columns)) or (bool(settings.teacher_chat_template_kwargs) and chats)
+    other = settings.teacher_tokenizer
+    renders = bool(settings.teacher_chat_template_kwargs) if other is None else is_chat and bool(other.chat_template)
+    return bool({COLUMN, IDS} & set(columns)) or (renders and chats)
 
 
 def with_teachers_row(
@@ -47,7 +50,7 @@ def with_teachers_row(
     written = len(made["teacher_prompt_ids"]) + settings.teacher_room if settings.generates else 0
     longest = max(len(made["teacher_input_ids"]), written)
     notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(made["labels"]) else []
-    too_long = settings.positions is not None and longest > settings.positions
+    too_long = settings.teacher_tokenizer is None and settings.positions is not None and longest > settings.positions
     return made, [*notes, LONG_TEACHER_PROMPT] if too_long else notes
 
 
@@ -57,12 +60,24 @@ def _teacher_prompt_ids(
     given = example.get(COLUMN)
     if example.get(IDS) is not None:
         return list(example[IDS])
+    is_chat = {"messages", "conversations"} & example.keys() or isinstance(example.get("prompt"), list)
+    if settings.teacher_tokenizer is not None:
+        tokenizer, given = settings.teacher_tokenizer, _read_by_other(example, given, is_chat=bool(is_chat))
     if isinstance(given, str):
         return prompt_tokens(given, tokenizer, end_tokens(tokenizer, settings))
-    is_chat = {"messages", "conversations"} & example.keys() or isinstance(example.get("prompt"), list)
-    if given is None and not (settings.teacher_chat_template_kwargs and is_chat):
+    renders = settings.teacher_chat_template_kwargs or settings.teacher_tokenizer is not None
+    if given is None and not (renders and is_chat):
         return prompt
     messages = messages_to_answer(*conversation_of(example)) if given is None else as_messages(given)
     options = {**template_options(example, settings), **settings.teacher_chat_template_kwargs}
     text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _read_by_other(example: dict[str, Any], given: Any, *, is_chat: bool) -> Any:
+    """The text or messages of a prompt for a teacher whose tokens are other ones; None for the row's own chat."""
+    if given is not None or is_chat:
+        return given
+    if isinstance(example.get("prompt"), str):
+        return example["prompt"]
+    raise BadRow("a row of the student's tokens needs teacher_prompt_ids in the tokens of the teacher, as others have")

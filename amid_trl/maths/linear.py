@@ -6,13 +6,14 @@ tokens is projected once, differentiated at once, and forgotten. Backward only s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from amid_trl.maths.assistant import at_least_float32
 from amid_trl.maths.kernel import Finish, RowKernel, TokenLoss
 from amid_trl.maths.objective import Objective
 from amid_trl.phases import phase
@@ -137,11 +138,22 @@ def _check_pair(student: States, teacher: States) -> None:
         raise ValueError(
             f"student and teacher need the same tokens; got {len(student.hidden)} and {len(teacher.hidden)}"
         )
-    vocabularies = [len(states.head.weight) for states in (student, teacher)]
-    if vocabularies[0] != vocabularies[1]:
-        raise ValueError(
-            f"student and teacher heads need the same vocabulary; got {vocabularies[0]} and {vocabularies[1]} tokens"
-        )
+
+
+@torch.no_grad()
+def log_probs_at(
+    states: States, rows: Int[Tensor, " queries"], tokens: Int[Tensor, " queries"], chunk_size: int | None = None
+) -> Float[Tensor, " queries"]:
+    """log p of some tokens, each at one of the states; of these a chunk is projected at a time. Without gradient."""
+    head, found = states.head.frozen(), states.hidden.new_zeros(len(rows), dtype=torch.float32)
+    asked, which = cast(tuple[Tensor, Tensor], torch.unique(rows, return_inverse=True))  # pyright: ignore[reportUnknownMemberType]
+    size = max(1, chunk_tokens(len(head.weight), states.hidden.device, chunk_size))
+    for start in range(0, len(asked), size):
+        chunk = asked[start : start + size]
+        log_p = at_least_float32(head(states.hidden[chunk])).log_softmax(-1)
+        here = ((which >= start) & (which < start + size)).nonzero()[:, 0]
+        found[here] = log_p[which[here] - start, tokens[here]].float()
+    return found
 
 
 def linear_distillation_loss(
@@ -160,6 +172,11 @@ def linear_distillation_loss(
     Returns (total, per_token): total = Σ over tokens, differentiable once with respect to the student's three tensors;
     per_token is detached. Memory beyond the inputs and their gradients grows with chunk_size × vocab only.
     """
+    if len(student_weight) != len(teacher_weight):
+        raise ValueError(
+            f"student and teacher heads need the same vocabulary; got {len(student_weight)} and {len(teacher_weight)} "
+            "tokens"
+        )
     total, figures = linear_token_loss(
         States(student_hidden, Head(student_weight, student_bias)),
         States(teacher_hidden, Head(teacher_weight, teacher_bias)),
@@ -203,7 +220,8 @@ class _Chunks:
     chunk_size: int | None
 
     def __iter__(self) -> Iterator[_Chunk]:
-        tokens_at_a_time = chunk_tokens(len(self.student.head.weight), self.student.hidden.device, self.chunk_size)
+        vocab = max(len(states.head.weight) for states in (self.student, self.teacher) if states is not None)
+        tokens_at_a_time = chunk_tokens(vocab, self.student.hidden.device, self.chunk_size)
         slices = _slices(len(self.student.hidden), tokens_at_a_time)
         # Memory that every chunk uses again, because on a CPU fresh memory is slow; a chunk is lost with the next one.
         rows = min(slices[0].stop, len(self.student.hidden))
@@ -223,7 +241,8 @@ class _Chunks:
             teacher = self.teacher.head.project(self.teacher.hidden[tokens], teacher_out)
             others.insert(0, teacher.to(student.device))
         outputs: list[Tensor] = []
-        for rows in _slices(len(student), _elements(student.device)[1] // student.shape[1]):
+        vocab = max(student.shape[1], *(other.shape[1] for other in others if other.ndim > 1), 1)
+        for rows in _slices(len(student), _elements(student.device)[1] // vocab):
             *block, gradient = self.kernel(student[rows], *(other[rows] for other in others))
             # Copied, because results that stay between gradients that go would leave holes in the memory.
             outputs = outputs or [part.new_empty(len(student), *part.shape[1:]) for part in block]

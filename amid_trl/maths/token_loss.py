@@ -1,6 +1,7 @@
 """What one trained token contributes: the objective, the cross-entropy beside it, and the figures that are logged."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +63,9 @@ class DistillationTokenLoss:
 
     means: ClassVar[tuple[str, ...]] = MEANS
     figures: ClassVar[tuple[str, ...]] = (*MEANS, *NO_MEANS)
+    # What a mean is taken over, where it is not tokens: a figure of its own, among means or counts.
+    counts: ClassVar[tuple[str, ...]] = ()
+    over: ClassVar[Mapping[str, str]] = {}
 
     @property
     def compiles(self) -> bool:

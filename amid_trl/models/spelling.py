@@ -113,7 +113,7 @@ def _spelling(decoder: dict[str, Any] | None, added: set[str], who: str) -> Call
     parts = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"]:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
 
         def of_letters(token: str) -> bytes:
             is_text = token in added or not alphabet.keys() >= set(token)
@@ -144,7 +144,7 @@ def _spelling(decoder: dict[str, Any] | None, added: set[str], who: str) -> Call
     return spelled
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves, the others for those from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -11,14 +11,18 @@ from amid_trl.run import RenamedTokens
 logger = logging.getLogger(__name__)
 
 
+class OtherTokenizer(ValueError):
+    """Student and teacher do not have the same tokenizer."""
+
+
 def renamed_tokens(
     tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None, *, writes: bool = True
 ) -> RenamedTokens:
     """The added tokens (special ones) that have another name or another id for the teacher; a warning names them.
 
-    Tokens added on one side only (a padding token, chat markers) are legal, and a warning names them too. A ValueError
-    if any other token has another id or is known on one side only, or, in a run that `writes` text, the EOS has
-    another name: its distribution would be read wrongly.
+    Tokens added on one side only (a padding token, chat markers) are legal, and a warning names them too. An
+    OtherTokenizer if any other token has another id or is known on one side only, or, in a run that `writes` text,
+    the EOS has another name: its distribution would be read wrongly.
     """
     if teacher_tokenizer is None:
         return RenamedTokens()
@@ -46,10 +50,10 @@ def renamed_tokens(
         example = foreign[0]
         files = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
         places = f"{student_ids.get(example)} and {teacher_ids.get(example)}"
-        raise ValueError(
+        raise OtherTokenizer(
             f"student and teacher need the same tokenizer; {' and '.join(files)} differ in "
-            f"{len(moved) + len(missing) + len(lacked)} tokens (for instance {example!r}: id {places}). TRL's "
-            "GOLDTrainer is made for different tokenizers."
+            f"{len(moved) + len(missing) + len(lacked)} tokens (for instance {example!r}: id {places}). AMiDTrainer "
+            "trains with a teacher of another tokenizer that is in memory."
         )
     renamed = RenamedTokens(names)
     if names:

@@ -26,7 +26,11 @@ LOADING_FIELDS = (
 # Each decides by itself where the teacher's weights lie.
 PLACES = ("teacher_load_in_8bit", "teacher_load_in_4bit", "teacher_offload", "teacher_deepspeed")
 # Those of a teacher that has a model of its own here.
-MODEL_FIELDS = ("teacher_model_name_or_path", *dict.fromkeys((*LOADING_FIELDS, *PLACES)))
+MODEL_FIELDS = (
+    "teacher_model_name_or_path",
+    "teacher_tokenizer_name_or_path",
+    *dict.fromkeys((*LOADING_FIELDS, *PLACES)),
+)
 
 
 @dataclass
@@ -41,6 +45,11 @@ class TeacherFields(Fields):
         "names none needs a teacher called default.",
     )
     teacher_model_revision: str | None = option(None, "Revision of the teacher on the Hub.")
+    teacher_tokenizer_name_or_path: str | None = option(
+        None,
+        "The teacher's tokenizer, by default the one beside its weights. It may be another one than the student's: "
+        "it then reads the text in its own tokens, and both are compared on what they have in common.",
+    )
     teacher_adapter_path: str | None = option(
         None,
         "The teacher is the student's base model under this adapter, or 'base', under none. For a student with an "

@@ -7,6 +7,7 @@ from torch import nn
 
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import States
+from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.run import Run
 from amid_trl.teacher.adapter import AdapterTeacher
@@ -15,6 +16,7 @@ from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.filling import FillingTeacher, StatesTeacher
 from amid_trl.teacher.in_memory import ModelTeacher
 from amid_trl.teacher.moving_average import AverageTeacher
+from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.teacher.reach import check_reach
 from amid_trl.teacher.remote import open_remote
 from amid_trl.teacher.server import open_server
@@ -40,8 +42,8 @@ class Teacher(Protocol):
         """
         ...
 
-    def __call__(self, batch: Batch) -> States | SparseTeacher:
-        """Hidden states with the head, or the likeliest tokens of a teacher that is not in memory."""
+    def __call__(self, batch: Batch) -> States | SparseTeacher | PairedStates:
+        """Hidden states with the head, in the tokens of both or its own, or the likeliest of one not in memory."""
         ...
 
 
@@ -79,7 +81,9 @@ def open_teacher(
         assert model is not None
         name = run.args.teacher_model_name_or_path
         how: Any = {"name": name, "offloaded": run.args.teacher_offload, "padding_free": padding_free}
-        teacher = ModelTeacher(model, run.accelerator, run.renamed, **how)
+        own = ModelTeacher(model, run.accelerator, run.renamed, **how)
+        other = run.teacher_tokenizer
+        teacher = own if other is None else OtherTokenizerTeacher(own, run.tokenizer, other, datasets)
     if not run.args.teacher_cache_fill:
         return teacher
     if teacher.is_sparse:

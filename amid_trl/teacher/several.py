@@ -10,6 +10,7 @@ from torch import Tensor
 from amid_trl.data.batches import Batch
 from amid_trl.data.row_teachers import DEFAULT, SINGLE, TEACHER
 from amid_trl.maths.linear import States
+from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.teacher.kinds import Teacher
 from amid_trl.teacher.moving_average import AverageTeacher
@@ -28,7 +29,7 @@ class TeachersAnswers(NamedTuple):
     """
 
     numbers: Tensor
-    by_teacher: list[States | SparseTeacher | None]
+    by_teacher: list[States | SparseTeacher | PairedStates | None]
 
 
 class Teachers:

@@ -12,6 +12,8 @@ from amid_trl.data.batches import Batch, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.linear import Head, States, linear_token_loss
+from amid_trl.maths.outcomes import OutcomeTokenLoss
+from amid_trl.maths.paired import PairedStates, paired_token_loss
 from amid_trl.maths.selection import RowTokens
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.maths.token_loss import DistillationTokenLoss, cross_entropy
@@ -39,7 +41,8 @@ class BatchLoss(NamedTuple):
 
 def row_names(token_losses: Sequence[DistillationTokenLoss]) -> tuple[str, ...]:
     """What is summed over the tokens of a row, how many they are, and the number of the row's teacher."""
-    return (*_all_names(token_loss.means for token_loss in token_losses), "assistant_nll", "tokens", "teacher")
+    summed = _all_names((*token_loss.means, *token_loss.counts) for token_loss in token_losses)
+    return (*summed, "assistant_nll", "tokens", "teacher")
 
 
 def _all_names(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
@@ -107,9 +110,13 @@ def _compared(
             own = slice(None) if all_tokens else numbers == number
             tokens = RowTokens.of(rows[own], len(trained))
             part = States(student.hidden[own], student.head)
-            weights = _selection_weights(part, teacher, token_loss, (labels[own], *columns), tokens, chunk_size)
-            given = (labels[own], *columns, *weights)
-            total, figures = linear_token_loss(part, teacher, token_loss, given, chunk_size)
+            if isinstance(teacher, PairedStates):
+                assert isinstance(token_loss, OutcomeTokenLoss)
+                total, figures = paired_token_loss(part, teacher, token_loss, labels[own], chunk_size)
+            else:
+                weights = _selection_weights(part, teacher, token_loss, (labels[own], *columns), tokens, chunk_size)
+                given = (labels[own], *columns, *weights)
+                total, figures = linear_token_loss(part, teacher, token_loss, given, chunk_size)
         totals.append(total)
         whole = whole.to(figures.dtype)
         for name, column in zip(token_loss.figures, figures.unbind(-1), strict=True):
@@ -140,13 +147,18 @@ def _selection_weights(
 
 
 @contextmanager
-def _whole(answer: States | SparseTeacher, vocabulary: int) -> Iterator[tuple[States | None, tuple[Tensor, ...]]]:
+def _whole(
+    answer: States | SparseTeacher | PairedStates, vocabulary: int
+) -> Iterator[tuple[States | PairedStates | None, tuple[Tensor, ...]]]:
     """The teacher's states with all of its head, or what stands for them among the columns of the tokens."""
     if isinstance(answer, SparseTeacher):
         yield None, answer
         return
     with gathered_head(answer.head) as head:
-        yield States(answer.hidden, head.cut(vocabulary)), ()
+        if isinstance(answer, PairedStates):
+            yield answer._replace(head=head), ()
+        else:
+            yield States(answer.hidden, head.cut(vocabulary)), ()
 
 
 def _row_sums(figures: Figures, trained: Tensor, numbers: Tensor, names: tuple[str, ...]) -> Tensor:

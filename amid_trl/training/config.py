@@ -243,6 +243,7 @@ def data_settings(
     evaluates: bool,
     eos_token_ids: Iterable[int],
     formatting_func: Callable[[dict[str, Any]], str] | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DataSettings:
     """How rows are made for these settings and a pair of models that knows `positions` positions.
 
@@ -265,6 +266,7 @@ def data_settings(
         teacher_room=config.max_new_tokens,
         eos_token_ids=tuple(eos_token_ids),
         formatting_func=formatting_func,
+        teacher_tokenizer=teacher_tokenizer,
         num_proc=config.dataset_num_proc,
         evaluates=evaluates,
         dataset_text_alone=any(own.teacher_cache for own in settings_of_teachers(config).values()),

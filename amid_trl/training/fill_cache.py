@@ -14,6 +14,7 @@ from amid_trl.data.datasets import all_datasets
 from amid_trl.data.row_teachers import SINGLE, TEACHER
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
+from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
 from amid_trl.run import Run
@@ -53,6 +54,7 @@ def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | No
             if args.teacher_cache_states and isinstance(answer, States):
                 rows: Iterator[Any] = hidden_rows(answer, batch)
             else:
+                assert not isinstance(answer, PairedStates)  # a cache of such a teacher is refused
                 rows = _rows(answer, batch, trainer.vocabulary, top_k)
             for key, row in zip(keys, rows, strict=True):
                 writer.add(key, row)

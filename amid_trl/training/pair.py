@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from amid_trl.data.row_teachers import SINGLE
 from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.models.deepspeed import is_sharded, loaded_whole
 from amid_trl.models.generation import generation_config_of
@@ -22,7 +23,7 @@ from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import is_distributed, load_causal_lm, load_tokenizer
 from amid_trl.models.multimodal import is_part, loads_as, text_loader, text_model
-from amid_trl.models.pairs import check_adapter, check_text_only, common_positions, common_vocabulary
+from amid_trl.models.pairs import check_adapter, check_text_only, common_positions
 from amid_trl.models.quantised import quantisation
 from amid_trl.quiet import hide_old_names
 from amid_trl.run import RenamedTokens
@@ -54,12 +55,17 @@ class LoadedPair(NamedTuple):
 
     def vocabulary(self, student: nn.Module) -> int:
         """How many tokens all know; the student may have got rows for new ones."""
-        return min(common_vocabulary(student, teacher.model, self.tokenizer) for teacher in self.teachers.values())
+        return min(teacher.vocabulary(student, self.tokenizer) for teacher in self.teachers.values())
 
     @property
     def renamed(self) -> RenamedTokens:
         """Tokens that mean another thing to any of the teachers."""
         return RenamedTokens.joined(teacher.renamed for teacher in self.teachers.values())
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """That of the teacher of all rows, where it is another one."""
+        return self.teachers[SINGLE].tokenizer if SINGLE in self.teachers else None
 
 
 def load_pair(
@@ -106,6 +112,11 @@ def load_pair(
     for name, own in settings.items():
         with naming_teacher(name):
             teachers[name] = open_model(models[name], own, student, tokenizer)
+            if name != SINGLE and teachers[name].tokenizer is not None:
+                raise ValueError(
+                    "it has another tokenizer than the student, which only a teacher of all rows may have: give it as the "
+                    "run's one teacher, without teachers"
+                )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if is_peft_model(student) and adapter_follows:

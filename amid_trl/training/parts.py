@@ -22,6 +22,7 @@ from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
 from amid_trl.sources.writers import Writer, open_greedy_writer, open_writers
 from amid_trl.teacher.cache import CachedTeacher
 from amid_trl.teacher.kinds import open_teacher
+from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.teacher.several import Teachers, TeachersAnswers
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.balancing import Balancing
@@ -89,7 +90,7 @@ class Parts:
             totals = some.totals()
             for name in self.objectives.means:
                 if f"{name}{of}" in means:
-                    means.add(f"{name}{of}", totals[name], totals["tokens"])
+                    means.add(f"{name}{of}", totals[name], totals[self.objectives.over.get(name, "tokens")])
 
     def check_evaluated(self, datasets: Mapping[str, Any]) -> None:
         """ValueError, before it is begun, if a teacher cannot answer an evaluation of these prepared datasets."""
@@ -113,7 +114,8 @@ class Parts:
     @property
     def figures(self) -> dict[str, float]:
         """What moves or grows during a run, for the logs; all processes have to ask."""
-        parts = (self.sources, self.objectives, self.nonfinite, self.memory, self.unmoved, self.seconds)
+        others = (each for each in self.teachers.by_name.values() if isinstance(each, OtherTokenizerTeacher))
+        parts = (self.sources, self.objectives, self.nonfinite, self.memory, self.unmoved, self.seconds, *others)
         return {name: value for part in parts for name, value in part.figures.items()}
 
     def evaluated(self, sft_weight: float) -> dict[str, float]:
@@ -164,8 +166,13 @@ def open_parts(
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
     are_sparse = {name: teacher.is_sparse for name, teacher in opened.by_name.items()}
+    outcomes = {
+        name: teacher.outcomes
+        for name, teacher in opened.by_name.items()
+        if isinstance(teacher, OtherTokenizerTeacher)
+    }
     runs = {name: teacher.run for name, teacher in teachers.items()}
-    sources, objectives = WindowSources(run), RunObjectives(runs, are_sparse=are_sparse)
+    sources, objectives = WindowSources(run), RunObjectives(runs, are_sparse=are_sparse, outcomes=outcomes)
     # Where sources are mixed one curve would show their figures in turn.
     by_source = [f"{name}/{source}" for name in ("objective", "kl") for source in get_args(Source) if sources.mixes]
     means = (*objectives.means, *(f"{name}/{each}" for each in opened.names if each for name in objectives.means))

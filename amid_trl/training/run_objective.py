@@ -10,6 +10,7 @@ from amid_trl.fields import build_schedule
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.maths.objective import Objective
+from amid_trl.maths.outcomes import Outcomes, OutcomeTokenLoss
 from amid_trl.maths.schedules import TaidLambda
 from amid_trl.maths.sparse import SparseTokenLoss
 from amid_trl.maths.token_loss import DistillationTokenLoss
@@ -27,10 +28,15 @@ MOVABLE = {"assistant_alpha": "alpha", "assistant_lambda": "lam"}
 class RunObjective:
     """What each window is trained with; `current` is the objective of dataset and teacher text, and of evaluations."""
 
-    def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False):
-        """With a teacher that `is_sparse` a ValueError for an objective that needs all of its distribution."""
+    def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False, outcomes: Outcomes | None = None):
+        """A ValueError for an objective that needs more of the teacher than it gives.
+
+        One that `is_sparse` gives its likeliest tokens, one of another tokenizer the `outcomes` that both know.
+        """
         config, accelerator = run.args, run.accelerator
-        self._token_loss = SparseTokenLoss if is_sparse else DistillationTokenLoss
+        self._token_loss: Any = SparseTokenLoss if is_sparse else DistillationTokenLoss
+        if outcomes is not None:
+            self._token_loss = partial(OutcomeTokenLoss, outcomes=outcomes.to(accelerator.device))
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
         self._sft_weight, self._selection = config.sft_weight, build_selection(config)
@@ -47,7 +53,12 @@ class RunObjective:
     @property
     def means(self) -> tuple[str, ...]:
         """The figures of a token that are logged as means."""
-        return self._token_loss.means
+        return self.token_loss(None).means
+
+    @property
+    def over(self) -> Mapping[str, str]:
+        """What these are means over, where it is not tokens."""
+        return self.token_loss(None).over
 
     def advance(self, progress: float) -> Objective:
         """Move to the window before which the share `progress` of the run is over."""
@@ -94,11 +105,17 @@ class RunObjective:
 class RunObjectives:
     """The objectives of the teachers, by their names and in their order; a single one's for all text."""
 
-    def __init__(self, runs: Mapping[str, Run[AMiDConfig]], *, are_sparse: Mapping[str, bool]):
+    def __init__(
+        self,
+        runs: Mapping[str, Run[AMiDConfig]],
+        *,
+        are_sparse: Mapping[str, bool],
+        outcomes: Mapping[str, Outcomes],
+    ):
         self.by_name: dict[str, RunObjective] = {}
         for name, run in runs.items():
             with naming_teacher(name):
-                self.by_name[name] = RunObjective(run, is_sparse=are_sparse[name])
+                self.by_name[name] = RunObjective(run, is_sparse=are_sparse[name], outcomes=outcomes.get(name))
 
     @property
     def current(self) -> dict[str, Objective]:
@@ -114,6 +131,11 @@ class RunObjectives:
     def means(self) -> tuple[str, ...]:
         """The figures of a token that are logged as means."""
         return tuple(dict.fromkeys(name for objective in self.by_name.values() for name in objective.means))
+
+    @property
+    def over(self) -> Mapping[str, str]:
+        """What these are means over, where it is not tokens."""
+        return {name: count for objective in self.by_name.values() for name, count in objective.over.items()}
 
     def advance(self, progress: float) -> Objective | None:
         """Move all of them, and give the `single` one."""

@@ -1,6 +1,7 @@
 """The teachers of a run: loaded where they are names, checked against the student, and placed."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_tokenizer
 from amid_trl.models.pairs import check_text_only, common_positions, common_vocabulary, freeze
-from amid_trl.models.tokenizers import renamed_tokens
+from amid_trl.models.tokenizers import OtherTokenizer, renamed_tokens
 from amid_trl.run import RenamedTokens, Run
 from amid_trl.teacher.cache import TeacherCache, cache_to_fill, whole_cache
 from amid_trl.teacher.loading import load_teacher
@@ -20,6 +21,8 @@ from amid_trl.teacher.placement import place
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.named_teachers import naming_teacher
 
+
+logger = logging.getLogger(__name__)
 
 TeacherModel = str | nn.Module | None
 
@@ -31,6 +34,7 @@ class LoadedTeacher(NamedTuple):
         renamed: tokens that mean another thing to it than to the student.
         positions: the longest sequence that it has positions for; None if it declares no bound.
         awaits_data: whether the model is None because its cache may know all rows, which only the data shows.
+        tokenizer: its own, where it is another one than the student's.
     """
 
     args: AMiDConfig
@@ -38,6 +42,14 @@ class LoadedTeacher(NamedTuple):
     renamed: RenamedTokens
     positions: int | None = None
     awaits_data: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def vocabulary(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+        """How many tokens the student as it is trained knows, and the teacher, if they are the same for it."""
+        if self.model is None or self.tokenizer is None:
+            return common_vocabulary(student, self.model, tokenizer)
+        common_vocabulary(self.model, None, self.tokenizer)
+        return common_vocabulary(student, None, tokenizer)
 
 
 def given_model(model: TeacherModel, args: AMiDConfig) -> TeacherModel:
@@ -62,24 +74,51 @@ def open_model(
     positions = None if read is None else read.about.get("positions")
     if model is None or (cache is not None and isinstance(model, str)):
         return LoadedTeacher(args, None, RenamedTokens(), positions, awaits_data=model is not None)
-    loaded, renamed = load_checked_teacher(model, args, student, tokenizer)
+    loaded, renamed, other = load_checked_teacher(model, args, student, tokenizer)
+    if other is not None:  # what it reads is counted in its own tokens
+        return LoadedTeacher(args, loaded, renamed, tokenizer=other)
     bounds = [bound for bound in (common_positions(loaded), positions) if bound is not None]
     return LoadedTeacher(args, loaded, renamed, min(bounds, default=None))
 
 
 def load_checked_teacher(
     teacher_model: str | nn.Module, args: AMiDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> tuple[nn.Module, RenamedTokens]:
-    """A teacher with a model of its own, and the tokens that mean another thing to it than to the student."""
+) -> tuple[nn.Module, RenamedTokens, PreTrainedTokenizerBase | None]:
+    """A teacher with a model of its own, the tokens that mean another thing to it, its tokenizer if it is another."""
     teacher = load_teacher(teacher_model, args)
     file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
     of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
     check_teacher(student, teacher)
-    teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, **of_teacher)
+    named = args.teacher_tokenizer_name_or_path or teacher_model
+    teacher_tokenizer = load_tokenizer(teacher, named, gguf_file=file, **of_teacher)
     if teacher_tokenizer is not None:
         warn_of_gguf(tokenizer, teacher_tokenizer)
     writes = args.generates or args.eval_generate
-    return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes)
+    try:
+        return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes), None
+    except OtherTokenizer as error:
+        check_other_tokenizer(args, error)
+        logger.warning(
+            "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
+            "both are compared on what they have in common (docs/teacher.md).",
+            *(each.name_or_path for each in (teacher_tokenizer, tokenizer) if each is not None),
+        )
+        return teacher, RenamedTokens(), teacher_tokenizer
+
+
+def check_other_tokenizer(args: AMiDConfig, error: OtherTokenizer) -> None:
+    """Refuse what needs the teacher's answers in the student's tokens."""
+    needs = {
+        "teacher_cache": args.teacher_cache is not None,
+        "seq_kd": args.seq_kd,
+        "distill_temperature": args.distill_temperature != 1.0,
+        "token_selection": args.token_selection is not None,
+    }
+    for name, asked in needs.items():
+        if asked:
+            raise OtherTokenizer(
+                f"{name}={getattr(args, name)!r} needs a teacher with the student's tokenizer: {error}"
+            )
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -105,11 +144,13 @@ def placed_teachers(
     """
     placed = {}
     for name, teacher in loaded.items():
-        own = dataclasses.replace(run, args=teacher.args, renamed=teacher.renamed, teacher=name)
+        own = dataclasses.replace(
+            run, args=teacher.args, renamed=teacher.renamed, teacher=name, teacher_tokenizer=teacher.tokenizer
+        )
         with naming_teacher(name):
             model = teacher.model
             if teacher.awaits_data and whole_cache(own, datasets) is None:
-                model, renamed = load_checked_teacher(
+                model, renamed, _ = load_checked_teacher(
                     str(own.args.teacher_model_name_or_path), own.args, student, run.tokenizer
                 )
                 common_vocabulary(student, model, run.tokenizer)

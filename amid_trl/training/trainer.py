@@ -111,7 +111,7 @@ class AMiDTrainer(GKDTrainer):
         args = own_arguments(args, model, teacher_model, train_dataset, eval_dataset, **functions)
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
-        self._student_generation = pair.generation
+        self._student_generation, self._teacher_tokenizer = pair.generation, pair.teacher_tokenizer
         with own_router_fields(pair.student), padded_for_sft(args):
             SFTTrainer.__init__(
                 self,
@@ -174,6 +174,7 @@ class AMiDTrainer(GKDTrainer):
             evaluates=dataset_name != "train",
             eos_token_ids=eos_token_ids(processing_class, self._student_generation),
             formatting_func=formatting_func,
+            teacher_tokenizer=self._teacher_tokenizer,
         )
         with global_then_local_main_first():
             rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
@@ -337,8 +338,7 @@ class AMiDTrainer(GKDTrainer):
         if self.model.training:
             means = self._parts.train_means.pop(cast(Any, partial(self.accelerator.reduce, reduction="sum")))
             if means:  # not in the summary at the end
-                logs.update(means)
-                logs.update(self._parts.figures)
+                logs.update(means | self._parts.figures)
             if self.is_world_process_zero():
                 self._parts.write_table(self.state.global_step, self.callback_handler.callbacks)
         super().log(logs, start_time)

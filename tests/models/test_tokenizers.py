@@ -98,9 +98,10 @@ def test_such_a_token_is_never_written(train, renamed, tokenizer, source):
 
 
 def test_an_end_of_text_with_another_name_is_refused_where_a_text_ends(train, renamed, tokenizer):
+    """A run that writes text pairs the two ends, as of two tokenizers; another cannot read a row that has one."""
     path = renamed("<|im_end|>", "<|eot|>")
-    with pytest.raises(ValueError, match=r"same tokenizer.*<\|im_end\|>"):
-        train(teacher_model=path, lmbda=0.5)
+    written = train(teacher_model=path, lmbda=0.5)
+    assert "eval_aligned" in written.evaluate(written.train_dataset)
     with pytest.raises(ValueError, match=r"row 0 of a dataset .*'<\|im_end\|>', to the teacher '<\|eot\|>'"):
         train(teacher_model=path)
     endless = pretokenised_dataset(tokenizer, 4).map(lambda row: {name: ids[:-1] for name, ids in row.items()})

@@ -13,6 +13,7 @@ from families import family_model
 from gatherings import watch_writing
 from observe import Windows, completions_of
 from peft import LoraConfig, get_peft_model
+from small_tokenizers import special_behind
 from tiny import (
     CORPUS,
     QUESTIONS,
@@ -90,6 +91,8 @@ def save_models(folder: Path) -> None:
     save_tiny(folder / "scaled", family_model("mpt", tokenizer, logit_scale=0.5), tokenizer)
     save_tiny(folder / "gpt2", tiny_gpt2(tokenizer), tokenizer)
     save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
+    other = special_behind()
+    save_tiny(folder / "other_teacher", tiny_llama(other, seed=1, hidden_size=48), other)
     for name, texts in (("same_text", 40 * [one_block(tokenizer)]), ("text", 4 * CORPUS)):
         (folder / name).mkdir()
         (folder / name / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -85,6 +85,8 @@ TRAINED = {
         },
         **{"lmbda": 1.0, "asks": True, "lora": {}},
     },
+    "teacher with another tokenizer": {"teacher": "other_teacher"},
+    "student's text, teacher with another tokenizer": {"teacher": "other_teacher", "lmbda": 1.0},
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},

@@ -235,6 +235,7 @@ def test_what_distillation_config_has_and_we_have_not_is_refused_by_name(name):
 
 # Every field of ours, and the test that fails if it stops having an effect.
 EFFECTS = {
+    "teacher_tokenizer_name_or_path": "training/test_other_tokenizer.py::test_a_teacher_in_memory_has_it_by_name",
     "eval_generate": "training/test_answers.py::test_answers_are_greedy_and_scored_against_the_datasets",
     "nonfinite_loss": "training/test_nonfinite.py::test_skipping_gives_the_gradient_of_the_other_micro_batches",
     "teachers": "teacher/test_several.py::test_the_gradient_of_a_window_is_that_of_each_rows_own_teacher",

@@ -1,0 +1,293 @@
+"""Two models with different vocabularies, compared on the outcomes that both give a probability.
+
+A text is a row of the student's tokens and a row of the teacher's. Where both have a boundary, at the same byte, both
+models say what comes next: tokens of the two that are the same event are one outcome, and all others are the rest.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from amid_trl.maths.assistant import MixtureNumbers
+from amid_trl.maths.divergences import kl
+from amid_trl.maths.objective import entropy
+from amid_trl.maths.token_loss import MEANS, NO_MEANS, DistillationTokenLoss, label_nll
+
+
+# What is known of the teacher where the student's token begins: nothing; its distribution at this boundary; how its
+# token goes on that has begun already.
+UNPAIRED, BOUNDARY, INSIDE = 0, 1, 2
+# In place of the student's token that goes on: the teacher's token ends here.
+ENDS = -1
+# The chain where the student's token is not told apart from the others of its outcome.
+NOT_SPLIT = math.inf
+# What the teacher gives to the rest where none of its own tokens is in it.
+REST_FLOOR = 1e-4
+# Means over the bytes that the trained tokens write, and what else is logged of such a teacher.
+PER_BYTE = ("bits_per_byte", "student_tokens_per_byte", "teacher_tokens_per_byte")
+ALIGNED = ("aligned", "student_rest_mass", "teacher_rest_mass")
+# What is known where the two are compared alone.
+PER_OUTCOME = (
+    *("student_rest_mass", "teacher_rest_mass", "kl", "top1_agreement"),
+    *("student_entropy", "teacher_entropy", "assistant_nll"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Which tokens of two vocabularies are the same event at a shared boundary.
+
+    Attributes:
+        student: the outcome of each of the student's tokens.
+        teacher: that of each of the teacher's.
+        rest: how many outcomes there are; as an entry of the two it stands for all other tokens.
+        bytes: how many bytes each of the student's tokens writes.
+    """
+
+    student: Int[Tensor, " student_vocab"]
+    teacher: Int[Tensor, " teacher_vocab"]
+    rest: int
+    bytes: Int[Tensor, " student_vocab"]
+
+    def to(self, device: torch.device) -> "Outcomes":
+        """The tensors there."""
+        return Outcomes(self.student.to(device), self.teacher.to(device), self.rest, self.bytes.to(device))
+
+
+class Begun(NamedTuple):
+    """Of the teacher's tokens that begin as the student's last ones: the student's token that goes on, or ENDS.
+
+    `log_p` are the teacher's log-probabilities of these, where its token began; each token of the text has a range.
+    """
+
+    student: Int[Tensor, " entries"]
+    log_p: Float[Tensor, " entries"]
+
+
+class Places(NamedTuple):
+    """The columns of OutcomeTokenLoss, an entry for each token.
+
+    Attributes:
+        kind: UNPAIRED, BOUNDARY or INSIDE.
+        log_chain: Σ of the teacher's log-probabilities over its tokens that are the student's token, or NOT_SPLIT.
+        start, entries: where in `Begun` its range is and how long; empty at a boundary whose last token has no longer
+            one to go on in.
+    """
+
+    kind: Int[Tensor, " tokens"]
+    log_chain: Float[Tensor, " tokens"]
+    start: Int[Tensor, " tokens"]
+    entries: Int[Tensor, " tokens"]
+
+
+@dataclass(frozen=True)
+class OutcomeTokenLoss(DistillationTokenLoss):
+    """DistillationTokenLoss on the outcomes that two vocabularies have in common; elsewhere the loss is 0.
+
+    Whatever the student has written may be the beginning of a token of the teacher's (the row of it shows whether it
+    is). Let the teacher give, where that token began, the share e to ending here and c(s) to going on with the
+    student's token s, e + Σ c = 1. Inside such a token the outcomes are the s, and the rest with the teacher's e. At a
+    boundary they are `outcomes`, of which the teacher's next tokens say p(o), and it gives o
+
+        e · p(o) + Σ over s in o of c(s)
+
+    Where the student's token spans several of the teacher's it is an outcome of its own, of e · exp(log_chain), taken
+    from the one that it belongs to.
+
+    With one vocabulary it is the dense loss. Probabilities of sums are known at temperature 1: an objective with
+    another one is a ValueError.
+    """
+
+    outcomes: Outcomes | None = None
+    begun: Begun | None = None
+
+    means: ClassVar[tuple[str, ...]] = (*ALIGNED, *PER_BYTE, *MEANS)
+    figures: ClassVar[tuple[str, ...]] = (*ALIGNED, *PER_BYTE, *MEANS, *NO_MEANS, "bytes")
+    counts: ClassVar[tuple[str, ...]] = ("bytes",)
+    over: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(PER_BYTE, "bytes"),
+        **{name: "aligned" for name in PER_OUTCOME if name != "assistant_nll"},
+    }
+
+    def __post_init__(self):
+        """Refuse a tempered objective."""
+        if self.objective.temperature != 1.0:
+            raise ValueError(
+                "temperature must be 1 with a teacher of another tokenizer: what several tokens have together is "
+                f"unknown at any other; got {self.objective.temperature!r}"
+            )
+
+    @property
+    def compiles(self) -> bool:
+        """It reads tensors that are no columns."""
+        return False
+
+    def of(self, begun: Begun) -> "OutcomeTokenLoss":
+        """The same for a micro-batch, of which `begun` is known."""
+        return dataclasses.replace(self, begun=begun)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # two vocabularies, and where they meet
+        self,
+        student_logits: Float[Tensor, "tokens student_vocab"],
+        teacher_logits: Float[Tensor, "tokens teacher_vocab"],
+        labels: Int[Tensor, " tokens"],
+        kind: Int[Tensor, " tokens"],
+        log_chain: Float[Tensor, " tokens"],
+        start: Int[Tensor, " tokens"],
+        entries: Int[Tensor, " tokens"],
+        teachers_tokens: Int[Tensor, " tokens"],
+        *numbers: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
+        """Losses, and figures without gradient: kl, agreement and entropies are of the outcomes."""
+        assert self.outcomes is not None
+        log_q = self.objective.log_probs(student_logits)
+        with torch.no_grad():
+            log_p = self.objective.log_probs(teacher_logits)
+        nll = label_nll(log_q, labels)
+        distilled, mixed = 0.0 * nll, self._mixture_numbers(numbers)
+        figures = {name: torch.zeros_like(nll.detach()) for name in ("aligned", *PER_OUTCOME)}
+        figures |= {
+            "aligned": (kind != UNPAIRED).to(nll),
+            "bits_per_byte": nll.detach() / math.log(2),
+            "student_tokens_per_byte": torch.ones_like(nll.detach()),
+            "teacher_tokens_per_byte": teachers_tokens.to(nll),
+            "bytes": self.outcomes.bytes[labels].to(nll),
+        }
+        for rows, p, q in self._compared(log_p, log_q, labels, Places(kind, log_chain, start, entries)):
+            distilled = distilled.index_add(0, rows, self.objective.from_log_probs(p, q, mixed))
+            with torch.no_grad():
+                found = self._of_outcomes(p, q, mixed)
+            for name in PER_OUTCOME:
+                figures[name][rows] = found[name]
+        student_top1 = log_q.detach().argmax(-1).to(nll)
+        return self._with_figures(distilled, nll, **figures, student_top1=student_top1)
+
+    def _compared(
+        self,
+        log_p: Float[Tensor, "tokens teacher_vocab"],
+        log_q: Float[Tensor, "tokens student_vocab"],
+        labels: Int[Tensor, " tokens"],
+        places: Places,
+    ) -> Iterator[tuple[Int[Tensor, " rows"], Tensor, Tensor]]:
+        """Some of the tokens, and what teacher and student say of them."""
+        assert self.outcomes is not None and self.begun is not None
+        at_boundary, inside = ((places.kind == kind).nonzero()[:, 0] for kind in (BOUNDARY, INSIDE))
+        if len(at_boundary):
+            there = Places(*(column[at_boundary] for column in places))
+            both = log_p[at_boundary], log_q[at_boundary]
+            yield at_boundary, *at_boundaries(self.outcomes, *both, labels[at_boundary], there, self.begun)
+        if len(inside):
+            ranges = places.start[inside], places.entries[inside]
+            yield inside, *inside_tokens(log_q[inside], *ranges, self.begun)
+
+    def _of_outcomes(
+        self,
+        log_p: Float[Tensor, "tokens outcomes"],
+        log_q: Float[Tensor, "tokens outcomes"],
+        numbers: MixtureNumbers | None,
+    ) -> dict[str, Float[Tensor, " tokens"]]:
+        return {
+            "student_rest_mass": log_q[:, -1].exp(),
+            "teacher_rest_mass": log_p[:, -1].exp(),
+            "kl": kl(log_p, log_q),
+            "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).to(log_p),
+            "student_entropy": entropy(log_q),
+            "teacher_entropy": entropy(log_p),
+            "assistant_nll": self._assistant_nll(log_p, log_q, numbers),
+        }
+
+
+def at_boundaries(
+    outcomes: Outcomes,
+    log_p: Float[Tensor, "tokens teacher_vocab"],
+    log_q: Float[Tensor, "tokens student_vocab"],
+    labels: Int[Tensor, " tokens"],
+    places: Places,
+    begun: Begun,
+) -> tuple[Float[Tensor, "tokens outcomes_own_rest"], Float[Tensor, "tokens outcomes_own_rest"]]:
+    """log p and log q of every outcome, of the student's own token where it is split from its outcome, of the rest."""
+    low = torch.finfo(log_q.dtype).min
+    size, split = outcomes.rest + 1, (places.log_chain <= 0)[:, None]
+    own, label = outcomes.student[labels][:, None], labels[:, None]
+    log_label = log_q.gather(-1, label)
+    own_q = log_label.masked_fill(~split, low)
+    q = log_sums(log_q.scatter(-1, label, log_label.masked_fill(split, low)), outcomes.student, size)
+
+    p = log_sums(log_p, outcomes.teacher, size)
+    chain = torch.minimum(places.log_chain[:, None].to(p), p.gather(-1, own)).masked_fill(~split, low)
+    p = p.scatter(-1, own, log_difference(p.gather(-1, own), chain))
+    p = torch.cat([p[:, :-1], chain, p[:, -1:]], -1)
+    rows, student, shares = _entries(places.start, places.entries, begun)
+    if len(rows):
+        ends = shares.new_zeros(len(labels)).index_add(0, rows, shares * (student == ENDS))
+        p = p + torch.where(places.entries > 0, ends.log().clamp(min=low / 2), 0.0)[:, None].to(p)
+        goes_on = student != ENDS
+        rows, student, shares = rows[goes_on], student[goes_on], shares[goes_on]
+        columns = outcomes.student[student]
+        is_own = split[rows, 0] & (student == labels[rows])
+        columns = torch.where(is_own, size - 1, columns + (columns == outcomes.rest))
+        more = torch.zeros_like(p).index_put((rows, columns), shares.to(p), accumulate=True)
+        p = torch.where(more > 0, torch.logaddexp(p, more.log()), p)
+    return with_floor(p, q[:, -1:]), torch.cat([q[:, :-1], own_q, q[:, -1:]], -1)
+
+
+def inside_tokens(
+    log_q: Float[Tensor, "tokens student_vocab"],
+    start: Int[Tensor, " tokens"],
+    count: Int[Tensor, " tokens"],
+    begun: Begun,
+) -> tuple[Float[Tensor, "tokens student_vocab_and_rest"], Float[Tensor, "tokens student_vocab_and_rest"]]:
+    """log p and log q of the student's tokens that go on with the teacher's, and of the rest."""
+    low, vocab = torch.finfo(log_q.dtype).min, log_q.shape[-1]
+    rows, student, shares = _entries(start, count, begun)
+    p = log_q.new_zeros(len(log_q), vocab + 1)
+    p = p.index_put((rows, student.where(student != ENDS, vocab)), shares.to(p), accumulate=True)
+    goes_on = p[:, :-1] > 0
+    rest = log_q.masked_fill(goes_on, low).logsumexp(-1, keepdim=True)
+    return with_floor(p.log().clamp(min=low), rest), torch.cat([log_q.masked_fill(~goes_on, low), rest], -1)
+
+
+def _entries(start: Tensor, count: Tensor, begun: Begun) -> tuple[Tensor, Tensor, Tensor]:
+    """The ranges of some tokens one after the other: which of these, the student's token or ENDS, and its share."""
+    rows = torch.arange(len(start), device=start.device).repeat_interleave(count)
+    places = torch.arange(len(rows), device=start.device) - (count.cumsum(0) - count - start)[rows]
+    log_p = begun.log_p[places].double()
+    highest = log_p.new_full((len(start),), -math.inf).scatter_reduce(0, rows, log_p, "amax")
+    shares = (log_p - highest[rows]).exp()
+    return rows, begun.student[places], shares / torch.zeros_like(highest).index_add(0, rows, shares)[rows]
+
+
+def log_sums(
+    logs: Float[Tensor, "tokens vocab"], groups: Int[Tensor, " vocab"], count: int
+) -> Float[Tensor, "tokens groups"]:
+    """log of the sum of exp(logs) over the members of each of `count` groups; the lowest number where none is."""
+    low = torch.finfo(logs.dtype).min
+    index = groups.expand_as(logs)
+    highest = logs.new_full((len(logs), count), low).scatter_reduce(-1, index, logs.detach(), "amax")
+    shares = torch.zeros_like(highest).scatter_add(-1, index, (logs - highest.gather(-1, index)).exp())
+    return torch.where(shares > 0, shares.clamp(min=0.5).log() + highest, low)  # the highest member counts 1
+
+
+def log_difference(
+    log_whole: Float[Tensor, "*tokens"], log_part: Float[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """log(whole - part) for part <= whole; the lowest number where nothing is left, or was there."""
+    low = torch.finfo(log_whole.dtype).min
+    left = torch.log1p(-(log_part - log_whole).clamp(max=0).exp())
+    return torch.where(log_whole <= low / 2, low, (log_whole + left).clamp(min=low))
+
+
+def with_floor(
+    log_p: Float[Tensor, "tokens outcomes"], log_rest: Float[Tensor, "tokens 1"]
+) -> Float[Tensor, "tokens outcomes"]:
+    """The teacher's rest has REST_FLOOR where it has no token in it and the student does: nothing is impossible."""
+    low = torch.finfo(log_p.dtype).min
+    lacks = (log_p[:, -1:] <= low / 2) & (log_rest > low / 2)
+    filled = torch.cat([log_p[:, :-1] + math.log1p(-REST_FLOOR), torch.full_like(log_rest, math.log(REST_FLOOR))], -1)
+    return torch.where(lacks, filled.clamp(min=low), log_p)

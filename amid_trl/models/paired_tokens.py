@@ -1,0 +1,98 @@
+"""What the tokens of two vocabularies say about each other: the outcomes that both models give a probability.
+
+Texts that go on in different ways differ in the first token of either tokenizer. Which of the student's first tokens
+go with which of the teacher's is known from the vocabularies: a token that both spell is one outcome, and any other
+goes with the first token that the other tokenizer writes for its bytes. Tokens that hang together in this way are one
+outcome, and its probability in either model is the sum over its tokens: the same event in both, whatever follows. A
+token that goes with none is in the rest.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from amid_trl.maths.outcomes import ENDS, Outcomes
+from amid_trl.models.spelled import Spelled
+
+
+Path = tuple[int, ...]
+
+
+class PairedTokens(NamedTuple):
+    """The outcomes of two vocabularies, and the tokens of the teacher's that go on.
+
+    `begun` has what the student may have written of a longer token of the teacher's, its own tokens since the last
+    shared boundary: the teacher's tokens that begin with them, and the student's token that goes on in each, or ENDS.
+    """
+
+    outcomes: Outcomes
+    begun: Mapping[Path, tuple[list[int], list[int]]]
+
+
+def paired_tokens(student: Spelled, teacher: Spelled, roles: Iterable[tuple[int, int]] = ()) -> PairedTokens:
+    """The outcomes of two tokenizers; `roles` are the student's and teacher's special tokens that mean the same."""
+    same = list(same_words(student, teacher))
+    students, teachers = ({pair[side] for pair in same} for side in (0, 1))
+    in_student = student.words([None if t in teachers else word for t, word in enumerate(teacher.bytes)])
+    in_teacher = teacher.words([None if s in students else word for s, word in enumerate(student.bytes)])
+    pairs = [*same, *roles]
+    pairs += [(path[0], t) for t, path in enumerate(in_student) if path]
+    pairs += [(s, path[0]) for s, path in enumerate(in_teacher) if path]
+    of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
+    for s, t in same:
+        in_student[t] = (s,)
+    lengths = torch.tensor([len(word or b"") for word in student.bytes])
+    outcomes = Outcomes(torch.tensor(of_student), torch.tensor(of_teacher), count, lengths)
+    return PairedTokens(outcomes, _begun(in_student))
+
+
+def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
+    """The tokens that write the same bytes: those of one name where both have it, else all of these bytes."""
+    names = [
+        spelled.tokenizer.convert_ids_to_tokens(list(range(len(spelled.bytes)))) for spelled in (student, teacher)
+    ]
+    by_word: dict[bytes, list[int]] = {}
+    for s, word in enumerate(student.bytes):
+        if word:
+            by_word.setdefault(word, []).append(s)
+    for t, word in enumerate(teacher.bytes):
+        candidates = by_word.get(word or b"", [])
+        named = [s for s in candidates if names[0][s] == names[1][t]]
+        yield from ((s, t) for s in named or candidates)
+
+
+def _hanging_together(
+    pairs: Sequence[tuple[int, int]], student_vocab: int, teacher_vocab: int
+) -> tuple[list[int], list[int], int]:
+    """For either vocabulary the number of the component that a token is in, and how many these are."""
+    parent = list(range(student_vocab + teacher_vocab))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for s, t in pairs:
+        parent[root(student_vocab + t)] = root(s)
+    nodes = sorted({node for s, t in pairs for node in (s, student_vocab + t)})
+    numbers: dict[int, int] = {}
+    component = {node: numbers.setdefault(root(node), len(numbers)) for node in nodes}
+    of_all = [component.get(node, len(numbers)) for node in range(student_vocab + teacher_vocab)]
+    return of_all[:student_vocab], of_all[student_vocab:], len(numbers)
+
+
+def _begun(paths: Sequence[Path | None]) -> dict[Path, tuple[list[int], list[int]]]:
+    """From the student's tokens for each of the teacher's."""
+    begun: dict[Path, tuple[list[int], list[int]]] = {}
+    for path in paths:
+        for length in range(1, len(path or ())):
+            begun.setdefault((path or ())[:length], ([], []))
+    for t, path in enumerate(paths):
+        for length in range(1, len(path or ()) + 1):
+            found = begun.get((path or ())[:length])
+            if path is not None and found is not None:
+                found[0].append(t)
+                found[1].append(path[length] if length < len(path) else ENDS)
+    return begun

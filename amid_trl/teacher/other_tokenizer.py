@@ -1,0 +1,174 @@
+"""A teacher in memory with another tokenizer than the student's: it reads the text in its own tokens."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from amid_trl.data.batches import Batch, pad_rows, unpadded
+from amid_trl.data.rows import UNTRAINED
+from amid_trl.maths.linear import Head, States
+from amid_trl.maths.outcomes import BOUNDARY, UNPAIRED, Outcomes
+from amid_trl.maths.paired import PairedStates, Queries
+from amid_trl.models.retokenising import Place, Retokeniser, WrittenAgain
+from amid_trl.teacher.in_memory import ModelTeacher
+
+
+logger = logging.getLogger(__name__)
+
+# So many rows without a shared boundary are named.
+UNALIGNED_NAMED = 5
+
+
+class OtherTokenizerTeacher:
+    """A teacher in memory that is asked in the student's tokens, and answers in its own.
+
+    What a text is in the teacher's tokens is found by the bytes of the student's, whoever wrote it.
+    """
+
+    rows_at_once = 1
+    is_far = False
+    is_sparse = False
+    asks_together = True
+
+    def __init__(
+        self,
+        teacher: ModelTeacher,
+        tokenizer: PreTrainedTokenizerBase,
+        teachers: PreTrainedTokenizerBase,
+        datasets: Mapping[str, Any],
+    ):
+        self._teacher, self._retokeniser = teacher, Retokeniser(tokenizer, teachers)
+        self.unaligned_rows = 0
+        for name, dataset in datasets.items():
+            self._check(name, dataset)
+        padding = teachers.pad_token_id if teachers.pad_token_id is not None else teachers.eos_token_id
+        self._padding = 0 if padding is None else int(str(padding))
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What both models give a probability."""
+        return self._retokeniser.pairs.outcomes
+
+    @property
+    def name(self) -> str:
+        """Its name or path."""
+        return self._teacher.name
+
+    @property
+    def head(self) -> Head:
+        """On the device."""
+        return self._teacher.head
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the logs: how many rows of this process gave nothing to compare, where there were any."""
+        return {"unaligned_rows": self.unaligned_rows} if self.unaligned_rows else {}
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """It is at hand."""
+
+    def __call__(self, batch: Batch) -> PairedStates:
+        """Without gradient."""
+        device = batch["input_ids"].device
+        rows = self._rows({name: tensor.cpu() for name, tensor in batch.items()})
+        asked = [_asked(places) for _, places in rows]
+        ids, mask = pad_rows([torch.tensor(written.ids) for written, _ in rows], self._padding)
+        labels = torch.full_like(ids, UNTRAINED)
+        for row, states in enumerate(asked):
+            labels[row, states] = ids[row, states]
+        teachers = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        states = self._teacher({name: tensor.to(device) for name, tensor in teachers.items()})
+        return _paired(states, [places for _, places in rows], asked)
+
+    def _rows(self, batch: Batch) -> list[tuple[WrittenAgain, list[Place]]]:
+        """Every row in the teacher's tokens, and what is asked about it."""
+        columns = (unpadded(batch[name], batch["attention_mask"]) for name in ("input_ids", "labels"))
+        rows = [(ids.tolist(), labels.tolist()) for ids, labels in zip(*columns, strict=True)]
+        made = []
+        for number, (ids, labels) in enumerate(rows):
+            # In a row behind a prompt of the teacher's own this many tokens are the teacher's already.
+            own = int(batch["own_prompt"][number]) if "own_prompt" in batch else None
+            prompt = None if own is None else ids[:own]
+            written, places = self._row(ids, labels, prompt)
+            if places and all(place.kind == UNPAIRED for place in places):
+                self._name(prompt or [], ids)
+            made.append((written, places))
+        return made
+
+    def _row(self, ids: list[int], labels: list[int], prompt: list[int] | None) -> tuple[WrittenAgain, list[Place]]:
+        written = self._retokeniser.write(ids, len(prompt or ()), prompt, self._teacher.positions)
+        return written, self._retokeniser.places(ids, labels, written)
+
+    def _name(self, prompt: list[int], ids: list[int]) -> None:
+        """Say of a row that the two tokenizers have no boundary in it, the first times."""
+        self.unaligned_rows += 1
+        if self.unaligned_rows <= UNALIGNED_NAMED:
+            teachers, own = self._retokeniser.teacher.tokenizer, self._retokeniser.student.tokenizer
+            text = f"{teachers.decode(prompt)}{own.decode(ids[len(prompt) :])}"
+            logger.warning(
+                "Student and teacher share no boundary at a trained token of a row, which gives no loss: %.80r", text
+            )
+
+    def _check(self, name: str, dataset: Any) -> None:
+        """A ValueError where no row of a dataset has anything to compare; it is read up to the first that has."""
+        if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
+            return
+        trained = 0
+        for example in dataset:
+            row: Any = example
+            prefix = "teacher_" if "teacher_input_ids" in row else ""
+            prompt = row["teacher_prompt_ids"] if prefix else None
+            _, places = self._row(row[f"{prefix}input_ids"], row[f"{prefix}labels"], prompt)
+            if any(place.kind != UNPAIRED for place in places):
+                return
+            trained += bool(places)
+        if trained:
+            raise ValueError(
+                f"student ({self._retokeniser.student.name}) and teacher ({self._retokeniser.teacher.name}) share no "
+                f"boundary of their tokens at a trained token in any of the {trained} rows of the {name} dataset: "
+                "there is nothing to compare"
+            )
+
+
+def _asked(places: Sequence[Place]) -> list[int]:
+    """The states of a row that are needed, in order."""
+    states = {place.state for place in places if place.kind == BOUNDARY}
+    states |= {place.began for place in places if place.begun[0]}
+    states |= {state for place in places for state, _ in place.chain}
+    return sorted(states)
+
+
+def _paired(states: States, rows: Sequence[Sequence[Place]], asked: Sequence[Sequence[int]]) -> PairedStates:
+    """The teacher's states at the places of all rows, one after the other."""
+    device, numbers = states.hidden.device, list[dict[int, int]]()
+    first = 0
+    for of_row in asked:
+        numbers.append({state: first + place for place, state in enumerate(of_row)})
+        first += len(of_row)
+    places = [(place, number) for row, number in zip(rows, numbers, strict=True) for place in row]
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    entries = [len(place.begun[0]) for place, _ in places]
+    lengths = tensor(entries)
+    began = tensor([number.get(place.began, 0) for place, number in places])
+    chains = [(token, number[state], at) for at, (place, number) in enumerate(places) for state, token in place.chain]
+    return PairedStates(
+        states.hidden,
+        states.head,
+        at=tensor([number[place.state] if place.kind == BOUNDARY else 0 for place, number in places]),
+        kind=tensor([place.kind for place, _ in places]),
+        start=lengths.cumsum(0) - lengths,
+        entries=lengths,
+        student=tensor([token for place, _ in places for token in place.begun[1]]),
+        begun=Queries(began.repeat_interleave(lengths), tensor([t for place, _ in places for t in place.begun[0]])),
+        chain=Queries(tensor([state for _, state, _ in chains]), tensor([token for token, _, _ in chains])),
+        chain_of=tensor([at for _, _, at in chains]),
+        teachers_tokens=tensor([place.teachers_tokens for place, _ in places]),
+    )

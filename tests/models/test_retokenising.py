@@ -1,0 +1,53 @@
+"""A teacher with another tokenizer: its row, the boundaries of both, and what is asked at each."""
+
+import pytest
+from small_tokenizers import BPE, TEXTS, byte_fallback, special_behind, special_first
+
+from amid_trl.maths.outcomes import BOUNDARY
+from amid_trl.models.retokenising import Retokeniser
+from amid_trl.models.vocabulary import first_tokens
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+PAIRS = {
+    "same": (special_first, special_first),
+    "fewer merges": (lambda: first_tokens(special_first(), 330).tokenizer, special_first),
+    "more merges": (special_first, lambda: first_tokens(special_first(), 330).tokenizer),
+    "other digits": (special_first, special_behind),
+    "sentencepiece student": (byte_fallback, special_first),
+    "sentencepiece teacher": (special_first, byte_fallback),
+    "sentencepiece both": (byte_fallback, byte_fallback),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_both_rows_write_the_same_bytes_up_to_every_boundary(name):
+    student, teacher = (build() for build in PAIRS[name])
+    pair = Retokeniser(student, teacher)
+    for text in TEXTS:
+        row = ids(student, text)
+        written = pair.write(row)
+        if pair.student.written(row) is None:  # unknown characters
+            continue
+        for s, t in written.boundaries.items():
+            ours, theirs = pair.student.written(row[:s]), pair.teacher.written(written.ids[:t])
+            theirs = theirs if theirs is not None else pair.teacher.written(written.ids[1:t])  # behind <s>
+            assert ours is not None and theirs is not None and ours.lstrip(b" ") == theirs.lstrip(b" ")
+        assert len(row) in written.boundaries
+
+
+@pytest.mark.parametrize("build", BPE.values())
+def test_with_one_tokenizer_every_token_is_an_outcome_of_its_own_and_a_boundary(build):
+    pair = Retokeniser(build(), build())
+    assert pair.pairs.outcomes.student.tolist() == pair.pairs.outcomes.teacher.tolist()
+    known = [i for i in pair.pairs.outcomes.student.tolist() if i != pair.pairs.outcomes.rest]
+    assert len(known) == len(set(known)) and not pair.pairs.begun
+    for text in TEXTS:
+        row = build()(text)["input_ids"]
+        written = pair.write(row)
+        assert written.ids == row
+        kinds = {place.kind for place in pair.places(row, row, written)}
+        assert kinds == {BOUNDARY}

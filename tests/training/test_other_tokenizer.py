@@ -1,0 +1,203 @@
+"""A teacher with another tokenizer, in the trainer."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from observe import logged
+from small_tokenizers import byte_level, other_order, special_first, trained, wrapped
+from tiny import (
+    messages_dataset,
+    multi_turn_dataset,
+    pretokenised_dataset,
+    prompt_completion_dataset,
+    prompt_only_dataset,
+    save_tiny,
+    text_dataset,
+    tiny_llama,
+)
+from tokenizers import models, normalizers
+
+from amid_trl.models.vocabulary import first_tokens
+
+
+def in_order():
+    """The tokens of `other_order`, numbered as they were made."""
+    vocabulary, merges = trained("bytes")
+    return wrapped(byte_level(models.BPE(vocabulary, merges)))
+
+
+def renumbered(model, tokenizer, other):
+    """The same model for the same tokens with other numbers."""
+    theirs = other.get_vocab()
+    order = [0] * len(theirs)
+    for token, i in tokenizer.get_vocab().items():
+        order[theirs[token]] = i
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[:] = table.weight[order].clone()
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher for one tokenizer, the same one for another, each with its tokenizer; and one of fewer merges."""
+    folder, one, two = tmp_path_factory.mktemp("pair"), in_order(), other_order()
+    teacher = tiny_llama(one, seed=1, hidden_size=48)
+    save_tiny(folder / "same", teacher, one)
+    save_tiny(folder / "other", renumbered(teacher, one, two), two)
+    third = first_tokens(special_first(), 330).tokenizer
+    save_tiny(folder / "another", tiny_llama(third, seed=1, hidden_size=48), third)
+    return folder
+
+
+DATASETS = {
+    "chats": messages_dataset,
+    "completions": prompt_completion_dataset,
+    "text": text_dataset,
+    "answers in several spans": lambda: pretokenised_in_spans(in_order()),
+}
+
+
+def pretokenised_in_spans(tokenizer) -> Dataset:
+    rows = []
+    for row in pretokenised_dataset(tokenizer, 8):
+        labels = list(row["labels"])
+        labels[-3] = -100
+        rows.append({**row, "labels": [row["input_ids"][0], row["input_ids"][1], *labels[2:]]})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_same_tokens_with_other_numbers_give_the_dense_loss(train, folder, dataset):
+    """Every trained token has its loss, the first of an answer too, and none is counted twice."""
+    tokenizer, rows = in_order(), DATASETS[dataset]()
+    found = []
+    for teacher in ("same", "other"):
+        student = tiny_llama(tokenizer, seed=0)
+        trainer = train(
+            model=student,
+            teacher_model=str(folder / teacher),
+            processing_class=tokenizer,
+            train_dataset=rows,
+            eval_dataset=rows,
+            sft_weight=0.5,
+        )
+        figures = trainer.evaluate()
+        trainer.train()
+        found.append((figures, logged(trainer, "loss"), student.lm_head.weight.detach()))
+    (dense, losses, weight), (other, others, weight_of_other) = found
+    assert other["eval_aligned"] == 1 and other["eval_student_rest_mass"] < 1e-6
+    for name in ("eval_loss", "eval_kl", "eval_nll", "eval_top1_agreement", "eval_teacher_entropy"):
+        assert other[name] == pytest.approx(dense[name], abs=1e-5)
+    assert others == pytest.approx(losses, abs=1e-5)
+    torch.testing.assert_close(weight_of_other, weight, atol=1e-5, rtol=1e-4)
+
+
+def settings(folder, **others):
+    tokenizer = in_order()
+    model = tiny_llama(tokenizer, seed=0)
+    return {"model": model, "teacher_model": str(folder / "another"), "processing_class": tokenizer, **others}
+
+
+def test_what_is_logged(train, folder, caplog):
+    trainer = train(**settings(folder, eval_dataset=messages_dataset(8)))
+    assert "The teacher has another tokenizer" in caplog.text
+    figures = trainer.evaluate()
+    assert 0.9 < figures["eval_aligned"] <= 1 and 0 <= figures["eval_teacher_rest_mass"] < 1
+    nats = figures["eval_nll"] * figures["eval_student_tokens_per_byte"]
+    assert figures["eval_bits_per_byte"] == pytest.approx(nats / torch.log(torch.tensor(2.0)).item(), rel=1e-5)
+    assert 0.1 < figures["eval_teacher_tokens_per_byte"] < 1
+
+
+def test_the_split_into_micro_batches_changes_nothing(train, folder):
+    weights = []
+    for rows, steps in ((4, 1), (1, 4), (2, 2)):
+        given = settings(folder, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, optim="sgd")
+        trainer = train(**given, learning_rate=1.0, max_steps=1)
+        trainer.train()
+        weights.append(given["model"].lm_head.weight.detach())
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(weights[2], weights[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"lmbda": 1.0, "train_dataset": prompt_only_dataset(4)},
+        {"lmbda": 0.5, "objective": "taid", "assistant_lambda_schedule": {"kind": "taid"}},
+        {
+            "train_dataset": multi_turn_dataset(4),
+            "assistant_alpha_schedule": {"kind": "linear", "start": -5, "end": 1},
+        },
+    ],
+    ids=["student text", "taid", "schedule"],
+)
+def test_it_trains_with(train, folder, others):
+    trainer = train(**settings(folder, **others))
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 2 and all(share > 0.5 for share in logged(trainer, "aligned"))
+
+
+def test_a_resumed_run_ends_like_the_uninterrupted_one(train, folder, tmp_path):
+    ends = []
+    for resumes in (False, True):
+        given = settings(folder, max_steps=4, save_strategy="steps", save_steps=2, lmbda=0.5)
+        trainer = train(**given)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resumes else None)
+        ends.append(given["model"].lm_head.weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_a_dataset_without_one_shared_boundary_is_refused(train, folder, tmp_path):
+    other = special_first()
+    short = save_tiny(tmp_path / "short", tiny_llama(other, seed=1, max_position_embeddings=4), other)
+    given = settings(folder) | {"teacher_model": str(short)}
+    with pytest.raises(ValueError, match="share no boundary of their tokens at a trained token in any of the 8 rows"):
+        train(**given)
+
+
+def test_a_row_without_a_shared_boundary_is_counted_and_named(train, folder, tmp_path, caplog):
+    other = special_first()
+    short = save_tiny(tmp_path / "short", tiny_llama(other, seed=1, max_position_embeddings=16), other)
+    rows = Dataset.from_list(
+        [{"prompt": prompt, "completion": " Yes, water is wet."} for prompt in ("Is water wet?", "wet water " * 12)]
+    )
+    trainer = train(**settings(folder) | {"teacher_model": str(short), "train_dataset": rows, "max_steps": 1})
+    trainer.train()
+    assert logged(trainer, "unaligned_rows") == [1] and "wet water wet water" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"seq_kd": True}, "seq_kd=True needs a teacher with the student's tokenizer"),
+        ({"distill_temperature": 2.0}, "distill_temperature=2.0 needs a teacher with the student's tokenizer"),
+    ],
+)
+def test_what_needs_the_students_tokens_is_refused_by_name(train, folder, others, named):
+    with pytest.raises(ValueError, match=named):
+        train(**settings(folder, **others))
+
+
+def test_a_cache_of_such_a_teacher_is_refused(train, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"teacher_cache=.* needs a teacher with the student's tokenizer"):
+        train(**settings(folder, teacher_cache=str(tmp_path / "cache"), teacher_cache_fill=True))
+
+
+def test_a_tokenizer_that_changes_text_is_refused_by_name(train, folder, tmp_path):
+    lower = special_first()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    save_tiny(tmp_path / "lower", tiny_llama(lower, seed=1), lower)
+    with pytest.raises(ValueError, match=r"lower changes text"):
+        train(**settings(folder) | {"teacher_model": str(tmp_path / "lower")})
+
+
+def test_a_teacher_in_memory_has_it_by_name(train, folder):
+    other = first_tokens(special_first(), 330).tokenizer
+    given = settings(folder, teacher_tokenizer_name_or_path=str(folder / "another"))
+    trainer = train(**given | {"teacher_model": tiny_llama(other, seed=1)})
+    trainer.train()
+    assert logged(trainer, "aligned")[0] > 0.5
