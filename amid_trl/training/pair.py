@@ -114,8 +114,8 @@ def load_pair(
             teachers[name] = open_model(models[name], own, student, tokenizer)
             if name != SINGLE and teachers[name].tokenizer is not None:
                 raise ValueError(
-                    "it has another tokenizer than the student, which only a teacher of all rows may have: give it as the "
-                    "run's one teacher, without teachers"
+                    "it has another tokenizer than the student, which only a teacher of all rows may have: give it as "
+                    "the run's one teacher, without teachers"
                 )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -166,11 +166,8 @@ def open_parts(
     padding: Any = (run.tokenizer.pad_token_id, run.args.pad_to_multiple_of)
     write = (writers["student"] if answers is None else answers.write) if deals else None
     are_sparse = {name: teacher.is_sparse for name, teacher in opened.by_name.items()}
-    outcomes = {
-        name: teacher.outcomes
-        for name, teacher in opened.by_name.items()
-        if isinstance(teacher, OtherTokenizerTeacher)
-    }
+    others = {name: each for name, each in opened.by_name.items() if isinstance(each, OtherTokenizerTeacher)}
+    outcomes = {name: teacher.outcomes for name, teacher in others.items()}
     runs = {name: teacher.run for name, teacher in teachers.items()}
     sources, objectives = WindowSources(run), RunObjectives(runs, are_sparse=are_sparse, outcomes=outcomes)
     # Where sources are mixed one curve would show their figures in turn.

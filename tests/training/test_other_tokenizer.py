@@ -175,11 +175,36 @@ def test_a_row_without_a_shared_boundary_is_counted_and_named(train, folder, tmp
     [
         ({"seq_kd": True}, "seq_kd=True needs a teacher with the student's tokenizer"),
         ({"distill_temperature": 2.0}, "distill_temperature=2.0 needs a teacher with the student's tokenizer"),
+        ({"token_selection": "tip"}, "token_selection='tip' needs a teacher with the student's tokenizer"),
     ],
 )
 def test_what_needs_the_students_tokens_is_refused_by_name(train, folder, others, named):
     with pytest.raises(ValueError, match=named):
         train(**settings(folder, **others))
+
+
+def test_one_of_several_by_name_is_refused_by_its_name(train, folder):
+    rows = messages_dataset(4).map(lambda row, index: {"teacher": ("math", "chat")[index % 2]}, with_indices=True)
+    teachers = {
+        "math": {"teacher_model_name_or_path": str(folder / "same")},
+        "chat": {"teacher_model_name_or_path": str(folder / "another")},
+    }
+    with pytest.raises(ValueError, match="teachers: chat: it has another tokenizer than the student"):
+        train(**settings(folder) | {"teacher_model": None}, has_teacher=False, teachers=teachers, train_dataset=rows)
+
+
+@pytest.mark.parametrize("arranged", [{"padding_free": True}, {"packing": True, "max_length": 256}])
+def test_rows_without_padding_give_the_loss_of_padded_ones(train, folder, arranged):
+    """The one step reads all of the dataset, however it lies in bins."""
+    found = []
+    for how in ({}, arranged):
+        given = settings(folder, **how, train_dataset=messages_dataset(4), max_steps=1, optim="sgd")
+        trainer = train(**given, per_device_train_batch_size=4)
+        trainer.train()
+        found.append((logged(trainer, "loss"), given["model"].lm_head.weight.detach()))
+    (loss, weight), (other, weight_of_other) = found
+    assert other == pytest.approx(loss, abs=1e-5)
+    torch.testing.assert_close(weight_of_other, weight, atol=1e-6, rtol=1e-4)
 
 
 def test_a_cache_of_such_a_teacher_is_refused(train, folder, tmp_path):
