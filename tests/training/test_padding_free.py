@@ -23,9 +23,9 @@ ROWS = Dataset.from_list([{"messages": messages} for messages in TEXTS])
 def run(train, tokenizer):
     """A run on rows of many lengths that has been evaluated too."""
 
-    def build(padding_free=False, build_model=tiny_llama, **settings):
+    def build(padding_free=False, kind="llama", **settings):
         given = {"eval_dataset": messages_dataset(3), "train_dataset": ROWS, **DESCENT, **settings}
-        trainer = train(model=build_model(tokenizer), padding_free=padding_free, **given)
+        trainer = train(model=MODELS[kind](tokenizer), padding_free=padding_free, **given)
         trainer.train()
         trainer.evaluate()
         return trainer
@@ -48,10 +48,11 @@ def read(monkeypatch):
     return seen
 
 
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 SETTINGS = [
     {"gradient_accumulation_steps": 3, "gradient_checkpointing": True},
     {"lmbda": 1.0, "top_k": 1, "per_device_train_batch_size": 4},
-    {"build_model": tiny_gpt2, "per_device_train_batch_size": 4, "sft_weight": 0.5, "logits_chunk_size": 3},
+    {"kind": "gpt2", "per_device_train_batch_size": 4, "sft_weight": 0.5, "logits_chunk_size": 3},
     {"objective": "taid", "assistant_lambda_schedule": {"kind": "taid"}, "per_device_train_batch_size": 4},
     {"has_teacher": False, "teacher_ema": 0.5, "sft_weight": 1.0, "per_device_train_batch_size": 4},
 ]
