@@ -39,7 +39,8 @@ def in_place_of(tmp_path, student, teacher, models, rows_file, measured, tokeniz
     return {
         "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
-        "trainer.md 1": ({**trainer, "prompts": prompt_only_dataset(8)}, config),
+        "trainer.md 1": ({**trainer, "rows": messages_dataset(8)}, {**config, "batch_size=8": "batch_size=4"}),
+        "trainer.md 2": ({**trainer, "prompts": prompt_only_dataset(8)}, config),
         "quickstart.md 0": (
             {},
             {

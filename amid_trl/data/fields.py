@@ -38,7 +38,7 @@ class DataFields(Fields):
         check_at_least(self, 1, "max_length")
         if self.packing:
             self._check_packing()
-        if self.padding_free and self.pad_to_multiple_of is not None:
+        if self.padding_free and self.pad_to_multiple_of not in (None, "auto"):
             raise ValueError(
                 f"pad_to_multiple_of={self.pad_to_multiple_of} pads rows, and padding_free=True trains them without"
             )

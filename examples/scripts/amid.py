@@ -70,6 +70,7 @@ if __name__ == "__main__":
         quantization_config=get_quantization_config(model_args),
     )
     trainer.train()
+    trainer.save_state()  # the logs, of which `amid-trl report` makes a page
 
     # Save and push to hub
     trainer.save_model(training_args.output_dir)

@@ -8,7 +8,17 @@ import torch
 from jaxtyping import TypeCheckError
 
 from amid_trl import OBJECTIVES
-from amid_trl.maths import assistant, balance, divergences, figures, objective, published, sparse, token_loss
+from amid_trl.maths import (
+    assistant,
+    balance,
+    divergences,
+    figures,
+    objective,
+    published,
+    selection,
+    sparse,
+    token_loss,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +28,8 @@ UNCHECKED = {
     "kernel": "torch.compile would trace the checks as well",
     "linear": "says itself which sizes differ, and would not come to it",
     "names": "has names alone",
+    "outcomes": "has the sizes of two vocabularies and of their outcomes, which its tests compare",
+    "paired": "hands on to the loss and to the linear path, which are",
     "means": "takes a bool for a number, which beartype does not",
     "schedules": "takes an int for a float, which beartype does not",
 }
@@ -31,6 +43,7 @@ WRONG = {
     "figures": lambda: figures.Figures(("kl",), THREE[0]),
     "objective": lambda: objective.entropy(THREE.long()),
     "published": lambda: published.skl("0.1"),
+    "selection": lambda: selection.RowTokens.of(THREE, 2),
     "sparse": lambda: sparse.sparse_top_k(THREE[0], 2),
     "token_loss": lambda: token_loss.label_nll(THREE, ROWS[:1]),
 }

@@ -154,7 +154,9 @@ def test_a_teachers_engine_is_read_from_a_file_and_trains_nothing(monkeypatch, t
     given = {"optimizer": {"type": "AdamW"}, "train_batch_size": "auto"}
     given |= {} if stage is None else {"zero_optimization": {"stage": stage}}
     (tmp_path / "teacher.json").write_text(json.dumps(given))
-    args: Any = SimpleNamespace(teacher_deepspeed=str(tmp_path / "teacher.json"), per_device_train_batch_size=4)
+    args: Any = SimpleNamespace(
+        teacher_deepspeed=str(tmp_path / "teacher.json"), per_device_train_batch_size=4, padding_free=False
+    )
     accelerator: Any = SimpleNamespace()
     place(teacher, args, accelerator)
     assert "optimizer" not in seen and seen["zero_optimization"]["stage"] == (3 if stage == 3 else 0)

@@ -51,7 +51,7 @@ def test_as_many_processes_go_on_where_they_were(tmp_path):
     before, after = saved(tmp_path, 2, rows=3), loaded(tmp_path, 2)
     assert [part.rows for part in after] == [part.rows for part in before]
     assert all(part.share.reference == 3.0 for part in after)
-    drawn = [[ids.tolist() for ids, _ in part.buffer.sample(3)[0]] for part in (before[1], after[1])]
+    drawn = [[prompt.ids.tolist() for prompt in part.buffer.sample(3)[0]] for part in (before[1], after[1])]
     assert drawn[0] == drawn[1]
 
 
