@@ -57,9 +57,7 @@ HELP = [
 ]
 # Packages that a machine may have, without which these are mistakes.
 ABSENT = ("vllm", "liger_kernel", "trackio", "lm_eval")
-SECONDS = (
-    5.0  # of the processor: less than half of what importing TRL's trainers takes, on a machine that is not loaded
-)
+SECONDS = 5.0  # of the processor: less than half of what importing TRL's trainers takes on a machine without a load
 
 
 def described(parser: argparse.ArgumentParser) -> dict:
