@@ -54,6 +54,8 @@ class Teachers:
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Hand on to each teacher its rows."""
+        if self.single is not None:
+            return self.single.expect(batches)
         numbered = [(batch, self._numbers(batch)) for batch in batches]
         for number, teacher in enumerate(self.by_name.values()):
             teacher.expect(
@@ -63,6 +65,8 @@ class Teachers:
     def __call__(self, batch: Batch) -> TeachersAnswers:
         """What each says of its rows."""
         numbers = self._numbers(batch)
+        if self.single is not None:  # asked without looking at the rows, which would wait for the device
+            return TeachersAnswers(numbers, [self.single(batch)])
         asked = zip(self.by_name.values(), self._asked(numbers), strict=True)
         answers = [
             teacher(_rows(batch, numbers == number)) if is_asked else None
@@ -109,8 +113,6 @@ class Teachers:
 
     def _asked(self, numbers: Tensor) -> list[bool]:
         """Who is asked, the same on all processes of those whom they have to ask together."""
-        if len(self.by_name) == 1:
-            return [True]
         here = torch.bincount(numbers, minlength=len(self.by_name))
         everywhere: Any = here
         if self._accelerator.num_processes > 1 and any(teacher.asks_together for teacher in self.by_name.values()):

@@ -76,26 +76,30 @@ def batch_loss(
     trained = targets != UNTRAINED
     states = States(hidden[:, :-1][trained], head.cut(vocabulary))
     labels = targets[trained]
-    total, figures = _compared(states, labels, trained, answers, token_losses, chunk_size)
+    rows = trained.nonzero()[:, 0]
+    total, figures = _compared(states, labels, rows, len(trained), answers, token_losses, chunk_size)
     predictions = torch.full_like(targets, UNTRAINED).masked_scatter(trained, figures["student_top1"].long())
     numbers = answers.numbers.to(hidden.device)
     plain_nll = None
     if "plain_text" in batch:
         plain_nll = _plain_nll(base, head.cut(vocabulary), batch["plain_text"], chunk_size)
-    row_sums = _row_sums(figures, trained, numbers, row_names(token_losses))
+    row_sums = _row_sums(figures, rows, numbers, row_names(token_losses))
     return BatchLoss(total, row_sums, predictions, plain_nll, aux_loss)
 
 
 def _compared(
     student: States,
     labels: Tensor,
-    trained: Tensor,
+    rows: Tensor,
+    count: int,
     answers: TeachersAnswers,
     token_losses: Sequence[DistillationTokenLoss],
     chunk_size: int | None,
 ) -> tuple[Tensor, Figures]:
-    """Σ loss over all tokens, and their figures; 0 for one that the teacher of another token does not have."""
-    rows = trained.nonzero()[:, 0]
+    """Σ loss over all tokens, and their figures; 0 for one that the teacher of another token does not have.
+
+    `rows` has the row of each token, one of `count`.
+    """
     numbers = answers.numbers.to(rows.device)[rows]
     asked = [(number, answer) for number, answer in enumerate(answers.by_teacher) if answer is not None]
     # A loss of no token has a gradient all the same.
@@ -108,14 +112,13 @@ def _compared(
             if number not in compared:
                 continue
             own = slice(None) if all_tokens else numbers == number
-            tokens = RowTokens.of(rows[own], len(trained))
             part = States(student.hidden[own], student.head)
             if isinstance(teacher, PairedStates):
                 assert isinstance(token_loss, OutcomeTokenLoss)
                 total, figures = paired_token_loss(part, teacher, token_loss, labels[own], chunk_size)
             else:
-                weights = _selection_weights(part, teacher, token_loss, (labels[own], *columns), tokens, chunk_size)
-                given = (labels[own], *columns, *weights)
+                given = (labels[own], *columns)
+                given += _selection_weights(part, teacher, token_loss, given, rows[own], count, chunk_size)
                 total, figures = linear_token_loss(part, teacher, token_loss, given, chunk_size)
         totals.append(total)
         whole = whole.to(figures.dtype)
@@ -129,7 +132,8 @@ def _selection_weights(
     teacher: States | None,
     token_loss: DistillationTokenLoss,
     columns: tuple[Tensor, ...],
-    tokens: RowTokens,
+    rows: Tensor,
+    count: int,
     chunk_size: int | None,
 ) -> tuple[Tensor, ...]:
     """The one column of a token loss that selects; none of one that does not.
@@ -143,7 +147,7 @@ def _selection_weights(
         with torch.no_grad():
             _, found = linear_token_loss(student, teacher, scores, columns, chunk_size)
         known = dict(zip(scores.asks, found.T, strict=True))
-    return (selection.weights(known, tokens),)
+    return (selection.weights(known, RowTokens.of(rows, count)),)
 
 
 @contextmanager
@@ -161,12 +165,12 @@ def _whole(
             yield States(answer.hidden, head.cut(vocabulary)), ()
 
 
-def _row_sums(figures: Figures, trained: Tensor, numbers: Tensor, names: tuple[str, ...]) -> Tensor:
+def _row_sums(figures: Figures, rows: Tensor, numbers: Tensor, names: tuple[str, ...]) -> Tensor:
     *summed, _ = names
     ones = torch.ones_like(figures["nll"])
     columns = [ones if name == "tokens" else figures[name] for name in summed]
     of_tokens = Figures(tuple(summed), torch.stack(columns, dim=-1))
-    sums = of_tokens.summed(trained.nonzero()[:, 0], len(trained)).columns
+    sums = of_tokens.summed(rows, len(numbers)).columns
     return torch.cat([sums, numbers[:, None].to(sums)], dim=-1)
 
 
