@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,6 @@ from amid_trl.sweep.trials import Evaluated, TrialFailed, evaluations
 
 ONE_PROCESS = {"cpu": 1.0}
 FOLDER_OF_RAY = "ray"
-
-
-def require_ray() -> None:
-    """ImportError where there is none."""
-    if find_spec("ray") is None:
-        raise ImportError("--backend ray needs Ray Tune: pip install 'amid-trl[ray]'")
 
 
 def search_on_cluster(search: Search) -> None:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ class SweptTrial:
     of_study: Any  # optuna.trial.Trial
     known: set[int]  # steps that the study has a value for
     began: float = field(default_factory=time.monotonic)
-
-
-def require_optuna() -> None:
-    """ImportError where there is none."""
-    if find_spec("optuna") is None:
-        raise ImportError("sweep needs optuna: pip install 'amid-trl[sweep]'")
 
 
 class Search:

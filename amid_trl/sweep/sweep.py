@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from amid_trl.fields import require_package
 from amid_trl.outputs import sole_use
-from amid_trl.sweep.ray_tune import require_ray, search_on_cluster
+from amid_trl.sweep.ray_tune import search_on_cluster
 from amid_trl.sweep.report import sweep_table, write_sweep
-from amid_trl.sweep.search import STUDY, Search, require_optuna, search_here
+from amid_trl.sweep.search import STUDY, Search, search_here
 from amid_trl.sweep.spec import check_space, read_sweep
 
 
@@ -22,9 +23,9 @@ def sweep(
         ValueError: the file asks for what does not exist, or the folder holds the study of another sweep. Nothing has
             been trained then.
     """
-    require_optuna()
+    require_package("optuna", "sweep", "'amid_trl[sweep]'")
     if backend == "ray":
-        require_ray()
+        require_package("ray", "--backend ray", "'amid_trl[ray]'")
     asked_for, asked = read_sweep(file)
     output_dir = Path(output_dir).resolve()
     if report_only and not (output_dir / STUDY).exists():

@@ -1,11 +1,9 @@
 """The page in a real browser: it asks for nothing, complains of nothing, and has the numbers of the JSON."""
 
 import json
-import shutil
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from browser import watched
 
 from amid_trl import cli
 from amid_trl.choosing.report import HEADINGS
@@ -15,28 +13,14 @@ from amid_trl.plotting.heat_map import PANELS, short_number
 from amid_trl.plotting.theme import DARK, LIGHT
 
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the package axe-playwright-python")
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium, as of Debian's chromium-headless-shell")
 HARMLESS = "\0<script>document.title = 'changed'</script><b>bold</b>"
 
 
 def shown(text: str) -> str:
     """As a page can show it."""
     return "".join("\ufffd" if (ord(c) < 32 and c not in "\t\n\r") or ord(c) == 127 else c for c in text)
-
-
-class Open(NamedTuple):
-    """A page of a browser, with what it has asked for and said, and where its file lies."""
-
-    page: object
-    requests: list[str]
-    said: list[str]
-    file: Path
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +44,8 @@ def opened(tmp_path_factory, run_folder, evaluations, comparison_folder, landsca
     file = folder / "all.html"
     paths += [str(comparison_folder), str(landscape_folder)]
     assert cli.main(["report", *paths, "--prompts", "3", "--output", str(file)]) == 0
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
-        page, requests, said = browser.new_page(viewport={"width": 1200, "height": 900}), [], []
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(file.as_uri())
-        yield Open(page, requests, said, file)
-        browser.close()
+    with watched(file, viewport={"width": 1200, "height": 900}) as seen:
+        yield seen
 
 
 TABLES = """() => Object.fromEntries([...document.querySelectorAll("table")].map(table => [
