@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
-from engines import TRAINED, TRAINED_UNDER_DDP, Runs
+from engines import TRAINED, TRAINED_LATER, TRAINED_UNDER_DDP, Runs
 from tiny import tiny_tokenizer
 
 from amid_trl.data.plain_text import PlainText
@@ -13,7 +13,7 @@ from amid_trl.models.loading import load_causal_lm
 
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for the launch
-CASES = TRAINED | TRAINED_UNDER_DDP
+CASES = TRAINED | TRAINED_LATER | TRAINED_UNDER_DDP
 
 
 @pytest.fixture(scope="module")

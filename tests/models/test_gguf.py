@@ -1,6 +1,7 @@
 """Models and tokenizers out of GGUF files, which are written here as llama.cpp's converter writes them."""
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -78,10 +79,13 @@ def test_a_teacher_out_of_a_gguf_file_teaches_what_it_says(train, tokenizer, wri
     trainer.train()
 
 
-def test_its_vocabulary_is_compared(train, written):
+def test_its_vocabulary_is_compared(train, written, caplog):
     other = tiny_tokenizer(vocab_size=380)
-    with pytest.raises(ValueError, match=r"same tokenizer.*tiny-GGUF"):
-        train(model=tiny_llama(other), processing_class=other, teacher_model=written(), teacher_model_init_kwargs=GGUF)
+    given = {"model": tiny_llama(other), "processing_class": other, "teacher_model": written()}
+    train(**given, teacher_model_init_kwargs=GGUF)
+    assert re.search(r"The teacher has another tokenizer \(.*tiny-GGUF\) than the student", caplog.text)
+    with pytest.raises(ValueError, match=r"seq_kd=True needs .* the student's tokenizer: .*tiny-GGUF"):
+        train(**given, teacher_model_init_kwargs=GGUF, seq_kd=True)
 
 
 @pytest.mark.parametrize(("pre", "said"), [("smollm", DROPPED), ("qwen2", KEPT), ("gpt-2", KEPT), (None, KEPT)])

@@ -51,11 +51,13 @@ def test_a_padded_id_is_never_generated(train, tokenizer, source):
     assert max(max(ids) for ids in completions_of(seen.windows[0])) < len(tokenizer)
 
 
-def test_different_tokenizers_are_refused_by_name(train, tmp_path):
+def test_another_tokenizer_is_said_by_name_and_refused_where_its_tokens_are_needed(train, tmp_path, caplog):
     other = tiny_tokenizer(vocab_size=340)
     path = save_tiny(tmp_path / "other-teacher", tiny_llama(other, vocab_size=400), other)
-    with pytest.raises(ValueError, match=r"same tokenizer.*other-teacher"):
-        train(teacher_model=str(path))
+    train(teacher_model=str(path))
+    assert "other-teacher) than the student" in caplog.text
+    with pytest.raises(ValueError, match=r"seq_kd=True needs .* the student's tokenizer: .*other-teacher"):
+        train(teacher_model=str(path), seq_kd=True)
 
 
 def test_a_model_smaller_than_the_tokenizer_is_refused(train, tokenizer):

@@ -43,7 +43,6 @@ TRAINED = {
     "evaluated before": {"evaluates_first": True},
     "tied head, without checkpointing": {"student": "tied_student", "gradient_checkpointing": False},
     "cross-entropy, uneven last window": {"sft_weight": 0.5, "rows": 14},
-    "selected tokens": {"objective": "rkl", "token_selection": "tip", "token_selection_share": 0.4},
     # Nothing is trained in the first window on the second process, in the second on any, and in the third in its first
     # micro-batches.
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
@@ -58,11 +57,6 @@ TRAINED = {
         "train_sampling_strategy": "random",
     },
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
-    # Two rows in each process, without their padding; alone they are padded.
-    "without padding": {
-        **{"padding_free": True, "student": "mixture", "router_aux_loss_coef": 0.5},
-        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
-    },
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
     "student's text, remote teacher": {
         **{"lmbda": 1.0, "asks": True},
@@ -78,15 +72,7 @@ TRAINED = {
             "chat": {"teacher_model_name_or_path": "tied_student", "objective": "kd"},
         }
     },
-    "two teachers, student's text, lora": {
-        "teachers": {
-            "math": {"teacher_model_name_or_path": "teacher"},
-            "chat": {"teacher_adapter_path": "adapter"},
-        },
-        **{"lmbda": 1.0, "asks": True, "lora": {}},
-    },
     "teacher with another tokenizer": {"teacher": "other_teacher"},
-    "student's text, teacher with another tokenizer": {"teacher": "other_teacher", "lmbda": 1.0},
     "lora, reentrant": {
         "lora": {},
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -95,6 +81,23 @@ TRAINED = {
     "lora, embeddings and head": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}},
     "adapter, head": {"student": "adapter"},
     "shared base, head": {"teacher": None, "lora": {}, "teacher_adapter_path": "adapter"},
+}
+# Likewise; with the quick tests under DDP alone.
+TRAINED_LATER = {
+    "selected tokens": {"objective": "rkl", "token_selection": "tip", "token_selection_share": 0.4},
+    # Two rows in each process, without their padding; alone they are padded.
+    "without padding": {
+        **{"padding_free": True, "student": "mixture", "router_aux_loss_coef": 0.5},
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
+    },
+    "two teachers, student's text, lora": {
+        "teachers": {
+            "math": {"teacher_model_name_or_path": "teacher"},
+            "chat": {"teacher_adapter_path": "adapter"},
+        },
+        **{"lmbda": 1.0, "asks": True, "lora": {}},
+    },
+    "student's text, teacher with another tokenizer": {"teacher": "other_teacher", "lmbda": 1.0},
 }
 # Where every process has all of the weights, this is no different.
 TRAINED_IN_PARTS = {
@@ -142,7 +145,16 @@ AVERAGED = {"moving average": {"teacher": None, "teacher_ema": 0.5, "sft_weight"
 MERGED = {"adapter on an adapter": {"student": "adapter", "lora": {}}}
 EVALUATED = {"evaluated alone": {"trains": False}}
 # What one process does as well; it is told nothing of how two share their work.
-REFERENCES = TRAINED | TRAINED_IN_PARTS | TRAINED_UNDER_DDP | TRAINED_UNDER_FSDP2 | AVERAGED | MERGED | EVALUATED
+REFERENCES = (
+    TRAINED
+    | TRAINED_LATER
+    | TRAINED_IN_PARTS
+    | TRAINED_UNDER_DDP
+    | TRAINED_UNDER_FSDP2
+    | AVERAGED
+    | MERGED
+    | EVALUATED
+)
 # What one process does otherwise: it is not sharded, and pads the rows of a window in one batch.
 OF_ENGINES = ("fsdp_config", "padding_free", "per_device_train_batch_size", "gradient_accumulation_steps")
 # Drawn text and an optimizer with moments: both have a state.
