@@ -1,4 +1,6 @@
 """The same search on a cluster: Ray Tune makes the trials, the study says what to try and what to end."""
+# pyright: reportMissingImports=false
+# Ray is an extra that CI does not install.
 
 import json
 import os

@@ -224,6 +224,8 @@ def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
         [*GIVEN, "--lmbda_schedule", '{"kind": "linear", "start": "0.1", "end": 1}'],
         [*GIVEN, "--report_to", "none", "--no_disable_dropout", "--top_p", "0.9", "--min-p", "none"],
         [*GIVEN, "--num_generations", "4", "--gradient_accumulation_steps", "2", "--lmbda=1"],
+        [*GIVEN, "--packing"],
+        [*GIVEN, "--padding_free", "--lmbda", "1"],
         [*GIVEN, "--deepspeed", encoded, "--dataset_kwargs", '{"skip_prepare_dataset": true}'],
         [*GIVEN, "--accelerator_config", str(loaders), "--fsdp_config", "unread.json", "--warmup_steps", "0.1"],
         [*GIVEN, "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.2"],
