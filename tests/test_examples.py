@@ -98,7 +98,7 @@ def test_the_tokenizer_splits_digits_as_its_maker_does(examples):
         assert mended.tokenize(text) == [token for piece in digits.split("\0") for token in made.tokenize(piece)]
         assert mended.decode(mended.encode(text)) == text
     data = embedded.questions()
-    for row in data.train + data.held_out:  # so that figures from before the mend stand, as the README says
+    for row in data.train + data.held_out:  # so that figures from before the mend stand, as docs/quickstart.md says
         text = made.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         assert mended.tokenize(text) == made.tokenize(text)
 

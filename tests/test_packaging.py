@@ -181,7 +181,7 @@ def test_the_header_of_the_script_resolves():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_vllm_resolves_with_the_pinned_versions_but_numpys(tmp_path):
-    """As the README has it. Of vLLM's requirements the metadata alone is read; it needs the package index."""
+    """As docs/sources.md has it. Of vLLM's requirements the metadata alone is read; it needs the package index."""
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("numpy==")]
     (tmp_path / "with-vllm.txt").write_text("\n".join(pins))
     flags = ["--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", str(tmp_path / "report.json")]

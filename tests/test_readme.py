@@ -1,4 +1,4 @@
-"""The README's Python runs with tiny models in place of those on the Hub; its map has every folder, and no file."""
+"""The README's Python runs on tiny models in place of the Hub's; the map of the code has every folder, and no file."""
 
 import re
 from pathlib import Path
@@ -32,9 +32,9 @@ def folders(package: Path) -> set[str]:
     return {f"{file.parent.relative_to(package)}/" for file in files} - {"./"}
 
 
-def mapped(readme: str) -> tuple[set[str], set[str]]:
-    """(folders, files) of the package that the README's map names, by their paths below it."""
-    text = readme.partition("## Map\n")[2].partition("\n## ")[0]
+def mapped(page: str) -> tuple[set[str], set[str]]:
+    """(folders, files) of the package that the map names, by their paths below it."""
+    text = page.partition("## Map\n")[2].partition("\n## ")[0]
     above, found = {0: ""}, set()
     for spaces, name in re.findall(r"^    ( *)(\S+/)  ", text, flags=re.MULTILINE):
         path = above[len(spaces)] + name
@@ -45,7 +45,7 @@ def mapped(readme: str) -> tuple[set[str], set[str]]:
 
 
 def test_the_map_has_every_folder_and_no_file():
-    named, files = mapped(README.read_text())
+    named, files = mapped((ROOT / "docs" / "contributing.md").read_text())
     assert named == folders(ROOT / "amid_trl")
     assert not files
 
