@@ -43,14 +43,16 @@ if __name__ == "__main__":
     ################
     # Models
     ################
-    training_args.model_init_kwargs = dict(
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype,
-    )
-    training_args.teacher_model_init_kwargs = dict(
-        attn_implementation=model_args.attn_implementation,
-    )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    training_args.teacher_model_init_kwargs = {
+        "attn_implementation": model_args.attn_implementation,
+        **(training_args.teacher_model_init_kwargs or {}),
+    }
 
     ################
     # Dataset
