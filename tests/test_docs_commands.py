@@ -4,6 +4,7 @@ import argparse
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from tiny import messages_dataset
 
 from amid_trl import cli
 from amid_trl.comparison.spec import read_comparison
-from amid_trl.launch import launched, launcher, script
+from amid_trl.launch import launched, launcher, recipes, script
 from amid_trl.parser import OneLineParser
 
 
@@ -75,6 +76,11 @@ def begun(monkeypatch) -> list[list[str]]:
     return asked
 
 
+def recipe(name: str) -> dict[str, Any]:
+    """What a recipe of that name sets; nothing, if it is a file of the reader's."""
+    return yaml.safe_load(Path(recipes.config_path(name)).read_text()) if name in recipes.names() else {}
+
+
 def of_ours(argv: list[str], place: Path, begun: list[list[str]], monkeypatch) -> None:
     """Run a command of ours until it would begin to work."""
     if "…" in argv or "--config" not in argv or argv[argv.index("--config") + 1] != "run.yaml":
@@ -82,7 +88,8 @@ def of_ours(argv: list[str], place: Path, begun: list[list[str]], monkeypatch) -
         if argv[0] in cli.LAUNCHED:
             given = {"model_name_or_path": "STUDENT", "teacher_model_name_or_path": "TEACHER", "dataset_name": "DATA"}
             given |= {"output_dir": "runs/out", "use_cpu": "true", "bf16": "false"}
-            if "domains" in argv:  # a recipe that names its teachers
+            named = recipe(argv[argv.index("--config") + 1]) if "--config" in argv else {}
+            if any(field.startswith("teacher") for field in named):  # it names its teachers
                 del given["teacher_model_name_or_path"]
             argv += [f"--{name}={value}" for name, value in given.items() if f"--{name}" not in argv]
     run = yaml.safe_load((place / "run.yaml").read_text())

@@ -59,9 +59,9 @@ def text_of(name: str) -> str:
 
 
 def test_there_is_one_for_each_method():
-    assert recipes.names() == sorted([*OBJECTIVES, "domains"])
+    assert set(OBJECTIVES) <= set(recipes.names())  # and those that name their models: test_pairs.py
     table = (ROOT / "docs" / "recipes.md").read_text()
-    assert all(f"\n| `{name}` |" in table for name in recipes.names())
+    assert all(f"\n| `{name}` |" in table for name in OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
