@@ -1,4 +1,7 @@
-"""Every command in the README and in docs/ is one that the package, the Makefile or accelerate knows."""
+"""Every command in the README, docs/ and the examples is one that the package, the Makefile or accelerate knows.
+
+tests/test_docs_run.py runs them to their end.
+"""
 
 import argparse
 import re
@@ -8,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from docs_commands import COMMANDS, IN_SENTENCES, ROOT
 from tiny import messages_dataset
 
 from amid_trl import cli
@@ -16,22 +20,7 @@ from amid_trl.launch import launched, launcher, recipes, script
 from amid_trl.parser import OneLineParser
 
 
-ROOT = Path(__file__).parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-KNOWN = ("amid-trl", "accelerate", "torchrun", "python", "make", "pip")
 OF_US = [name for name in (*cli.COMMANDS, *cli.LAUNCHED) if name != "compared-run"]
-
-
-def commands(page: Path) -> list[str]:
-    """The lines of code that begin with a command's name, those that a backslash ends joined with the next."""
-    text = page.read_text().replace("\\\n", " ")
-    lines = [
-        re.sub(r"\s+# .*", "", line).strip() for line in re.findall(r"^(?: {4,})(\S.*)$", text, flags=re.MULTILINE)
-    ]
-    return [" ".join(line.split()) for line in lines if line.split()[0] in KNOWN]
-
-
-COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 
 
 class Parsed(Exception):
@@ -45,9 +34,11 @@ def place(tmp_path, monkeypatch, tiny_dir):
     for split in ("train", "test"):
         messages_dataset(4).to_json(tmp_path / "DATA" / f"{split}.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Is water wet?", "completion": "Yes."}\n')
-    for name in ("STUDENT", "TEACHER", "ADAPTER", "runs/first"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "runs" / "study").mkdir(parents=True)
+    study = [f"runs/study/{name}" for name in ("student", "SmolLM2-135M-Instruct")]
+    for name in ("STUDENT", "TEACHER", "ADAPTER", "runs/first", *study):
         (tmp_path / name).symlink_to(tiny_dir)
+    (tmp_path / "runs" / "study" / "data").symlink_to(tmp_path / "DATA")
     run = {"model_name_or_path": "STUDENT", "teacher_model_name_or_path": "TEACHER", "dataset_name": "DATA"}
     run |= {"output_dir": "runs/out", "use_cpu": True, "bf16": False, "lmbda": 0.0}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
@@ -55,7 +46,8 @@ def place(tmp_path, monkeypatch, tiny_dir):
     (tmp_path / "zero2.json").write_text(zero2)
     (tmp_path / "runs" / "out" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "runs" / "out" / "checkpoint-1" / "trainer_state.json").write_text("{}")
-    (tmp_path / "amid_trl").symlink_to(ROOT / "amid_trl")
+    for name in ("amid_trl", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
@@ -124,8 +116,9 @@ def test_a_command_of_the_docs_is_known(command, place, begun, monkeypatch, caps
         assert not launcher.unknown_to_launcher(flags)
         assert all((place / path).exists() for path in flags if path.endswith(".yaml"))
         of_ours(argv[at + 2 :], place, begun, monkeypatch)
-    elif name == "python":
-        assert (ROOT / argv[0]).is_file()
+    elif name in ("python", "sbatch", "kubectl"):
+        path = argv[{"python": 2 * (argv[0] == "-m"), "sbatch": 0, "kubectl": 2}[name]]
+        assert (ROOT / path).is_file()
     elif name == "make":
         assert re.search(rf"^{argv[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     else:
@@ -133,6 +126,25 @@ def test_a_command_of_the_docs_is_known(command, place, begun, monkeypatch, caps
         known = re.findall(r'^ +"([\w-]+)": \[', (ROOT / "setup.py").read_text(), flags=re.MULTILINE)
         assert set(extras) <= set(known)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [command for command in IN_SENTENCES if command not in COMMANDS])
+def test_a_command_in_a_sentence_is_known(command, place, begun, monkeypatch, capsys):
+    name, *argv = shlex.split(command)
+    if name == "accelerate" and argv[0] in ("config", "launch"):
+        argv = argv[1 + 2 * ("-m" in argv) :]
+    elif name != "amid-trl":
+        return test_a_command_of_the_docs_is_known(command, place, begun, monkeypatch, capsys)
+    if argv:
+        assert argv[0] in OF_US
+    if argv[-1:] == ["--help"]:
+        with pytest.raises((SystemExit, Parsed)):
+            cli.main(argv)
+    elif len(argv) > 1 and not argv[-1].startswith("--") and "…" not in argv[-1]:  # it is a whole one
+        for path in [text for text in argv if text.startswith("runs/") and text.endswith(".yaml")]:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text((place / "run.yaml").read_text())
+        of_ours(argv, place, begun, monkeypatch)
 
 
 def test_every_command_of_ours_is_in_the_docs():
