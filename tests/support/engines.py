@@ -165,6 +165,20 @@ RESUMED = {
     "whole, lora": {**SAVING, "lora": {}},
     "resumed, lora": {**SAVING, "lora": {}, "resumes": "whole, lora"},
 }
+# λ of the one follows the loss on its rows, and is part of what a checkpoint holds.
+TEACHERS = {
+    "teachers": {
+        "math": {
+            **{"teacher_model_name_or_path": "teacher", "objective": "taid"},
+            "assistant_lambda_schedule": {"kind": "taid", "start": 0.2, "rate": 1.0, "momentum": 0.0},
+        },
+        "chat": {"teacher_model_name_or_path": "tied_student"},
+    }
+}
+RESUMED_TEACHERS = {
+    "whole, teachers": {**SAVING, **TEACHERS},
+    "resumed, teachers": {**SAVING, **TEACHERS, "resumes": "whole, teachers"},
+}
 # The pair has changed places because the student stops too early to answer anything right, and the steps are so long
 # that it soon forgets what it got right.
 ANSWERING = {
