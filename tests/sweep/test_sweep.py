@@ -144,47 +144,49 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_like_one_that_was_not(content, 
         assert mine["intermediate"] == pytest.approx(theirs["intermediate"], rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def pruning(content, tmp_path_factory) -> tuple[Path, dict]:
-    """A sweep whose later trials are ended half way where they are worse than half of those before, and its file."""
+@pytest.fixture
+def pruning(content) -> dict:
+    """A sweep whose fifth and sixth trial are ended half way where they are worse than the median; the sixth is."""
     space = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}
     change = {"space": space, "trials": 6, "sampler": "random", "budget": {"steps": 200}, "evaluations": 2}
-    folder = tmp_path_factory.mktemp("pruning")
-    file = written(folder, {**content, **change})
-    run(file, folder / "out")
-    return file, json.loads((folder / "out" / "sweep.json").read_text())
+    return {**content, **change}
+
+
+def results_of(out: Path) -> dict[int, bool]:
+    """By the number of a trial whether its training has come to its end."""
+    return {number: (out / f"trial-{number:03}" / "result.json").exists() for number in range(6)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_trial_that_is_worse_than_the_median_on_its_way_is_ended_there(pruning):
-    file, found = pruning
-    for trial in found["trials"]:
-        complete = [each for each in found["trials"][: trial["number"]] if each["state"] == "complete"]
+def test_a_trial_that_is_worse_than_the_median_on_its_way_is_ended_there(pruning, tmp_path):
+    run(written(tmp_path, pruning), tmp_path / "out")
+    trials = json.loads((tmp_path / "out" / "sweep.json").read_text())["trials"]
+    for trial in trials:
+        complete = [each for each in trials[: trial["number"]] if each["state"] == "complete"]
         on_way = [each["intermediate"]["100"] for each in complete]
         is_worse = len(complete) >= 4 and trial["intermediate"]["100"] > median(on_way)
         assert trial["state"] == ("pruned" if is_worse else "complete")
-        folder = file.parent / "out" / f"trial-{trial['number']:03}"
-        assert (folder / "result.json").exists() == (not is_worse)  # and not trained to its end in vain
-    assert {trial["state"] for trial in found["trials"]} == {"complete", "pruned"}
+    assert trials[5]["state"] == "pruned"
+    # And those that were pruned are not trained to their end in vain.
+    assert results_of(tmp_path / "out") == {trial["number"]: trial["state"] == "complete" for trial in trials}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install -e '.[ray]'")
-def test_a_local_ray_makes_the_trials_that_are_made_without_it(pruning, tmp_path):
-    file, here = pruning
-    content = {**yaml.safe_load(file.read_text()), "resources": {"cpu": 1}}
-    out = tmp_path / "out"
-    assert "/6 " in run(written(tmp_path, content), out, "--backend", "ray")
-    found = json.loads((out / "sweep.json").read_text())
-    # Several at a time: which of them are pruned depends on which ends first.
-    for mine, theirs in zip(found["trials"], here["trials"], strict=True):
-        assert (mine["number"], mine["params"]) == (theirs["number"], theirs["params"])
-        assert mine["intermediate"] == pytest.approx(theirs["intermediate"], rel=1e-6)
-        assert mine["state"] in ("complete", "pruned")
-        if mine["state"] == theirs["state"] == "complete":
-            assert mine["value"] == pytest.approx(theirs["value"], rel=1e-6)
-        assert (mine["state"] == "complete") == (out / f"trial-{mine['number']:03}" / "result.json").exists()
-    # The study is the same for both: nothing is left to do here.
-    assert "/6 " not in run(written(tmp_path, content), out)
+def test_a_local_ray_makes_the_trials_that_are_made_without_it(in_this_process, pruning, tmp_path):
+    here, out = tmp_path / "here", tmp_path / "out"
+    assert cli.main(["sweep", str(written(tmp_path, pruning)), "--output-dir", str(here)]) == 0
+    # Two at a time: when the last one begins, four others are finished.
+    file = written(tmp_path, {**pruning, "resources": {"cpu": max(1, len(os.sched_getaffinity(0)) // 2)}})
+    assert "6/6 " in run(file, out, "--backend", "ray")
+    ours, theirs = (json.loads((folder / "sweep.json").read_text())["trials"] for folder in (out, here))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine["number"], mine["params"]) == (other["number"], other["params"])
+        assert mine["intermediate"] == pytest.approx(other["intermediate"], rel=1e-5)
+        if mine["state"] == other["state"] == "complete":
+            assert mine["value"] == pytest.approx(other["value"], rel=1e-5)
+    assert [trial["state"] for trial in ours[:4]] == ["complete"] * 4 and ours[5]["state"] == "pruned"
+    assert results_of(out) == {trial["number"]: trial["state"] == "complete" for trial in ours}
+    assert "6/6 " not in run(file, out)  # the study is the same for both: nothing is left to do here
