@@ -77,9 +77,9 @@ def test_all_of_it_on_tiny_models(second, spec, tmp_path, monkeypatch):
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     runs = {name: spec["runs"][name] for name in ("kd", "amid-kl-tuned")}
-    sweep = {**spec["sweep"], "trials": 2, "trials_of_more": 2, "budget": {"steps": 2}}
+    sweep = {**spec["sweep"], "trials": 1, "trials_of_more": 1, "evaluations": 1, "budget": {"steps": 2}}
     small = {**spec, "runs": runs, "sweep": sweep}
-    small["compare"] = {**spec["compare"], "seeds": [0, 1], "budget": {"steps": 2}}
+    small["compare"] = {**spec["compare"], "seeds": [0], "budget": {"steps": 2}}
     file, out = written(tmp_path / "spec.yaml", small), tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["second.py", str(out), "--spec", str(file)])
     second.main()

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from amid_trl.evaluation.metrics import METRICS, direction
+from amid_trl.plotting.curves import PANELS_IN_A_ROW
 from amid_trl.plotting.theme import Palette, sheet
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-PANELS_IN_A_ROW = 3
 
 Trials = Sequence[Mapping[str, Any]]
 
