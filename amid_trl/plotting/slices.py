@@ -44,8 +44,10 @@ def slices(results: Mapping[str, Any]) -> "Figure | None":
             panel.grid()
         for panel in panels[count:]:
             panel.set_axis_off()
-        dot, star = ({"color": c, "marker": m, "linestyle": ""} for c, m in _marks(palette))
-        handles = [Line2D([], [], label="a trial", **dot), Line2D([], [], label="the best", **star)]
+        handles = [
+            Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
+            for label, (colour, marker) in zip(("a trial", "the best"), _marks(palette), strict=True)
+        ]
         if on_way:
             handles += [
                 Line2D([], [], label="finished", **_way("complete", palette)),
