@@ -34,9 +34,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
-# With lm-eval-harness and the trackers, without which their tests are skipped: they slow every start a little.
+# With lm-eval-harness, Ray and the trackers, without which their tests are skipped: they slow every start a little.
 test-all: $(INSTALLED)
-	$(BIN)/pip install -c constraints.txt -e '.[eval-harness,trackers]'
+	$(BIN)/pip install -c constraints.txt -e '.[eval-harness,ray,trackers]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The oldest versions that setup.py admits and the newest that there are, each in an environment of its own. Torch is the

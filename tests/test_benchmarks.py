@@ -257,6 +257,7 @@ def test_the_landscapes_ranking_is_set_against_that_of_runs(monkeypatch):
     }
     found = agreement(landscape, configs, {"runs": runs})
     assert found["runs"] == ["a", "b", "c", "d"] and found["predicted"] == [0.2, 0.6, 0.4, LAST]
+    assert agreement(landscape, configs, {"runs": runs}, "cosine_forward")["predicted"] == [0.2, 0.6, 0.9, 0.9]
     assert list(found["metrics"]) == ["eval_kl"]  # nobody says which entropy is better
     # Ranks 2, 4, 3, 1 and 1, 4, 2, 3, less being better: 1 - 6 Σ d² / (n (n² - 1)), and 4 of 6 pairs agree.
     assert found["metrics"]["eval_kl"]["spearman"]["value"] == pytest.approx(1 - 6 * 6 / 60)

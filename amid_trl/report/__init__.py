@@ -1,1 +1,1 @@
-"""What runs, evaluations, comparisons and landscapes came to, as a page."""
+"""What runs, evaluations, comparisons, landscapes and sweeps came to, as a page."""

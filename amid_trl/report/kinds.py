@@ -24,7 +24,12 @@ LANDSCAPE = Kind(
     "amid-trl landscape",
     ("tokens", "of_tokens", "rows", "points", "forward_kl", "reverse_kl", "suggestion"),
 )
-READABLE = (RUN, EVALUATION, COMPARISON, LANDSCAPE)
+SWEEP = Kind(
+    "sweep.json",
+    "amid-trl sweep",
+    ("metric", "direction", "budget", "seed", "space", "trials", "best", "importances"),
+)
+READABLE = (RUN, EVALUATION, COMPARISON, LANDSCAPE, SWEEP)
 # What says that a folder is that of a run, though it may have no logs.
 OF_A_RUN = ("config.json", "adapter_config.json", "training_args.bin", "completions", "checkpoint-*")
 
@@ -97,6 +102,8 @@ def read(kind: Kind, file: Path, name: str) -> Found:
         raise ValueError(f"{file} has no logs: its log_history is empty; logging_steps may be more than the run has")
     if kind is COMPARISON and not content["runs"]:
         raise ValueError(f"{file} has no run in it: its runs are empty")
+    if kind is SWEEP and not content["trials"]:
+        raise ValueError(f"{file} has no trial in it: its trials are empty")
     return Found(kind, name, file, content)
 
 

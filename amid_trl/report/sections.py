@@ -1,13 +1,14 @@
-"""Which sections a page has: one for all runs, one for each evaluation set, one for each comparison and landscape."""
+"""Which sections a page has: one for all runs, one for each evaluation set, one for each of the others."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from amid_trl.report.kinds import COMPARISON, EVALUATION, LANDSCAPE, READABLE, RUN, Found
+from amid_trl.report.kinds import COMPARISON, EVALUATION, LANDSCAPE, READABLE, RUN, SWEEP, Found
 from amid_trl.report.of_comparison import comparison_section
 from amid_trl.report.of_evaluations import evaluation_section
 from amid_trl.report.of_runs import runs_section
+from amid_trl.report.of_sweep import sweep_section
 from amid_trl.report.page import PageSection
 
 
@@ -27,6 +28,7 @@ def sections_of(found: Sequence[Found], prompts: int) -> list[PageSection]:
         *(evaluation_section(evaluations, prompts) for evaluations in by_set.values()),
         *(comparison_section(each, prompts) for each in by_kind[COMPARISON]),
         *(_landscape_section(each) for each in by_kind[LANDSCAPE]),
+        *(sweep_section(each) for each in by_kind[SWEEP]),
     ]
 
 

@@ -96,11 +96,16 @@ def sweep_table(found: Mapping[str, Any]) -> str:
     lines += ["", f"{len(states)} trials: {counts}."]
     for trial in found["trials"]:
         if trial["state"] == "fail":
-            lines.append(f"Trial {trial['number']} failed: {str(trial['failure']).strip().splitlines()[-1].strip()}")
+            lines.append(f"Trial {trial['number']} failed: {last_line(str(trial['failure']))}")
     if found["importances"]:
         shares = ", ".join(f"{axis} {share:.0%}" for axis, share in found["importances"].items())
         lines.append(f"What the metric varies by (PED-ANOVA): {shares}.")
     return "\n".join(lines)
+
+
+def last_line(failure: str) -> str:
+    """Of why a trial has failed, which may be the end of its log, what it ends with."""
+    return failure.strip().splitlines()[-1].strip()
 
 
 def _shown_parameter(value: Any) -> str:

@@ -15,6 +15,7 @@ from amid_trl.sweep.trials import Evaluated, TrialFailed, drop_weights, evaluati
 
 
 STUDY = "study.db"
+ELSEWHERE = "Choose another output directory"
 STARTUP_TRIALS = 4  # before the first is pruned; and for TPE, to be drawn at random
 
 
@@ -44,23 +45,33 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self.sweep, self.output_dir = optuna, sweep, output_dir
         output_dir.mkdir(parents=True, exist_ok=True)
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS)
-        self.study: Any = optuna.create_study(
-            storage=f"sqlite:///{output_dir / STUDY}",
-            study_name="sweep",
-            direction="minimize" if sweep.direction == "minimize" else "maximize",
-            pruner=pruner if sweep.pruner == "median" else optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
+        self.study = self._opened_study(output_dir / STUDY)
         there = self.study.user_attrs.get("asked")
+        if there is None and self.study.trials:
+            raise ValueError(f"{output_dir / STUDY} is a study that was not made here. {ELSEWHERE}")
         if there is None:
             self.study.set_user_attr("asked", dict(asked))
         elif different := differences(there, asked):
-            raise ValueError(
-                f"{output_dir / STUDY} is the study of another sweep: {different}. Choose another output directory"
-            )
+            raise ValueError(f"{output_dir / STUDY} is the study of another sweep: {different}. {ELSEWHERE}")
         self._distributions = {name: self._distribution(axis) for name, axis in sweep.space.items()}
         self._unfinished = [trial for trial in self.study.trials if not trial.state.is_finished()]
+
+    def _opened_study(self, file: Path) -> Any:
+        from sqlalchemy.exc import DatabaseError  # Optuna's own way to SQLite
+
+        pruners = self._optuna.pruners
+        pruner = pruners.MedianPruner(STARTUP_TRIALS) if self.sweep.pruner == "median" else pruners.NopPruner()
+        try:
+            return self._optuna.create_study(
+                storage=f"sqlite:///{file}",
+                study_name="sweep",
+                direction=self.sweep.direction,
+                pruner=pruner,
+                load_if_exists=True,
+            )
+        except (DatabaseError, RuntimeError) as error:  # no database; one of an older Optuna
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{file} is no study that this Optuna reads: {why}. {ELSEWHERE}") from error
 
     @property
     def done(self) -> int:

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 from compared import comparison, results
 from evaluating import SHORT
+from sweeping import CONTENT, written
 from tiny import messages_dataset, tiny_llama, tiny_tokenizer
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.comparison.report import report
 from amid_trl.evaluation.evaluate import evaluate
+from amid_trl.sweep.report import write_sweep
+from amid_trl.sweep.search import Search
+from amid_trl.sweep.spec import read_sweep
+from amid_trl.sweep.trials import Evaluated
 
 
 @pytest.fixture(scope="session")
@@ -58,4 +63,25 @@ def landscape_folder(tmp_path_factory, measured) -> Path:
     folder.mkdir()
     points = [point for point in measured["points"] if point["temperature"] == 1.0]
     (folder / "landscape.json").write_text(json.dumps({**measured, "points": points}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sweep_folder(tmp_path_factory) -> Path:
+    """A sweep of made-up figures in a real study: eight trials that ended, one that was pruned, one that failed."""
+    folder = tmp_path_factory.mktemp("swept") / "search"
+    folder.mkdir()
+    space = {"assistant_alpha": {"low": -5, "high": 1}, "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
+    content = {**CONTENT, "space": {**space, "divergence": ["kl", "js"]}, "trials": 10}
+    search = Search(*read_sweep(written(folder.parent, content)), folder)
+    while (trial := search.next_trial()) is not None:
+        value = trial.parameters["assistant_alpha"] ** 2 + (trial.parameters["divergence"] == "js")
+        search.report(trial, Evaluated(5, value + 1))
+        if trial.number == 6:
+            search.prune(trial, Evaluated(5, value + 1))
+        elif trial.number == 7:
+            search.fail(trial, "FAILED with status 1; the end of log.txt:\n    <b>it is too warm</b>")
+        else:
+            search.complete(trial, Evaluated(10, value, "rows"))
+    write_sweep(search)
     return folder

@@ -33,7 +33,7 @@ def evaluations(evaluated, evaluated_teacher, tmp_path_factory) -> dict[str, dic
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, run_folder, evaluations, comparison_folder, landscape_folder):
+def opened(tmp_path_factory, run_folder, evaluations, comparison_folder, landscape_folder, sweep_folder):
     """One page of everything, written by the command."""
     folder = tmp_path_factory.mktemp("page")
     paths = [str(run_folder)]
@@ -42,7 +42,7 @@ def opened(tmp_path_factory, run_folder, evaluations, comparison_folder, landsca
         (folder / name / "results.json").write_text(json.dumps(content))
         paths.append(f"{name}={folder / name}")
     file = folder / "all.html"
-    paths += [str(comparison_folder), str(landscape_folder)]
+    paths += [str(comparison_folder), str(landscape_folder), str(sweep_folder)]
     assert cli.main(["report", *paths, "--prompts", "3", "--output", str(file)]) == 0
     with watched(file, viewport={"width": 1200, "height": 900}) as seen:
         yield seen
@@ -152,6 +152,26 @@ def test_figures_of_the_landscape_are_those_of_its_json(opened, tables, landscap
     assert opened.page.get_by_text(measured["suggestion"]["reason"]).is_visible()
 
 
+def test_figures_of_the_sweep_are_those_of_its_json(opened, tables, sweep_folder):
+    found = json.loads((sweep_folder / "sweep.json").read_text())
+    trials = {str(trial["number"]): trial for trial in found["trials"]}
+    states = {number: trial["state"] for number, trial in trials.items()}
+    states["7"] = "fail: <b>it is too warm</b>"
+    assert tables["10 trials"] == {
+        number: [
+            *(states[number], "" if trial["value"] is None else trial["value"], *trial["params"].values()),
+            *(trial["intermediate"]["5"], trial["seconds"]),
+        ]
+        for number, trial in trials.items()
+    }
+    [shares] = [rows for caption, rows in tables.items() if caption.startswith("Share of what eval_kl varies by")]
+    assert shares == {axis: [share] for axis, share in found["importances"].items()}
+    section = opened.page.get_by_role("region", name="Sweep search")
+    assert section.get_by_text("8 complete, 1 pruned, 1 fail").is_visible()
+    for name, value in found["best"]["settings"].items():
+        assert f"{name}: {value}" in section.locator("pre").text_content()
+
+
 # ---- For everybody ----
 
 
@@ -185,15 +205,15 @@ def test_axe_finds_nothing_to_mend(opened, scheme):
 
 def test_a_screen_reader_finds_parts_pictures_and_tables(opened):
     page = opened.page
-    titles = ["Training", "Comparison study", "Landscape grid"]
+    titles = ["Training", "Comparison study", "Landscape grid", "Sweep search"]
     for landmark in ("banner", "navigation", "main", "contentinfo"):
         assert page.get_by_role(landmark).count() == 1
     for title in titles:
         assert page.get_by_role("region", name=title, exact=True).count() == 1
         assert page.get_by_role("heading", name=title, exact=True, level=2).count() == 1
     pictures = page.get_by_role("img")
-    assert pictures.count() == 4  # two of curves
-    names = [pictures.nth(i).get_attribute("aria-label") for i in range(4)]
+    assert pictures.count() == 5  # two of curves
+    names = [pictures.nth(i).get_attribute("aria-label") for i in range(5)]
     assert all(len(name) > 30 for name in names)
     page.evaluate("() => document.querySelectorAll('details').forEach(each => { each.open = true })")
     assert page.get_by_role("table", name="Against kd").get_by_role("columnheader").all_text_contents() == [

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from amid_trl import cli
-from amid_trl.report.kinds import COMPARISON, EVALUATION, LANDSCAPE, RUN, find
+from amid_trl.report.kinds import COMPARISON, EVALUATION, LANDSCAPE, RUN, SWEEP, find
 from amid_trl.report.sections import sections_of, told_apart
 
 
@@ -13,8 +13,11 @@ def found(path) -> list[tuple]:
     return [(each.kind, each.name) for each in find(str(path))]
 
 
-def test_every_kind_is_found_in_its_folder_and_by_its_file(run_folder, evaluated, comparison_folder, landscape_folder):
+def test_every_kind_is_found_in_its_folder_and_by_its_file(
+    run_folder, evaluated, comparison_folder, landscape_folder, sweep_folder
+):
     folders = {RUN: run_folder, EVALUATION: evaluated[1], COMPARISON: comparison_folder, LANDSCAPE: landscape_folder}
+    folders[SWEEP] = sweep_folder
     for kind, folder in folders.items():
         assert found(folder) == found(folder / kind.file) == [(kind, folder.name)]
         assert found(f"a name={folder}") == [(kind, "a name")]
@@ -39,6 +42,10 @@ def test_the_same_name_twice_becomes_the_paths(run_folder, evaluated):
     assert one.name == two.name == str(run_folder) and other.name == evaluated[1].name
 
 
+SWEPT = (
+    '{"metric": "%s", "trials": [%s], "direction": "minimize", "budget": {"steps": 2}, "seed": 0, "space": {}, '
+    '"best": null, "importances": null}'
+)
 # File -> its content, and what is said.
 WRONG = {
     "trainer_state.json": [
@@ -71,6 +78,12 @@ WRONG = {
             '{"a": {"seeds": [0], "work": {}, "metrics": {"klx": {}}}}}',
             "comparison.json has the metric 'klx'; there are eval_kl, ",
         ),
+    ],
+    "sweep.json": [
+        ('{"metric": "eval_kl", "trials": []}', "sweep.json has no direction, budget, seed, space, best, importances"),
+        (SWEPT % ("eval_kl", ""), "sweep.json has no trial in it"),
+        (SWEPT % ("klx", '{"number": 0}'), "sweep.json has the metric 'klx'; there are eval_kl, "),
+        (SWEPT % ("eval_kl", '{"number": 0}'), "a trial in .*sweep.json has no state, params, value, intermediate"),
     ],
 }
 
@@ -111,6 +124,7 @@ def test_a_run_without_logs_is_refused(tmp_path, capsys, sign):
 def test_a_path_that_is_none_of_the_kinds_is_refused_with_those_that_there_are(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("")
     kinds = "results.json (amid-trl evaluate), comparison.json (amid-trl compare), landscape.json (amid-trl landscape)"
+    kinds += ", sweep.json (amid-trl sweep)"
     for path, message in {
         tmp_path: f"{tmp_path} holds nothing that a report is made of: trainer_state.json (amid-trl train), {kinds}",
         tmp_path / "notes.txt": "notes.txt is none of the files that a report is made of: trainer_state.json",

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import optuna
 import pytest
 from sweeping import CONTENT, written
 
@@ -84,6 +85,19 @@ def test_a_study_of_another_sweep_is_refused(tmp_path, change, message):
     make(search(tmp_path), 1)
     with pytest.raises(ValueError, match=message):
         search(tmp_path, **change)
+
+
+def test_a_file_that_is_no_study_of_a_sweep_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "study.db").write_text("no database, whatever its name says")
+    with pytest.raises(ValueError, match=r"study.db is no study that this Optuna reads: .*not a database"):
+        search(tmp_path)
+    (out / "study.db").unlink()
+    theirs = optuna.create_study(storage=f"sqlite:///{out / 'study.db'}", study_name="sweep")
+    theirs.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(ValueError, match=r"study.db is a study that was not made here\. Choose another"):
+        search(tmp_path)
 
 
 def test_a_trial_worse_than_the_median_is_pruned_and_better_ones_are_not(tmp_path):

@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -143,20 +144,49 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_like_one_that_was_not(content, 
         assert mine["intermediate"] == pytest.approx(theirs["intermediate"], rel=1e-6)
 
 
+@pytest.fixture
+def pruning(content) -> dict:
+    """A sweep whose fifth and sixth trial are ended half way where they are worse than the median; the sixth is."""
+    space = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}
+    change = {"space": space, "trials": 6, "sampler": "random", "budget": {"steps": 200}, "evaluations": 2}
+    return {**content, **change}
+
+
+def results_of(out: Path) -> dict[int, bool]:
+    """By the number of a trial whether its training has come to its end."""
+    return {number: (out / f"trial-{number:03}" / "result.json").exists() for number in range(6)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_trial_that_is_worse_than_the_median_on_its_way_is_ended_there(pruning, tmp_path):
+    run(written(tmp_path, pruning), tmp_path / "out")
+    trials = json.loads((tmp_path / "out" / "sweep.json").read_text())["trials"]
+    for trial in trials:
+        complete = [each for each in trials[: trial["number"]] if each["state"] == "complete"]
+        on_way = [each["intermediate"]["100"] for each in complete]
+        is_worse = len(complete) >= 4 and trial["intermediate"]["100"] > median(on_way)
+        assert trial["state"] == ("pruned" if is_worse else "complete")
+    assert trials[5]["state"] == "pruned"
+    # And those that were pruned are not trained to their end in vain.
+    assert results_of(tmp_path / "out") == {trial["number"]: trial["state"] == "complete" for trial in trials}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install -e '.[ray]'")
-def test_a_local_ray_makes_the_trials_and_prunes(content, tmp_path):
-    content = {**content, "trials": 6, "sampler": "random", "resources": {"cpu": 1}}
-    out = tmp_path / "out"
-    printed = run(written(tmp_path, content), out, "--backend", "ray")
-    found = json.loads((out / "sweep.json").read_text())
-    assert [trial["number"] for trial in found["trials"]] == list(range(6))
-    assert {trial["state"] for trial in found["trials"]} <= {"complete", "pruned"}
-    for trial in found["trials"]:
-        result = out / f"trial-{trial['number']:03}" / "result.json"
-        if trial["state"] == "complete":
-            assert trial["value"] == json.loads(result.read_text())["metrics"]["eval_kl"]
-    assert "6/6 " in printed
-    # The study is the same for both: nothing is left to do here.
-    assert "6/6 " not in run(written(tmp_path, content), out)
+def test_a_local_ray_makes_the_trials_that_are_made_without_it(in_this_process, pruning, tmp_path):
+    here, out = tmp_path / "here", tmp_path / "out"
+    assert cli.main(["sweep", str(written(tmp_path, pruning)), "--output-dir", str(here)]) == 0
+    # Two at a time: when the last one begins, four others are finished.
+    file = written(tmp_path, {**pruning, "resources": {"cpu": max(1, len(os.sched_getaffinity(0)) // 2)}})
+    assert "6/6 " in run(file, out, "--backend", "ray")
+    ours, theirs = (json.loads((folder / "sweep.json").read_text())["trials"] for folder in (out, here))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine["number"], mine["params"]) == (other["number"], other["params"])
+        assert mine["intermediate"] == pytest.approx(other["intermediate"], rel=1e-5)
+        if mine["state"] == other["state"] == "complete":
+            assert mine["value"] == pytest.approx(other["value"], rel=1e-5)
+    assert [trial["state"] for trial in ours[:4]] == ["complete"] * 4 and ours[5]["state"] == "pruned"
+    assert results_of(out) == {trial["number"]: trial["state"] == "complete" for trial in ours}
+    assert "6/6 " not in run(file, out)  # the study is the same for both: nothing is left to do here

@@ -1,0 +1,65 @@
+"""The second part of the study: a small sweep for each run of second.yaml, then one comparison with what they found.
+
+    python examples/study/second.py [OUTPUT_DIR]     # runs/study/second
+
+needs what prepare.py has written. Ctrl-C stops it at any time; the same command goes on.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from amid_trl.comparison.compare import compare
+from amid_trl.outputs import write_whole
+from amid_trl.sweep.sweep import sweep
+
+
+SPEC = Path(__file__).with_name("second.yaml")
+
+
+def sweeps(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the name of a run what `amid-trl sweep` is asked for: the same of all, or more where `more` says so."""
+    common = {name: value for name, value in spec["sweep"].items() if name not in ("more", "trials_of_more")}
+    found = {}
+    for name, settings in spec["runs"].items():
+        more = spec["sweep"]["more"].get(name, {})
+        trials = spec["sweep"]["trials_of_more" if more else "trials"]
+        searched = {"base": {**spec["base"], **settings}, "space": {**common["space"], **more}, "trials": trials}
+        found[name] = {**common, **searched}
+    return found
+
+
+def comparison(spec: Mapping[str, Any], best: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What `amid-trl compare` is asked for: each run with the settings that its sweep has found."""
+    runs = {name: {**settings, **best[name]} for name, settings in spec["runs"].items()}
+    return {"base": spec["base"], "runs": runs, **spec["compare"]}
+
+
+def main() -> None:
+    """All sweeps, one after another, and the comparison."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output_dir", nargs="?", default="runs/study/second", type=Path)
+    parser.add_argument("--spec", default=SPEC, type=Path, help="another file of this form")
+    args = parser.parse_args()
+    spec, best = yaml.safe_load(args.spec.read_text(encoding="utf-8")), {}
+    for name, content in sweeps(spec).items():
+        found = sweep(
+            _written(args.output_dir / "sweeps" / f"{name}.yaml", content), args.output_dir / "sweeps" / name
+        )
+        if found["best"] is None:
+            raise SystemExit(f"no trial of {name} has come to a figure; see {args.output_dir / 'sweeps' / name}")
+        best[name] = found["best"]["settings"]
+    compare(_written(args.output_dir / "compare.yaml", comparison(spec, best)), args.output_dir / "compare")
+
+
+def _written(file: Path, content: Mapping[str, Any]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, yaml.safe_dump(dict(content), sort_keys=False))
+    return file
+
+
+if __name__ == "__main__":
+    main()
