@@ -8,11 +8,13 @@ token that goes with none is in the rest.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from amid_trl.maths.outcomes import ENDS, Outcomes
+from amid_trl.models.kept_pairs import kept_pair
 from amid_trl.models.spelled import Spelled
 
 
@@ -30,8 +32,17 @@ class PairedTokens(NamedTuple):
     begun: Mapping[Path, tuple[list[int], list[int]]]
 
 
-def paired_tokens(student: Spelled, teacher: Spelled, roles: Iterable[tuple[int, int]] = ()) -> PairedTokens:
+def paired_tokens(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]] = ()) -> PairedTokens:
     """The outcomes of two tokenizers; `roles` are the student's and teacher's special tokens that mean the same."""
+    found = kept_pair(student, teacher, roles, lambda: _find(student, teacher, roles))
+    lengths = torch.tensor([len(word or b"") for word in student.bytes])
+    tokens = iter(found["paths"].tolist())
+    paths = [tuple(islice(tokens, length)) for length in found["path_lengths"].tolist()]
+    return PairedTokens(Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths), _begun(paths))
+
+
+def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """The outcome of every token, and the student's tokens for each of the teacher's, one row after the other."""
     same = list(same_words(student, teacher))
     students, teachers = ({pair[side] for pair in same} for side in (0, 1))
     in_student = student.words([None if t in teachers else word for t, word in enumerate(teacher.bytes)])
@@ -42,9 +53,14 @@ def paired_tokens(student: Spelled, teacher: Spelled, roles: Iterable[tuple[int,
     of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
     for s, t in same:
         in_student[t] = (s,)
-    lengths = torch.tensor([len(word or b"") for word in student.bytes])
-    outcomes = Outcomes(torch.tensor(of_student), torch.tensor(of_teacher), count, lengths)
-    return PairedTokens(outcomes, _begun(in_student))
+    columns = {
+        "student": of_student,
+        "teacher": of_teacher,
+        "rest": count,
+        "paths": [token for path in in_student for token in path or ()],
+        "path_lengths": [len(path or ()) for path in in_student],
+    }
+    return {name: torch.tensor(values, dtype=torch.long) for name, values in columns.items()}
 
 
 def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
@@ -83,16 +99,16 @@ def _hanging_together(
     return of_all[:student_vocab], of_all[student_vocab:], len(numbers)
 
 
-def _begun(paths: Sequence[Path | None]) -> dict[Path, tuple[list[int], list[int]]]:
+def _begun(paths: Sequence[Path]) -> dict[Path, tuple[list[int], list[int]]]:
     """From the student's tokens for each of the teacher's."""
     begun: dict[Path, tuple[list[int], list[int]]] = {}
     for path in paths:
-        for length in range(1, len(path or ())):
-            begun.setdefault((path or ())[:length], ([], []))
+        for length in range(1, len(path)):
+            begun.setdefault(path[:length], ([], []))
     for t, path in enumerate(paths):
-        for length in range(1, len(path or ()) + 1):
-            found = begun.get((path or ())[:length])
-            if path is not None and found is not None:
+        for length in range(1, len(path) + 1):
+            found = begun.get(path[:length])
+            if found is not None:
                 found[0].append(t)
                 found[1].append(path[length] if length < len(path) else ENDS)
     return begun

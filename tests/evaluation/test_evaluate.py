@@ -102,6 +102,9 @@ def test_the_first_reference_is_scored_behind_its_prompt_to_its_eos(evaluated, m
     assert 0 < want["top1_agreement"] < 1
     assert {name: results["metrics"][name] for name in want} == pytest.approx(want, rel=1e-5)
     assert results["metrics"]["reference_tokens"] == tokens
+    text = "".join(references_of(row)[0] for row in ROWS)
+    bits = float(sums[0]) / math.log(2)
+    assert results["metrics"]["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
 
 
 def test_without_a_teacher_there_is_the_nll_alone(tmp_path, models, rows_file, evaluated):
