@@ -25,12 +25,12 @@ LOWEST = -700.0  # the log of what is impossible
 class Known:
     """Of texts with probabilities: what follows a row of tokens of one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, probabilities: Mapping[str, float]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probabilities: Mapping[str, float], end: int):
         self.rows: dict[str, list[int]] = {}
         self.follow: dict[Tokens, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         encode: Any = tokenizer
         for text, p in probabilities.items():
-            ids = [*encode(text, add_special_tokens=False)["input_ids"], encode.eos_token_id]
+            ids = [*encode(text, add_special_tokens=False)["input_ids"], end]
             self.rows[text] = ids
             for i, token in enumerate(ids):
                 self.follow[tuple(ids[:i])][token] += p
@@ -84,14 +84,18 @@ class CaseBuilder:
 
     def __init__(self, student: Any, teacher: Any, probabilities: Mapping[str, float]):
         self.pair = Retokeniser(student, teacher)
-        self.known, self.teachers = Known(student, probabilities), Known(teacher, probabilities)
+        end = student.eos_token_id
+        self.ends = end, self.pair.write([end, end]).ids[-1]  # what the two end a text with
+        self.known, self.teachers = (
+            Known(tokenizer, probabilities, end) for tokenizer, end in zip((student, teacher), self.ends, strict=True)
+        )
         self.states: dict[Tokens, int] = {}
         self.rows: list[Record] = []
         self.chunks: list[tuple[list[int], list[int]]] = []
 
     def add(self, text: str, weight: float) -> None:
         """The tokens of a text, and its end; behind a token in front, so that all are predicted."""
-        ids = [self.pair.student.tokenizer.eos_token_id, *self.known.rows[text]]
+        ids = [self.ends[0], *self.known.rows[text]]
         written = self.pair.write(ids)
         ahead = len(written.ids) - len(self.teachers.rows[text])
         if written.ids[ahead:] != self.teachers.rows[text]:
@@ -169,9 +173,9 @@ class CaseBuilder:
             ),
             places=Places(kinds, own, lengths.cumsum(0) - lengths, lengths),
             begun=begun,
-            words=_same_bytes(pair, students, teachers),
-            first_tokens=_first_tokens(pair, students, teachers),
-            pieces=_pieces(pair, students, teachers),
+            words=_same_bytes(pair, students, teachers, self.ends),
+            first_tokens=_first_tokens(pair, students, teachers, self.ends),
+            pieces=_pieces(pair, students, teachers, self.ends),
             chunks=self.chunks,
         )
 
@@ -184,21 +188,23 @@ def _renumbered(students: Sequence[Any], teachers: Sequence[Any], rest: Any) -> 
     return Outcomes(*sides, len(numbers), torch.zeros(len(students), dtype=torch.long))
 
 
-def _same_bytes(pair: Retokeniser, students: Sequence[int], teachers: Sequence[int]) -> Outcomes:
+def _same_bytes(
+    pair: Retokeniser, students: Sequence[int], teachers: Sequence[int], ends: tuple[int, int]
+) -> Outcomes:
     """One outcome for each word that both have as a token; the ends of a text are one too."""
     sides = []
-    for spelled, tokens in ((pair.student, students), (pair.teacher, teachers)):
-        end = spelled.tokenizer.eos_token_id
+    for spelled, tokens, end in zip((pair.student, pair.teacher), (students, teachers), ends, strict=True):
         sides.append([b"" if token == end else spelled.bytes[token] for token in tokens])
     return _renumbered(*sides, None)
 
 
-def _first_tokens(pair: Retokeniser, students: Sequence[int], teachers: Sequence[int]) -> Outcomes:
+def _first_tokens(
+    pair: Retokeniser, students: Sequence[int], teachers: Sequence[int], ends: tuple[int, int]
+) -> Outcomes:
     """The student's tokens; a token of the teacher's goes with the first that the student writes for its bytes."""
     words = [pair.teacher.bytes[token] for token in teachers]
     paths = pair.student.words(words)
     by_word = {word: token for token in students if (word := pair.student.bytes[token])}
-    ends = pair.student.tokenizer.eos_token_id, pair.teacher.tokenizer.eos_token_id
     of_teacher = [
         ends[0] if token == ends[1] else by_word.get(word or b"", path[0] if path else None)
         for token, word, path in zip(teachers, words, paths, strict=True)
@@ -206,13 +212,12 @@ def _first_tokens(pair: Retokeniser, students: Sequence[int], teachers: Sequence
     return _renumbered(list(students), of_teacher, None)
 
 
-def _pieces(pair: Retokeniser, students: Sequence[int], teachers: Sequence[int]) -> Tensor:
+def _pieces(pair: Retokeniser, students: Sequence[int], teachers: Sequence[int], ends: tuple[int, int]) -> Tensor:
     """X-Token's projection: a token of the student's is spread evenly over the teacher's tokens that spell it."""
     column = {token: i for i, token in enumerate(teachers)}
     by_word = {word: token for token in teachers if (word := pair.teacher.bytes[token])}
     words = [pair.student.bytes[token] for token in students]
     paths = pair.teacher.words(words)
-    ends = pair.student.tokenizer.eos_token_id, pair.teacher.tokenizer.eos_token_id
     spread = torch.zeros(len(students), len(teachers), dtype=torch.float64)
     for row, (token, word, path) in enumerate(zip(students, words, paths, strict=True)):
         pieces = (by_word[word],) if word in by_word else (ends[1],) if token == ends[0] else path or ()

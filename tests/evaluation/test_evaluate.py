@@ -119,6 +119,9 @@ def test_a_reference_is_scored_up_to_max_new_tokens(tmp_path, models, rows_file)
     settings = replace(SHORT, evaluation_set=rows_file, seeds=(10,), max_new_tokens=3)
     results = evaluate(models["student"], tmp_path / "out", settings)
     assert [row["tokens"] for row in results["rows"]] == [3] * len(ROWS)
+    # Of a byte-level token every letter is a byte.
+    tokens = [tiny_tokenizer().convert_ids_to_tokens(tokens_of(row, references_of(row)[0])[1][:3]) for row in ROWS]
+    assert [row["bytes"] for row in results["rows"]] == [sum(map(len, of_row)) for of_row in tokens]
 
 
 def test_an_adapter_is_evaluated_with_its_base(tmp_path, models, rows_file):

@@ -2,6 +2,7 @@
 
 import pytest
 from small_tokenizers import BPE, TEXTS, byte_fallback, special_behind, special_first
+from tokenizers import pre_tokenizers
 
 from amid_trl.maths.outcomes import BOUNDARY
 from amid_trl.models.retokenising import Retokeniser
@@ -37,6 +38,22 @@ def test_both_rows_write_the_same_bytes_up_to_every_boundary(name):
             theirs = theirs if theirs is not None else pair.teacher.written(written.ids[1:t])  # behind <s>
             assert ours is not None and theirs is not None and ours.lstrip(b" ") == theirs.lstrip(b" ")
         assert len(row) in written.boundaries
+
+
+def metaspace():
+    """As Llama 2's is read by transformers: no space is written before a text that begins with one."""
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("build", [byte_fallback, metaspace])
+@pytest.mark.parametrize("text", ["wet", "    return x", "\n water"])
+def test_the_spaces_before_a_text_are_those_that_were_written(build, text):
+    student, teacher = build(), special_first()
+    written = Retokeniser(student, teacher).write(ids(student, text))
+    assert teacher.decode(written.ids) == text
 
 
 @pytest.mark.parametrize("build", BPE.values())
