@@ -92,10 +92,10 @@ class OutcomeTokenLoss(DistillationTokenLoss):
 
     Whatever the student has written may be the beginning of a token of the teacher's (the row of it shows whether it
     is). Let the teacher give, where that token began, the share e to ending here and c(s) to going on with the
-    student's token s, e + Σ c = 1. Inside such a token the outcomes are the s, and the rest with the teacher's e. At a
-    boundary they are `outcomes`, of which the teacher's next tokens say p(o), and it gives o
+    student's token s, e + Σ c = 1, and c(o) = Σ over s in o of c(s). Inside such a token it gives an outcome c(o), and
+    the rest e. At a boundary, where its next tokens say p(o), it gives
 
-        e · p(o) + Σ over s in o of c(s)
+        e · p(o) + c(o)
 
     Where the student's token spans several of the teacher's it is an outcome of its own, of e · exp(log_chain), taken
     from the one that it belongs to.
@@ -184,7 +184,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
             yield at_boundary, *at_boundaries(self.outcomes, *both, labels[at_boundary], there, self.begun)
         if len(inside):
             ranges = places.start[inside], places.entries[inside]
-            yield inside, *inside_tokens(log_q[inside], *ranges, self.begun)
+            yield inside, *inside_tokens(self.outcomes, log_q[inside], *ranges, self.begun)
 
     def _of_outcomes(
         self,
@@ -238,19 +238,25 @@ def at_boundaries(
 
 
 def inside_tokens(
+    outcomes: Outcomes,
     log_q: Float[Tensor, "tokens student_vocab"],
     start: Int[Tensor, " tokens"],
     count: Int[Tensor, " tokens"],
     begun: Begun,
-) -> tuple[Float[Tensor, "tokens student_vocab_and_rest"], Float[Tensor, "tokens student_vocab_and_rest"]]:
-    """log p and log q of the student's tokens that go on with the teacher's, and of the rest."""
-    low, vocab = torch.finfo(log_q.dtype).min, log_q.shape[-1]
+) -> tuple[Float[Tensor, "tokens outcomes"], Float[Tensor, "tokens outcomes"]]:
+    """log p and log q of the outcomes that go on with the teacher's token, and of the rest.
+
+    Where the teacher's token ends within one of the student's, the latter is in the outcome of its beginning.
+    """
+    low, size = torch.finfo(log_q.dtype).min, outcomes.rest + 1
     rows, student, shares = _entries(start, count, begun)
-    p = log_q.new_zeros(len(log_q), vocab + 1)
-    p = p.index_put((rows, student.where(student != ENDS, vocab)), shares.to(p), accumulate=True)
-    goes_on = p[:, :-1] > 0
-    rest = log_q.masked_fill(goes_on, low).logsumexp(-1, keepdim=True)
-    return with_floor(p.log().clamp(min=low), rest), torch.cat([log_q.masked_fill(~goes_on, low), rest], -1)
+    columns = outcomes.student[student.clamp(min=0)].masked_fill(student == ENDS, outcomes.rest)
+    p = log_q.new_zeros(len(log_q), size).index_put((rows, columns), shares.to(log_q), accumulate=True)
+    goes_on = torch.nn.functional.pad(p[:, :-1] > 0, (0, 1))
+    q = log_sums(log_q, outcomes.student, size)
+    rest = q.masked_fill(goes_on, low).logsumexp(-1, keepdim=True)
+    q = torch.cat([q.masked_fill(~goes_on, low)[:, :-1], rest], -1)
+    return with_floor(p.log().clamp(min=low), rest), q
 
 
 def _entries(start: Tensor, count: Tensor, begun: Begun) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,9 @@ outcome, and its probability in either model is the sum over its tokens: the sam
 token that goes with none is in the rest.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice, product
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) 
     pairs = [*same, *roles]
     pairs += [(path[0], t) for t, path in enumerate(in_student) if path]
     pairs += [(s, path[0]) for s, path in enumerate(in_teacher) if path]
+    if not (student.is_byte_level and teacher.is_byte_level):
+        pairs += parts_of_characters(student, teacher)
     of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
     for s, t in same:
         in_student[t] = (s,)
@@ -76,6 +79,46 @@ def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
         candidates = by_word.get(word or b"", [])
         named = [s for s in candidates if names[0][s] == names[1][t]]
         yield from ((s, t) for s in named or candidates)
+
+
+def parts_of_characters(student: Spelled, teacher: Spelled) -> Iterator[tuple[int, int]]:
+    """The first tokens of both for a character, alone and behind a space, where one of them is a part of it.
+
+    SentencePiece writes a character as a whole, or all of its bytes one by one: what it writes for a part of one, as
+    byte-level tokens may be, only whole characters show. Tried are those in either vocabulary, and those that begin
+    as a token ends: with every byte that may follow, and of what follows that one the first and the last.
+    """
+    words = {word for spelled in (student, teacher) for word in spelled.bytes if word}
+    characters = {character for word in words for character in word.decode(errors="ignore")}
+    for begun in {word[-size:] for word in words for size in (1, 2, 3)}:
+        characters.update(_completed(begun))
+    tried = [
+        before + character.encode()
+        for character in sorted(characters)
+        if not character.isascii()
+        for before in (b"", b" ")
+    ]
+    for s, t in zip(student.words(tried), teacher.words(tried), strict=True):
+        if s and t and (_is_part(student.bytes[s[0]]) or _is_part(teacher.bytes[t[0]])):
+            yield s[0], t[0]
+
+
+def _completed(begun: bytes) -> Iterator[str]:
+    """Some of the characters that begin with these bytes; none where they are no part of one."""
+    missing = next((size for lead, size in ((0xF0, 4), (0xE0, 3), (0xC2, 2)) if begun[0] >= lead), 0) - len(begun)
+    if missing > 0:
+        for following in product(range(0x80, 0xC0), *[(0x80, 0xBF)] * (missing - 1)):
+            with suppress(UnicodeDecodeError):
+                yield (begun + bytes(following)).decode()
+
+
+def _is_part(word: bytes | None) -> bool:
+    """Whether it begins or ends within a character."""
+    try:
+        (word or b"").decode()
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _hanging_together(

@@ -70,7 +70,7 @@ def by_hand(p: Tensor, q: Tensor, row: int) -> tuple[list[Tensor], list[Tensor]]
     shares = shares / shares.sum()
     goes_on = {s: sum(share for (t, _), share in zip(BEGUN, shares, strict=True) if t == s) for s in (2, 3, 4, ENDS)}
     if row == 2:  # inside
-        return [goes_on[s] for s in (2, 3, 4, ENDS)], [q[2], q[3], q[4], q[0] + q[1] + q[5]]
+        return [goes_on[2], goes_on[3], goes_on[4] + goes_on[ENDS]], [q[1] + q[2] + q[5], q[3], q[0] + q[4]]
     teacher = [sum(p[t] for t in range(5) if TEACHER_OUTCOMES[t] == o) for o in range(4)]
     student = [sum(q[s] for s in range(6) if STUDENT_OUTCOMES[s] == o) for o in range(4)]
     if row == 0:

@@ -73,7 +73,7 @@ def test_the_teachers_outcomes_are_those_of_all_texts(name):
                 label = torch.tensor([ids[i]])
                 said, truth = at_boundaries(pair.pairs.outcomes, log_p[place.state][None], true, label, places, begun)
             else:
-                said, truth = inside_tokens(true, places.start, places.entries, begun)
+                said, truth = inside_tokens(pair.pairs.outcomes, true, places.start, places.entries, begun)
             bias += p * divergence(truth, said)
             if place.kind == BOUNDARY:
                 sides = (true, of_student), (log_p[place.state][None], of_teacher)

@@ -5,7 +5,9 @@ from small_tokenizers import BPE, TEXTS, byte_fallback, special_behind, special_
 from tokenizers import pre_tokenizers
 
 from amid_trl.maths.outcomes import BOUNDARY
+from amid_trl.models.paired_tokens import paired_tokens
 from amid_trl.models.retokenising import Retokeniser
+from amid_trl.models.spelled import Spelled
 from amid_trl.models.vocabulary import first_tokens
 
 
@@ -54,6 +56,21 @@ def test_the_spaces_before_a_text_are_those_that_were_written(build, text):
     student, teacher = build(), special_first()
     written = Retokeniser(student, teacher).write(ids(student, text))
     assert teacher.decode(written.ids) == text
+
+
+@pytest.mark.parametrize("pair", [(byte_fallback, special_first), (special_first, byte_fallback)])
+def test_what_both_write_first_for_a_character_is_one_outcome(pair):
+    """A whole character in one of them, a part of it in the other, or its bytes one by one."""
+    student, teacher = (Spelled(build()) for build in pair)
+    outcomes, _ = paired_tokens(student, teacher)
+    parts = 0
+    for character in sorted(c for c in set("".join(TEXTS)) if not c.isascii()):
+        for text in (character, f" {character}"):
+            [ours], [theirs] = (spelled.words([text.encode()]) for spelled in (student, teacher))
+            if ours and theirs:
+                assert outcomes.student[ours[0]] == outcomes.teacher[theirs[0]] != outcomes.rest
+                parts += (student.bytes[ours[0]] != text.encode()) or (teacher.bytes[theirs[0]] != text.encode())
+    assert parts > 20
 
 
 @pytest.mark.parametrize("build", BPE.values())
