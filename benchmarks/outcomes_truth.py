@@ -130,11 +130,17 @@ class CaseBuilder:
         pair, places = self.pair, [row["place"] for row in self.rows]
         teachers = self.teachers.tokens
         their_column = {token: i for i, token in enumerate(teachers)}
-        going_on = {
-            s for place in places for t, s in zip(*place.begun, strict=True) if t in their_column and s != ENDS
-        }
-        students = sorted({*self.known.tokens, *going_on})
+        vocab, rest = len(pair.pairs.outcomes.student), pair.pairs.outcomes.rest
+        going_on = {s for place in places for t, s in zip(*place.begun, strict=True) if t in their_column}
+        of_token = pair.pairs.outcomes.student.tolist()
+        wanted = {s - vocab for s in going_on if s >= vocab}
+        students = sorted({*self.known.tokens, *(s for s in going_on if 0 <= s < vocab)})
+        # The outcomes of the tokens that occur, numbered anew; those that go on as a whole stand behind the tokens.
+        sides = [of_token[token] for token in students], [int(pair.pairs.outcomes.teacher[t]) for t in teachers]
+        numbers = {outcome: i for i, outcome in enumerate(sorted({*sides[0], *sides[1], *wanted} - {rest}))}
+        numbers[rest] = len(numbers)
         column = {token: i for i, token in enumerate(students)} | {ENDS: ENDS}
+        column |= {vocab + outcome: len(students) + number for outcome, number in numbers.items()}
         logs = self.teachers.log_probs(list(self.states), teachers)
         truth = self.known.log_probs([row["before"] for row in self.rows], students)
 
@@ -166,10 +172,10 @@ class CaseBuilder:
             spans=torch.tensor([bool(row["spans"]) for row in self.rows]),
             first=torch.tensor([their_column[row["spans"][0][1]] if row["spans"] else 0 for row in self.rows]),
             chain=torch.tensor([chain(row["spans"]) for row in self.rows], dtype=torch.float64),
-            outcomes=_renumbered(
-                [int(pair.pairs.outcomes.student[token]) for token in students],
-                [int(pair.pairs.outcomes.teacher[token]) for token in teachers],
-                pair.pairs.outcomes.rest,
+            outcomes=Outcomes(
+                *(torch.tensor([numbers[outcome] for outcome in side]) for side in sides),
+                numbers[rest],
+                torch.zeros(len(students), dtype=torch.long),
             ),
             places=Places(kinds, own, lengths.cumsum(0) - lengths, lengths),
             begun=begun,

@@ -26,7 +26,7 @@ class PairedTokens(NamedTuple):
     """The outcomes of two vocabularies, and the tokens of the teacher's that go on.
 
     `begun` has what the student may have written of a longer token of the teacher's, its own tokens since the last
-    shared boundary: the teacher's tokens that begin with them, and the student's token that goes on in each, or ENDS.
+    shared boundary: the teacher's tokens that begin with them, and what goes on in each, as `Begun` has it.
     """
 
     outcomes: Outcomes
@@ -39,7 +39,8 @@ def paired_tokens(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int,
     lengths = torch.tensor([len(word or b"") for word in student.bytes])
     tokens = iter(found["paths"].tolist())
     paths = [tuple(islice(tokens, length)) for length in found["path_lengths"].tolist()]
-    return PairedTokens(Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths), _begun(paths))
+    outcomes = Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths)
+    return PairedTokens(outcomes, _begun(paths, outcomes))
 
 
 def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -51,8 +52,7 @@ def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) 
     pairs = [*same, *roles]
     pairs += [(path[0], t) for t, path in enumerate(in_student) if path]
     pairs += [(s, path[0]) for s, path in enumerate(in_teacher) if path]
-    if not (student.is_byte_level and teacher.is_byte_level):
-        pairs += parts_of_characters(student, teacher)
+    pairs += parts_of_characters(student, teacher)
     of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
     for s, t in same:
         in_student[t] = (s,)
@@ -82,23 +82,24 @@ def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
 
 
 def parts_of_characters(student: Spelled, teacher: Spelled) -> Iterator[tuple[int, int]]:
-    """The first tokens of both for a character, alone and behind a space, where one of them is a part of it.
+    """The first tokens of both for texts that end in a character of which one of them writes a part.
 
-    SentencePiece writes a character as a whole, or all of its bytes one by one: what it writes for a part of one, as
-    byte-level tokens may be, only whole characters show. Tried are those in either vocabulary, and those that begin
-    as a token ends: with every byte that may follow, and of what follows that one the first and the last.
+    What is written for a part of a character, as byte-level tokens may be, only whole ones show. Tried are the
+    characters of both vocabularies, alone and behind a space, those that begin as a token ends, and such tokens
+    completed.
     """
-    words = {word for spelled in (student, teacher) for word in spelled.bytes if word}
-    characters = {character for word in words for character in word.decode(errors="ignore")}
-    for begun in {word[-size:] for word in words for size in (1, 2, 3)}:
-        characters.update(_completed(begun))
-    tried = [
-        before + character.encode()
-        for character in sorted(characters)
-        if not character.isascii()
-        for before in (b"", b" ")
-    ]
-    for s, t in zip(student.words(tried), teacher.words(tried), strict=True):
+    words = sorted({word for spelled in (student, teacher) for word in spelled.bytes if word})
+    known = {character for word in words for character in word.decode(errors="ignore") if not character.isascii()}
+    completed = {begun: list(_completed(begun)) for begun in {word[-size:] for word in words for size in (1, 2, 3)}}
+    characters = known.union(*completed.values())
+    tried = {before + character.encode() for character in characters for before in (b"", b" ")}
+    for word in words:
+        for size in (1, 2, 3):
+            ends = completed.get(word[-size:], [])
+            ends = [end for end in ends if end in known] or ends[:1]
+            tried.update(word[:-size] + end.encode() for end in ends)
+    texts = sorted(tried)
+    for s, t in zip(student.words(texts), teacher.words(texts), strict=True):
         if s and t and (_is_part(student.bytes[s[0]]) or _is_part(teacher.bytes[t[0]])):
             yield s[0], t[0]
 
@@ -107,7 +108,8 @@ def _completed(begun: bytes) -> Iterator[str]:
     """Some of the characters that begin with these bytes; none where they are no part of one."""
     missing = next((size for lead, size in ((0xF0, 4), (0xE0, 3), (0xC2, 2)) if begun[0] >= lead), 0) - len(begun)
     if missing > 0:
-        for following in product(range(0x80, 0xC0), *[(0x80, 0xBF)] * (missing - 1)):
+        first = range(0x80, 0xC0) if missing == 1 else (0x80, 0x90, 0xA0, 0xB0)
+        for following in product(first, *[(0x80, 0xBF)] * (missing - 1)):
             with suppress(UnicodeDecodeError):
                 yield (begun + bytes(following)).decode()
 
@@ -142,8 +144,13 @@ def _hanging_together(
     return of_all[:student_vocab], of_all[student_vocab:], len(numbers)
 
 
-def _begun(paths: Sequence[Path]) -> dict[Path, tuple[list[int], list[int]]]:
-    """From the student's tokens for each of the teacher's."""
+def _begun(paths: Sequence[Path], outcomes: Outcomes) -> dict[Path, tuple[list[int], list[int]]]:
+    """From the student's tokens for each of the teacher's.
+
+    The last of them may be the beginning of what the student writes: the whole outcome stands for it then.
+    """
+    of_student = outcomes.student.tolist()
+    members, vocab = outcomes.student.bincount(minlength=outcomes.rest + 1).tolist(), len(of_student)
     begun: dict[Path, tuple[list[int], list[int]]] = {}
     for path in paths:
         for length in range(1, len(path)):
@@ -153,5 +160,7 @@ def _begun(paths: Sequence[Path]) -> dict[Path, tuple[list[int], list[int]]]:
             found = begun.get(path[:length])
             if found is not None:
                 found[0].append(t)
-                found[1].append(path[length] if length < len(path) else ENDS)
+                token = path[length] if length < len(path) else ENDS
+                is_last = length == len(path) - 1
+                found[1].append(vocab + of_student[token] if is_last and members[of_student[token]] > 1 else token)
     return begun

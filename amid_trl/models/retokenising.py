@@ -33,7 +33,7 @@ class Place:
         kind: UNPAIRED, BOUNDARY or INSIDE.
         state: the teacher's state that predicts what follows.
         began: the state where the teacher's token began of which `begun` are those that begin alike.
-        begun: the teacher's tokens, and the student's that goes on in each, or ENDS.
+        begun: the teacher's tokens, and what of the student's goes on in each, as `Begun` has it.
         teachers_tokens: how many tokens the teacher has up to the next boundary, which is counted at a boundary.
         chain: states, and the teacher's tokens there, of which the student's consists.
     """

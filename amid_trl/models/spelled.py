@@ -34,11 +34,6 @@ class Spelled:
                 self._single.setdefault(word[0], i)
 
     @property
-    def is_byte_level(self) -> bool:
-        """Whether its merges are of bytes, so that they know how a part of a character is written."""
-        return self._letters is not None
-
-    @property
     def name(self) -> str:
         """Its name or path."""
         return self.tokenizer.name_or_path or type(self.tokenizer).__name__
