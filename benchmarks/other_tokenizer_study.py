@@ -308,7 +308,7 @@ def report(results: Record) -> str:
         "what is resident with both models loaded, the most of all seeds. The machine did other work besides; the "
         "arms took turns.",
         "",
-        about_line(results["about"]),
+        f"The chunks' likelihood alone is not among the arms: it is no option here. {about_line(results['about'])}",
         "",
     ]
     return "\n".join(lines)

@@ -1,10 +1,12 @@
 """A teacher with another tokenizer: its row, the boundaries of both, and what is asked at each."""
 
-import pytest
-from small_tokenizers import BPE, TEXTS, byte_fallback, special_behind, special_first
-from tokenizers import pre_tokenizers
+import json
 
-from amid_trl.maths.outcomes import BOUNDARY
+import pytest
+from small_tokenizers import BPE, TEXTS, byte_fallback, special_behind, special_first, wrapped
+from tokenizers import Tokenizer, pre_tokenizers
+
+from amid_trl.maths.outcomes import BOUNDARY, UNPAIRED
 from amid_trl.models.paired_tokens import paired_tokens
 from amid_trl.models.retokenising import Retokeniser
 from amid_trl.models.spelled import Spelled
@@ -71,6 +73,26 @@ def test_what_both_write_first_for_a_character_is_one_outcome(pair):
                 assert outcomes.student[ours[0]] == outcomes.teacher[theirs[0]] != outcomes.rest
                 parts += (student.bytes[ours[0]] != text.encode()) or (teacher.bytes[theirs[0]] != text.encode())
     assert parts > 20
+
+
+def lossy():
+    """Of characters, without bytes: what it does not know is one unknown token."""
+    tokenizer = byte_fallback()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["model"]["byte_fallback"] = False
+    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if "<0x" not in token}
+    return wrapped(Tokenizer.from_str(json.dumps(spec)), ["<unk>", "<s>", "</s>"])
+
+
+def test_within_a_text_that_a_tokenizer_loses_nothing_is_compared():
+    student, teacher = special_first(), lossy()
+    teacher.unk_token = "<unk>"
+    pair = Retokeniser(student, teacher)
+    for text, is_lost in (("The owl sleeps.", False), ("The ☃ sleeps.", True)):
+        row = [student.eos_token_id, *ids(student, text), student.eos_token_id]
+        kinds = [place.kind for place in pair.places(row, row, pair.write(row))]
+        assert (UNPAIRED in kinds[1:-1]) == is_lost
+        assert BOUNDARY in kinds[1:-1] or is_lost
 
 
 @pytest.mark.parametrize("build", BPE.values())
