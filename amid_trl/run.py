@@ -47,8 +47,10 @@ class RenamedTokens:
     def _refuse(self, ids: set[int], where: str) -> None:
         if found := sorted(self.names.keys() & ids):
             raise ValueError(
-                f"{where} has a token that means another thing to the teacher: {self.shown(found[:4])}. Student and "
-                "teacher need the same tokenizer for all tokens that occur; TRL's GOLDTrainer is made for others"
+                f"{where} has a token that means another thing to the teacher: {self.shown(found[:4])}. Leave "
+                "such tokens out of the text, or let both tokenizers give them one name. A teacher reads the text in "
+                "its own tokens only where ordinary ones are others too (docs/teacher.md, a teacher with another "
+                "tokenizer)"
             )
 
     def shown(self, ids: list[int]) -> str:

@@ -262,3 +262,14 @@ def test_the_landscapes_ranking_is_set_against_that_of_runs(monkeypatch):
     # Ranks 2, 4, 3, 1 and 1, 4, 2, 3, less being better: 1 - 6 Σ d² / (n (n² - 1)), and 4 of 6 pairs agree.
     assert found["metrics"]["eval_kl"]["spearman"]["value"] == pytest.approx(1 - 6 * 6 / 60)
     assert found["metrics"]["eval_kl"]["kendall"]["value"] == pytest.approx((4 - 2) / 6)
+
+
+@pytest.mark.slow
+def test_rules_of_two_tokenizers_are_measured_beside_the_truth(tmp_path):
+    """Where all of the teacher's tokens are whole ones of the student's, ours alone is without error."""
+    command = [sys.executable, BENCHMARKS / "outcomes_bias.py", "--letters-alone", "--output", tmp_path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    first, *_ = json.loads((tmp_path / "outcomes_bias.json").read_text())["records"]
+    assert first["rules"]["ours"]["nats"] < 1e-9 < 0.1 < first["rules"]["first token"]["nats"]
+    assert first["rules"]["ours"]["degrees"] < first["rules"]["the same bytes"]["degrees"] / 2
+    assert "| ours | 0.000 / " in (tmp_path / "outcomes_bias.md").read_text()

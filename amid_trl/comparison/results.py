@@ -1,6 +1,7 @@
 """What a run and its evaluation came to, read from its folder."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -67,6 +68,9 @@ def _row_figures(evaluated: Mapping[str, Any]) -> dict[str, RowSums]:
         for name in ("nll", "kl_pq", "top1_agreement")
         if rows and name in rows[0]
     }
+    if rows and "bytes" in rows[0]:
+        bits = [row["nll"] * row["tokens"] / math.log(2) for row in rows]
+        figures["bits_per_byte"] = RowSums(bits, [row["bytes"] for row in rows])
     written: list[list[Mapping[str, Any]]] = [[] for _ in rows]
     for completion in evaluated.get("completions", []):
         written[completion["row"]].append(completion)

@@ -107,12 +107,20 @@ def _measure(
     figures = _reference_figures(models, rows, batches)
     tokens = torch.tensor([len(row.reference) for row in rows])
     metrics = {name: (total / tokens.sum()).item() for name, total in figures.totals().items()}
-    metrics |= {"reference_tokens": int(tokens.sum()), "cut_prompts": sum(row.is_cut for row in rows)}
+    if written_bytes := sum(row.reference_bytes for row in rows):
+        metrics["bits_per_byte"] = figures["nll"].sum().item() / math.log(2) / written_bytes
+    metrics |= {"reference_tokens": int(tokens.sum()), "reference_bytes": written_bytes}
+    metrics["cut_prompts"] = sum(row.is_cut for row in rows)
     of_rows = [
-        {"prompt": example.prompt, "references": example.references, "tokens": count}
-        | dict(zip(figures.names, means, strict=True))
-        for example, count, means in zip(
-            examples.examples, tokens.tolist(), (figures.columns / tokens[:, None]).tolist(), strict=True
+        {
+            "prompt": example.prompt,
+            "references": example.references,
+            "tokens": len(row.reference),
+            "bytes": row.reference_bytes,
+            **dict(zip(figures.names, means, strict=True)),
+        }
+        for example, row, means in zip(
+            examples.examples, rows, (figures.columns / tokens[:, None]).tolist(), strict=True
         )
     ]
 

@@ -29,6 +29,7 @@ EVALUATE_METRICS = {
     "rougeL": Metric("ROUGE-L, percent", 1),
     "kl_pq": Metric("KL(p‖q), nats", -1),
     "nll": Metric("NLL of the references, nats", -1),
+    "bits_per_byte": Metric("bits per byte of the references", -1),
     "top1_agreement": Metric("top-1 agreement, share of tokens", 1),
     "teacher_perplexity": Metric("teacher's perplexity of the student's text", 0),  # of dull text it is low
     "distinct_1": Metric("different words / words", 0),

@@ -34,12 +34,16 @@ Given = str | PreTrainedModel
 
 
 class EncodedExample(NamedTuple):
-    """An example in tokens: what the model continues, what is scored behind what, and whether the prompt is cut."""
+    """An example in tokens: what the model continues, what is scored behind what, and whether the prompt is cut.
+
+    `reference_bytes` is how many bytes of UTF-8 the scored tokens write.
+    """
 
     prompt: Tensor
     context: Tensor
     reference: Tensor
     is_cut: bool
+    reference_bytes: int
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,20 @@ def _row(
         row, _ = conversation_row({"prompt": example.prompt, "completion": [answer]}, tokenizer, template, data)
     ids, prompt = row["input_ids"], row["prompt_ids"]
     trained = [i for i, label in enumerate(row["labels"]) if label != UNTRAINED]
-    start, stop = (trained[0], trained[-1] + 1) if trained else (0, 0)
+    start, stop = (trained[0], min(trained[-1] + 1, trained[0] + max_new_tokens)) if trained else (0, 0)
     return EncodedExample(
         torch.tensor(prompt[:prompt_tokens]),
         torch.tensor(ids[:start][:prompt_tokens]),
-        torch.tensor(ids[start:stop][:max_new_tokens]),
+        torch.tensor(ids[start:stop]),
         prompt_tokens is not None and len(prompt) > prompt_tokens,
+        _written_bytes(tokenizer, ids[:stop]) - _written_bytes(tokenizer, ids[:start]),
     )
+
+
+def _written_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """How many bytes of UTF-8 tokens write; special ones, and a character at the end that is not whole, are none."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(str(text).rstrip("\ufffd").encode())
 
 
 def open_models(

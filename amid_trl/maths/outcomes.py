@@ -63,7 +63,9 @@ class Outcomes:
 class Begun(NamedTuple):
     """Of the teacher's tokens that begin as the student's last ones: the student's token that goes on, or ENDS.
 
-    `log_p` are the teacher's log-probabilities of these, where its token began; each token of the text has a range.
+    Where the teacher's token might end within the student's, which may be any of an outcome, it is the number of
+    tokens and that of the outcome, added. `log_p` are the teacher's log-probabilities of these, where its token began;
+    each token of the text has a range.
     """
 
     student: Int[Tensor, " entries"]
@@ -91,11 +93,11 @@ class OutcomeTokenLoss(DistillationTokenLoss):
     """DistillationTokenLoss on the outcomes that two vocabularies have in common; elsewhere the loss is 0.
 
     Whatever the student has written may be the beginning of a token of the teacher's (the row of it shows whether it
-    is). Let the teacher give, where that token began, the share e to ending here and c(s) to going on with the
-    student's token s, e + Σ c = 1. Inside such a token the outcomes are the s, and the rest with the teacher's e. At a
-    boundary they are `outcomes`, of which the teacher's next tokens say p(o), and it gives o
+    is). Let the teacher give, where that token began, the share e to ending here, c(s) to going on with the student's
+    token s, and c(o) to going on with any token of the outcome o; the sum is 1. Inside such a token these are what is
+    compared, and the rest has the teacher's e. At a boundary, where its next tokens say p(o), it gives o
 
-        e · p(o) + Σ over s in o of c(s)
+        e · p(o) + c(o) + Σ over s in o of c(s)
 
     Where the student's token spans several of the teacher's it is an outcome of its own, of e · exp(log_chain), taken
     from the one that it belongs to.
@@ -184,7 +186,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
             yield at_boundary, *at_boundaries(self.outcomes, *both, labels[at_boundary], there, self.begun)
         if len(inside):
             ranges = places.start[inside], places.entries[inside]
-            yield inside, *inside_tokens(log_q[inside], *ranges, self.begun)
+            yield inside, *inside_tokens(self.outcomes, log_q[inside], *ranges, self.begun)
 
     def _of_outcomes(
         self,
@@ -229,7 +231,7 @@ def at_boundaries(
         p = p + torch.where(places.entries > 0, ends.log().clamp(min=low / 2), 0.0)[:, None].to(p)
         goes_on = student != ENDS
         rows, student, shares = rows[goes_on], student[goes_on], shares[goes_on]
-        columns = outcomes.student[student]
+        columns = outcomes_of(student, outcomes)
         is_own = split[rows, 0] & (student == labels[rows])
         columns = torch.where(is_own, size - 1, columns + (columns == outcomes.rest))
         more = torch.zeros_like(p).index_put((rows, columns), shares.to(p), accumulate=True)
@@ -238,19 +240,37 @@ def at_boundaries(
 
 
 def inside_tokens(
+    outcomes: Outcomes,
     log_q: Float[Tensor, "tokens student_vocab"],
     start: Int[Tensor, " tokens"],
     count: Int[Tensor, " tokens"],
     begun: Begun,
-) -> tuple[Float[Tensor, "tokens student_vocab_and_rest"], Float[Tensor, "tokens student_vocab_and_rest"]]:
-    """log p and log q of the student's tokens that go on with the teacher's, and of the rest."""
-    low, vocab = torch.finfo(log_q.dtype).min, log_q.shape[-1]
+) -> tuple[Float[Tensor, "tokens tokens_and_outcomes"], Float[Tensor, "tokens tokens_and_outcomes"]]:
+    """log p and log q of the tokens that go on with the teacher's, of outcomes that do as a whole, and of the rest.
+
+    A token of an outcome that goes on as a whole is in it; the last column is the rest.
+    """
+    low, vocab, size = torch.finfo(log_q.dtype).min, len(outcomes.student), outcomes.rest + 1
     rows, student, shares = _entries(start, count, begun)
-    p = log_q.new_zeros(len(log_q), vocab + 1)
-    p = p.index_put((rows, student.where(student != ENDS, vocab)), shares.to(p), accumulate=True)
-    goes_on = p[:, :-1] > 0
-    rest = log_q.masked_fill(goes_on, low).logsumexp(-1, keepdim=True)
-    return with_floor(p.log().clamp(min=low), rest), torch.cat([log_q.masked_fill(~goes_on, low), rest], -1)
+    columns = student.masked_fill(student == ENDS, vocab + outcomes.rest)
+    p = log_q.new_zeros(len(log_q), vocab + size).index_put((rows, columns), shares.to(log_q), accumulate=True)
+    whole = torch.zeros(len(log_q), size, dtype=torch.bool, device=log_q.device)
+    whole[rows[student >= vocab], student[student >= vocab] - vocab] = True
+    in_whole, of_token = whole[:, outcomes.student], outcomes.student.expand(len(log_q), -1)
+    alone = p[:, :vocab]
+    joined = p[:, vocab:].scatter_add(-1, of_token, alone.masked_fill(~in_whole, 0.0))
+    p = torch.cat([alone.masked_fill(in_whole, 0.0), joined], -1)
+    goes_on, joins = p[:, :vocab] > 0, in_whole & (of_token != outcomes.rest)
+    q = log_sums(log_q.masked_fill(~joins, low), outcomes.student, size)
+    rest = log_q.masked_fill(goes_on | joins, low).logsumexp(-1, keepdim=True)
+    q = torch.cat([log_q.masked_fill(~goes_on, low), q[:, :-1], rest], -1)
+    return with_floor(p.log().clamp(min=low), rest), q
+
+
+def outcomes_of(student: Int[Tensor, " entries"], outcomes: Outcomes) -> Int[Tensor, " entries"]:
+    """The outcome that each entry of Begun goes on with; none is ENDS."""
+    vocab = len(outcomes.student)
+    return torch.where(student < vocab, outcomes.student[student.clamp(max=vocab - 1)], student - vocab)
 
 
 def _entries(start: Tensor, count: Tensor, begun: Begun) -> tuple[Tensor, Tensor, Tensor]:

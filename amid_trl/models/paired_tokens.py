@@ -7,12 +7,15 @@ outcome, and its probability in either model is the sum over its tokens: the sam
 token that goes with none is in the rest.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice, product
 from typing import NamedTuple
 
 import torch
 
 from amid_trl.maths.outcomes import ENDS, Outcomes
+from amid_trl.models.kept_pairs import kept_pair
 from amid_trl.models.spelled import Spelled
 
 
@@ -23,15 +26,25 @@ class PairedTokens(NamedTuple):
     """The outcomes of two vocabularies, and the tokens of the teacher's that go on.
 
     `begun` has what the student may have written of a longer token of the teacher's, its own tokens since the last
-    shared boundary: the teacher's tokens that begin with them, and the student's token that goes on in each, or ENDS.
+    shared boundary: the teacher's tokens that begin with them, and what goes on in each, as `Begun` has it.
     """
 
     outcomes: Outcomes
     begun: Mapping[Path, tuple[list[int], list[int]]]
 
 
-def paired_tokens(student: Spelled, teacher: Spelled, roles: Iterable[tuple[int, int]] = ()) -> PairedTokens:
+def paired_tokens(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]] = ()) -> PairedTokens:
     """The outcomes of two tokenizers; `roles` are the student's and teacher's special tokens that mean the same."""
+    found = kept_pair(student, teacher, roles, lambda: _find(student, teacher, roles))
+    lengths = torch.tensor([len(word or b"") for word in student.bytes])
+    tokens = iter(found["paths"].tolist())
+    paths = [tuple(islice(tokens, length)) for length in found["path_lengths"].tolist()]
+    outcomes = Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths)
+    return PairedTokens(outcomes, _begun(paths, outcomes))
+
+
+def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """The outcome of every token, and the student's tokens for each of the teacher's, one row after the other."""
     same = list(same_words(student, teacher))
     students, teachers = ({pair[side] for pair in same} for side in (0, 1))
     in_student = student.words([None if t in teachers else word for t, word in enumerate(teacher.bytes)])
@@ -39,12 +52,18 @@ def paired_tokens(student: Spelled, teacher: Spelled, roles: Iterable[tuple[int,
     pairs = [*same, *roles]
     pairs += [(path[0], t) for t, path in enumerate(in_student) if path]
     pairs += [(s, path[0]) for s, path in enumerate(in_teacher) if path]
+    pairs += parts_of_characters(student, teacher)
     of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
     for s, t in same:
         in_student[t] = (s,)
-    lengths = torch.tensor([len(word or b"") for word in student.bytes])
-    outcomes = Outcomes(torch.tensor(of_student), torch.tensor(of_teacher), count, lengths)
-    return PairedTokens(outcomes, _begun(in_student))
+    columns = {
+        "student": of_student,
+        "teacher": of_teacher,
+        "rest": count,
+        "paths": [token for path in in_student for token in path or ()],
+        "path_lengths": [len(path or ()) for path in in_student],
+    }
+    return {name: torch.tensor(values, dtype=torch.long) for name, values in columns.items()}
 
 
 def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
@@ -60,6 +79,48 @@ def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
         candidates = by_word.get(word or b"", [])
         named = [s for s in candidates if names[0][s] == names[1][t]]
         yield from ((s, t) for s in named or candidates)
+
+
+def parts_of_characters(student: Spelled, teacher: Spelled) -> Iterator[tuple[int, int]]:
+    """The first tokens of both for texts that end in a character of which one of them writes a part.
+
+    What is written for a part of a character, as byte-level tokens may be, only whole ones show. Tried are the
+    characters of both vocabularies, alone and behind a space, those that begin as a token ends, and such tokens
+    completed.
+    """
+    words = sorted({word for spelled in (student, teacher) for word in spelled.bytes if word})
+    known = {character for word in words for character in word.decode(errors="ignore") if not character.isascii()}
+    completed = {begun: list(_completed(begun)) for begun in {word[-size:] for word in words for size in (1, 2, 3)}}
+    characters = known.union(*completed.values())
+    tried = {before + character.encode() for character in characters for before in (b"", b" ")}
+    for word in words:
+        for size in (1, 2, 3):
+            ends = completed.get(word[-size:], [])
+            ends = [end for end in ends if end in known] or ends[:1]
+            tried.update(word[:-size] + end.encode() for end in ends)
+    texts = sorted(tried)
+    for s, t in zip(student.words(texts), teacher.words(texts), strict=True):
+        if s and t and (_is_part(student.bytes[s[0]]) or _is_part(teacher.bytes[t[0]])):
+            yield s[0], t[0]
+
+
+def _completed(begun: bytes) -> Iterator[str]:
+    """Some of the characters that begin with these bytes; none where they are no part of one."""
+    missing = next((size for lead, size in ((0xF0, 4), (0xE0, 3), (0xC2, 2)) if begun[0] >= lead), 0) - len(begun)
+    if missing > 0:
+        first = range(0x80, 0xC0) if missing == 1 else (0x80, 0x90, 0xA0, 0xB0)
+        for following in product(first, *[(0x80, 0xBF)] * (missing - 1)):
+            with suppress(UnicodeDecodeError):
+                yield (begun + bytes(following)).decode()
+
+
+def _is_part(word: bytes | None) -> bool:
+    """Whether it begins or ends within a character."""
+    try:
+        (word or b"").decode()
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _hanging_together(
@@ -83,16 +144,23 @@ def _hanging_together(
     return of_all[:student_vocab], of_all[student_vocab:], len(numbers)
 
 
-def _begun(paths: Sequence[Path | None]) -> dict[Path, tuple[list[int], list[int]]]:
-    """From the student's tokens for each of the teacher's."""
+def _begun(paths: Sequence[Path], outcomes: Outcomes) -> dict[Path, tuple[list[int], list[int]]]:
+    """From the student's tokens for each of the teacher's.
+
+    The last of them may be the beginning of what the student writes: the whole outcome stands for it then.
+    """
+    of_student = outcomes.student.tolist()
+    members, vocab = outcomes.student.bincount(minlength=outcomes.rest + 1).tolist(), len(of_student)
     begun: dict[Path, tuple[list[int], list[int]]] = {}
     for path in paths:
-        for length in range(1, len(path or ())):
-            begun.setdefault((path or ())[:length], ([], []))
+        for length in range(1, len(path)):
+            begun.setdefault(path[:length], ([], []))
     for t, path in enumerate(paths):
-        for length in range(1, len(path or ()) + 1):
-            found = begun.get((path or ())[:length])
-            if path is not None and found is not None:
+        for length in range(1, len(path) + 1):
+            found = begun.get(path[:length])
+            if found is not None:
                 found[0].append(t)
-                found[1].append(path[length] if length < len(path) else ENDS)
+                token = path[length] if length < len(path) else ENDS
+                is_last = length == len(path) - 1
+                found[1].append(vocab + of_student[token] if is_last and members[of_student[token]] > 1 else token)
     return begun

@@ -96,7 +96,9 @@ class TeacherServer:
             logger.warning("Whether the teacher has the student's tokenizer is not known: %s", error)
             return
         if answer["tokens"] != list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
-            raise ValueError(f"the teacher at {self.url} has another tokenizer than the student")
+            raise ValueError(
+                f"the teacher at {self.url} has another tokenizer than the student, which only one in memory may have"
+            )
 
     def check_company(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Warn if a row's answers depend on the rows beside it, as those of half precision do."""

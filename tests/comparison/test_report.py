@@ -1,5 +1,7 @@
 """What is said of results that are known: who is better, by how much, and when nobody is."""
 
+import math
+
 import pytest
 from compared import SEEDS, comparison, result, results
 
@@ -153,14 +155,15 @@ def test_what_a_row_of_an_evaluation_adds():
     answers += [(2, 50.0, 2, False), (2, 60.0, 2, False)]
     evaluated = {
         "rows": [
-            {"prompt": "a", "tokens": 2, "nll": 1.5},
-            {"prompt": [{"role": "user", "content": "b"}], "tokens": 4, "nll": 0.5},
-            {"prompt": "a", "tokens": 1, "nll": 4.0},
+            {"prompt": "a", "tokens": 2, "bytes": 5, "nll": 1.5},
+            {"prompt": [{"role": "user", "content": "b"}], "tokens": 4, "bytes": 10, "nll": 0.5},
+            {"prompt": "a", "tokens": 1, "bytes": 4, "nll": 4.0},
         ],
         "completions": [dict(zip(("row", "rougeL", "tokens", "clipped"), each, strict=True)) for each in answers],
     }
     assert _row_figures(evaluated) == {
         "nll": ([7.0, 2.0], [3, 4]),
+        "bits_per_byte": ([3.0 / math.log(2) + 4.0 / math.log(2), 2.0 / math.log(2)], [9, 10]),
         "rougeL": ([75.0, 20.0], [2.0, 1.0]),
         "mean_length": ([7.0, 8.0], [2.0, 1.0]),
         "clipped_ratio": ([0.5, 0.0], [2.0, 1.0]),

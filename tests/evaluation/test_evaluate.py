@@ -102,6 +102,9 @@ def test_the_first_reference_is_scored_behind_its_prompt_to_its_eos(evaluated, m
     assert 0 < want["top1_agreement"] < 1
     assert {name: results["metrics"][name] for name in want} == pytest.approx(want, rel=1e-5)
     assert results["metrics"]["reference_tokens"] == tokens
+    text = "".join(references_of(row)[0] for row in ROWS)
+    bits = float(sums[0]) / math.log(2)
+    assert results["metrics"]["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
 
 
 def test_without_a_teacher_there_is_the_nll_alone(tmp_path, models, rows_file, evaluated):
@@ -116,6 +119,9 @@ def test_a_reference_is_scored_up_to_max_new_tokens(tmp_path, models, rows_file)
     settings = replace(SHORT, evaluation_set=rows_file, seeds=(10,), max_new_tokens=3)
     results = evaluate(models["student"], tmp_path / "out", settings)
     assert [row["tokens"] for row in results["rows"]] == [3] * len(ROWS)
+    # Of a byte-level token every letter is a byte.
+    tokens = [tiny_tokenizer().convert_ids_to_tokens(tokens_of(row, references_of(row)[0])[1][:3]) for row in ROWS]
+    assert [row["bytes"] for row in results["rows"]] == [sum(map(len, of_row)) for of_row in tokens]
 
 
 def test_an_adapter_is_evaluated_with_its_base(tmp_path, models, rows_file):

@@ -61,16 +61,19 @@ def test_where_every_token_is_an_outcome_it_is_the_dense_loss(objective):
 # Of the student's six tokens and the teacher's five, three outcomes and the rest.
 STUDENT_OUTCOMES, TEACHER_OUTCOMES = [0, 1, 1, 2, 3, 1], [1, 0, 2, 1, 3]
 # What has begun at the second token, and inside at the third: the student's token that goes on, and log p.
-BEGUN = [(2, -1.0), (2, -2.5), (4, -3.0), (3, -2.0), (ENDS, -0.5)]
+# The last but one goes on with any token of outcome 2.
+BEGUN = [(2, -1.0), (2, -2.5), (4, -3.0), (6 + 2, -2.0), (ENDS, -0.5)]
 
 
 def by_hand(p: Tensor, q: Tensor, row: int) -> tuple[list[Tensor], list[Tensor]]:
     """Probabilities of the outcomes in float64, added up: teacher's and student's."""
     shares = torch.tensor([math.exp(log_p) for _, log_p in BEGUN], dtype=torch.float64)
     shares = shares / shares.sum()
-    goes_on = {s: sum(share for (t, _), share in zip(BEGUN, shares, strict=True) if t == s) for s in (2, 3, 4, ENDS)}
+    goes_on = {
+        s: sum(share for (t, _), share in zip(BEGUN, shares, strict=True) if t == s) for s in (2, 6 + 2, 4, ENDS)
+    }
     if row == 2:  # inside
-        return [goes_on[s] for s in (2, 3, 4, ENDS)], [q[2], q[3], q[4], q[0] + q[1] + q[5]]
+        return [goes_on[2], goes_on[8], goes_on[4], goes_on[ENDS]], [q[2], q[3], q[4], q[0] + q[1] + q[5]]
     teacher = [sum(p[t] for t in range(5) if TEACHER_OUTCOMES[t] == o) for o in range(4)]
     student = [sum(q[s] for s in range(6) if STUDENT_OUTCOMES[s] == o) for o in range(4)]
     if row == 0:
@@ -79,7 +82,7 @@ def by_hand(p: Tensor, q: Tensor, row: int) -> tuple[list[Tensor], list[Tensor]]
     own = min(math.exp(-4.0), float(teacher[1]))
     teacher = [goes_on[ENDS] * x for x in (teacher[0], teacher[1] - own, teacher[2], own, teacher[3])]
     teacher[3] += goes_on[2]
-    teacher[2] += goes_on[3]
+    teacher[2] += goes_on[8]
     teacher[4] += goes_on[4]
     return teacher, [student[0], student[1] - q[2], student[2], q[2], student[3]]
 

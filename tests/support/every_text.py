@@ -15,6 +15,19 @@ from transformers import PreTrainedTokenizerFast
 
 Tokens = tuple[int, ...]
 
+FEW = [("a", "b"), ("1", "a"), ("b", "c")]
+MORE = [*FEW, ("ab", "c"), ("1a", "b"), ("a", "a"), ("ab", "ab")]
+OTHER = [("a", "c"), ("1", "b"), ("a", "b"), ("b", "b"), ("ac", "b")]
+DIGITS = [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2"), ("11", "1"), ("12", "1"), ("x", "1")]
+# Letters, the student's merges and the teacher's.
+PAIRS: dict[str, tuple[str, list[tuple[str, str]], list[tuple[str, str]]]] = {
+    "the teacher has more merges": ("abc1", FEW, MORE),
+    "the student has more merges": ("abc1", MORE, FEW),
+    "merges of their own": ("abc1", [*FEW, ("ab", "c")], OTHER),
+    "the student writes digits": ("12x", [], DIGITS),
+    "the teacher writes digits": ("12x", DIGITS, []),
+}
+
 
 def texts(letters: str, longest: int, seed: int) -> dict[str, float]:
     """Texts of at most so many letters, of which each depends on the two before it."""

@@ -193,6 +193,16 @@ def test_one_of_several_by_name_is_refused_by_its_name(train, folder):
         train(**settings(folder) | {"teacher_model": None}, has_teacher=False, teachers=teachers, train_dataset=rows)
 
 
+@pytest.mark.parametrize(
+    "teacher",
+    [{"teacher_adapter_path": "base"}, {"teacher_ema": 0.9}, {"teacher_model_server_url": "http://localhost:1"}],
+)
+def test_a_tokenizer_for_a_teacher_that_is_no_model_here_is_refused(train, folder, teacher):
+    [name] = teacher
+    with pytest.raises(ValueError, match=f"teacher_tokenizer_name_or_path has no effect beside {name}"):
+        train(has_teacher=False, teacher_tokenizer_name_or_path=str(folder / "another"), **teacher)
+
+
 @pytest.mark.parametrize("arranged", [{"padding_free": True}, {"packing": True, "max_length": 256}])
 def test_rows_without_padding_give_the_loss_of_padded_ones(train, folder, arranged):
     """The one step reads all of the dataset, however it lies in bins."""
