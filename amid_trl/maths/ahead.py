@@ -8,10 +8,11 @@ operation by operation in the meantime, and who comes too early waits.
 On a CPU alone: AOTInductor makes a library of the whole function, which is loaded without the compiler.
 """
 
+import dataclasses
 import hashlib
+import json
 import logging
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,9 +50,10 @@ COMPILER = (
 
 
 class Job(NamedTuple):
-    """A function of tensors, most of them with an entry for every row, and the file that it is compiled to."""
+    """A method of tensors, most of them with an entry for every row, and the file that it is compiled to."""
 
-    function: Callable[..., tuple[Tensor | None, ...]]
+    owner: Any  # of dataclasses of the maths alone: another process makes it anew
+    method: str
     rows: RowTypes
     threads: int
     file: Path
@@ -83,10 +85,7 @@ def traced(function: Callable[..., Any], rows: RowTypes, device: torch.device | 
 
 
 def begin(wanted: Sequence[tuple[Any, str, RowTypes]]) -> None:
-    """Begin to compile, in this order, what is not there yet: (object, name of its method, rows).
-
-    The object's repr has to say all that its result depends on.
-    """
+    """Begin to compile, in this order, what is not there yet: (object, name of its method, rows)."""
     if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
         return
     jobs: list[Job] = []
@@ -94,7 +93,7 @@ def begin(wanted: Sequence[tuple[Any, str, RowTypes]]) -> None:
     for owner, method, rows in wanted:
         file = _file(owner, method, rows, threads)
         if file.name not in _begun:
-            jobs.append(Job(getattr(owner, method), rows, threads, file))
+            jobs.append(Job(owner, method, rows, threads, file))
     missing = [job for job in jobs if not job.file.exists()]
     waiting = threading.Thread(target=_run, args=(missing,), daemon=True)
     waiting.start()
@@ -125,8 +124,8 @@ def compiled(
 
 def _file(owner: Any, method: str, rows: RowTypes, threads: int) -> Path:
     """Named after everything that the library depends on."""
-    parts = (repr(owner), method, repr(rows), str(threads), _SOURCES, torch.__version__, *_machine())
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    parts = (as_json(owner), method, as_json(rows), threads, _SOURCES, torch.__version__, *_machine())
+    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     return (Path(given, "amid_trl") if given else Path(FOLDER).expanduser()) / f"{name}.pt2"
 
@@ -152,9 +151,9 @@ def _run(jobs: list[Job]) -> None:
         return
     with tempfile.TemporaryFile() as output:
         try:
-            given = pickle.dumps(sys.path) + pickle.dumps(jobs)
+            given = json.dumps({"path": sys.path, "jobs": as_json(jobs)}).encode()
             done = subprocess.run([sys.executable, "-c", COMPILER], input=given, stdout=output, stderr=output)
-        except Exception as error:  # what cannot be pickled, or no interpreter
+        except Exception as error:  # no interpreter, for one
             logger.debug("Not compiled ahead:", exc_info=error)
             return
         if done.returncode:
@@ -162,12 +161,52 @@ def _run(jobs: list[Job]) -> None:
             logger.debug("Not compiled ahead: %s", output.read().decode(errors="replace"))
 
 
+# ---- What one tells the other ----
+
+
+def as_json(value: Any) -> Any:
+    """What JSON can hold of objects of the maths, so that `from_json` makes their equal."""
+    if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+        names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value)]
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"kind": kind, **{name: as_json(getattr(value, name)) for name in names}}
+    if isinstance(value, dict):
+        return {"kind": "dict", "items": [as_json(item) for item in cast(dict[str, Any], value).items()]}
+    if isinstance(value, tuple | list):
+        return [as_json(each) for each in cast(Sequence[Any], value)]
+    if isinstance(value, torch.dtype | Path):
+        return {"kind": type(value).__name__, "name": str(value)}
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__} has no JSON here")
+
+
+def from_json(value: Any) -> Any:
+    """The object; sequences are tuples. Of classes the maths' alone."""
+    if isinstance(value, list):
+        return tuple(from_json(each) for each in cast(list[Any], value))
+    if not isinstance(value, dict):
+        return value
+    given: dict[str, Any] = {name: from_json(each) for name, each in cast(dict[str, Any], value).items()}
+    kind = str(given.pop("kind"))
+    if kind == "dict":
+        return dict(given["items"])
+    if kind == "dtype":
+        return getattr(torch, given["name"].removeprefix("torch."))
+    if kind.endswith("Path"):
+        return Path(given["name"])
+    module, _, name = kind.partition(":")
+    if not module.startswith("amid_trl.maths."):
+        raise ValueError(f"{kind} is no class of the maths")
+    return getattr(import_module(module), name)(**given)
+
+
 # ---- In the process that compiles ----
 
 
-def work() -> None:
-    """Compile the jobs of the standard input, each unless its file is there by then."""
-    for job in pickle.load(sys.stdin.buffer):
+def work(jobs: list[Any]) -> None:
+    """Compile the jobs, each unless its file is there by then."""
+    for job in from_json(jobs):
         with sole_use(job.file.parent):
             if not job.file.exists():
                 _compile(job)
@@ -177,7 +216,7 @@ def _compile(job: Job) -> None:
     torch.set_num_threads(job.threads)  # the library has their number in it
 
     def tensors_alone(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in job.function(*tensors) if tensor is not None)
+        return tuple(tensor for tensor in getattr(job.owner, job.method)(*tensors) if tensor is not None)
 
     number = torch.export.Dim("rows", min=2)
     shapes = [{} if shape is None else {0: number} for _, shape in job.rows]

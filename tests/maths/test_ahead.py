@@ -1,5 +1,6 @@
 """What is compiled ahead is the plain kernel, and what cannot be is compiled when it is needed."""
 
+import json
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ import torch
 from amid_trl import OBJECTIVES
 from amid_trl.maths import ahead, kernel
 from amid_trl.maths.kernel import Finish, RowKernel
+from amid_trl.maths.selection import Selection
 from amid_trl.maths.token_loss import DistillationTokenLoss
 
 
@@ -97,6 +99,19 @@ def test_what_fails_ahead_is_compiled_when_it_is_needed(monkeypatch, caplog):
         for mine, plain in zip(each(*given), each.plain(*given), strict=True):
             torch.testing.assert_close(mine, plain)
     assert "no compiler" in caplog.text
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_process_is_told_of_the_same_kernel(name):
+    token_loss = DistillationTokenLoss(OBJECTIVES[name](), 0.5, selection=Selection("prefix", count=3))
+    if token_loss.compiles:
+        each = RowKernel(token_loss, Finish(0.5, 30.0), Finish(), True)
+        assert ahead.from_json(json.loads(json.dumps(ahead.as_json(each)))) == each
+
+
+def test_nothing_but_the_maths_is_made_of_what_is_told():
+    with pytest.raises(ValueError, match="no class of the maths"):
+        ahead.from_json({"kind": "subprocess:Popen", "args": "ls"})
 
 
 @pytest.mark.parametrize("begun", [False, True])
