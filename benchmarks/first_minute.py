@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def measured_imports(repeats: int) -> dict[str, list[float]]:
-    """Seconds of the processor of each, in fresh interpreters that take turns, after one that fills the disk's cache."""
+    """Seconds of the processor of each, in fresh interpreters that take turns; the first ones read the disk."""
     seconds: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for repeat in range(repeats + 1):
         for name, line in IMPORTS.items():
@@ -86,6 +86,7 @@ def first_line() -> Record:
         rows = Path(folder, "rows")
         rows.mkdir()
         (rows / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        Path(folder, "config.json").write_text('{"model_type": "llama"}')  # what a folder of a model has at least
         named = ("--model_name_or_path", "--teacher_model_name_or_path", "--dataset_name")
         flags = [text for pair in zip(named, (folder, folder, str(rows)), strict=True) for text in pair]
         command = [sys.executable, "-m", "amid_trl", "train", *flags, "--use_cpu", "--bf16", "false"]
@@ -168,9 +169,9 @@ def report(results: Record) -> str:
         f"`amid-trl train` says “{line['line']}” after {line['seconds']:.1f} s by the clock, "
         f"{line['processor_seconds']:.1f} s of the processor; at most {FIRST_LINE_AT_MOST:.0f} s were aimed at.",
         "",
-        f"A run of {results['steps']} steps of {results['rows']} rows of the dataset's text, SmolLM2-135M-Instruct for "
-        "itself less layers 16-21 with LoRA, the default objective, in seconds by the clock. The median is that of "
-        "the steps after the first two; loading is that of both models and of the rows.",
+        f"A run of {results['steps']} steps of {results['rows']} rows of the dataset's text, SmolLM2-135M-Instruct "
+        "for itself less layers 16-21 with LoRA, the default objective, in seconds by the clock. The median is that "
+        "of the steps after the first two; loading is that of both models and of the rows.",
         "",
         "| the loss | loading | first step | second | median | first / median | whole run |",
         "|---|---|---|---|---|---|---|",
