@@ -79,6 +79,7 @@ def assert_is_naive(point: dict, z_q: torch.Tensor, z_p: torch.Tensor, kwargs: d
     assert all((point[name] is None) == (not setting.uses_assistant) for name in OF_ASSISTANT)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_column_is_what_autograd_says_for_every_order_assistant_and_temperature(divergence):
     student, teacher = states(0), states(1)
@@ -155,6 +156,7 @@ def test_a_student_that_is_its_own_assistant_or_its_own_teacher_has_no_cosine():
     assert all(point["cosine_forward"] is None for point in (found.forward_kl, *found.points))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
 def test_compiled_it_is_the_same_through_alpha_1(compiling):
     student, teacher = states(0, torch.float32), states(1, torch.float32)

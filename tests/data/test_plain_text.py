@@ -161,6 +161,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_stream_goes_on_where_it_was_across_passes(tokenizer, kind, world_size):

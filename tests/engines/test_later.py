@@ -1,4 +1,4 @@
-"""What the quick tests try under DDP alone, under the other engines."""
+"""What the quick tests try under DDP alone, under the other engines; several teachers, resumed, under all of them."""
 
 from importlib.util import find_spec
 
@@ -25,3 +25,14 @@ def test_two_processes_train_like_one(two, one, case):
 @pytest.mark.parametrize("case", TRAINED_LATER)
 def test_what_is_saved_is_the_student_that_was_trained(two, case, tmp_path):
     engines.assert_saved_is_what_was_trained(two, case, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_run_with_two_teachers_goes_on_like_the_uninterrupted_one(engine, models, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    two = engines.launch(models, tmp_path, engine, engines.RESUMED_TEACHERS)
+    engines.assert_resumed_like_uninterrupted(two, *engines.RESUMED_TEACHERS)
+    log = two.ranks["whole, teachers"][0]["log"]
+    moved = {entry["assistant_lambda/math"] for entry in log if "assistant_lambda/math" in entry}
+    assert len(moved) > 2, "λ is a state"

@@ -92,6 +92,7 @@ def student_of(tmp_path_factory, tiny_dir, data_dir):
     return launch
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_way_to_launch_trains_the_same_student(student_of, launcher):
     student, _ = student_of(launcher)
@@ -99,6 +100,7 @@ def test_every_way_to_launch_trains_the_same_student(student_of, launcher):
     torch.testing.assert_close(student, student_of("amid-trl train")[0], rtol=0, atol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_training_is_quiet(student_of, launcher):
     _, said = student_of(launcher)
@@ -133,7 +135,8 @@ def are_gone(processes: list[psutil.Process]) -> bool:
     return not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes)
 
 
-@pytest.mark.parametrize("launch", [pytest.param(ALONE, marks=pytest.mark.slow), TWO], ids=" ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [ALONE, TWO], ids=" ".join)
 def test_sigterm_reaches_the_training_whose_status_comes_back(tmp_path, tiny_dir, data_dir, launch):
     command = training_command(launch, tmp_path, tiny_dir, data_dir)
     process, training = started(command, tmp_path / "checkpoint-5")

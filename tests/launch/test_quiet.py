@@ -77,6 +77,7 @@ def places(tmp_path_factory, tiny_dir) -> dict[str, str]:
     return {"MODEL": str(tiny_dir), **{name: str(folder / name) for name in names}}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("command", [pytest.param(n, marks=[pytest.mark.slow] * (n == "compare")) for n in COMMANDS])
 def test_a_command_is_quiet(command, places, tmp_path):
     """Training: test_cli.py."""
@@ -85,6 +86,7 @@ def test_a_command_is_quiet(command, places, tmp_path):
     assert output and not unwanted(output)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("script", ["scripts/amid.py", "demo.py"])
 def test_our_examples_import_without_a_word(script):
     """What TRL and PEFT say is hidden only where amid_trl is imported before them."""

@@ -40,6 +40,7 @@ FEW = {"gkd": {}, "amid": {"alpha": 0.9}, "jeffreys": {}}
 MANY = [name for name in OBJECTIVES if name not in (*FEW, "akl", "bdkd")]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
 @pytest.mark.parametrize("differentiates", [True, False])
 def test_compiled_is_plain(name, differentiates, compiling):
@@ -146,6 +147,7 @@ def test_threads_may_compile_at_the_same_time(compiling):
         torch.testing.assert_close(gradient, kernel.plain(*given)[2], rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_one_teacher_dtype_is_not_compiled_for_another(compiling):
     kernel = RowKernel(DistillationTokenLoss(OBJECTIVES["kd"]()), Finish(), Finish(), True)
     student, teacher, labels = rows(5)

@@ -70,6 +70,7 @@ def test_equals_the_dense_objective_for_every_divergence_order_and_alpha(diverge
     assert_is_dense(Objective(divergence, order, alpha, 0.3), chunk_size=6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
 def test_compiled_it_equals_the_dense_objective_whatever_is_left_for_the_last_chunk(compiling):
     for chunk_size in (5, TOKENS - 1, None):

@@ -192,6 +192,7 @@ def test_a_sparse_teacher_is_compiled_once_too(compiling):
     assert compiled_graphs() == 1
 
 
+@pytest.mark.sampled(2)
 @compiles
 @pytest.mark.parametrize("alpha", [1 - 1e-9, 1.001])
 def test_a_fixed_alpha_beside_one_is_compiled_exactly(compiling, alpha):

@@ -228,6 +228,7 @@ def test_the_linear_loss_takes_it_without_a_teacher_head(chunk_size):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("k", [3, 5])
 def test_compiled_is_plain(k, compiling):

@@ -63,6 +63,7 @@ def reloaded(path) -> torch.Tensor:
     return load_causal_lm(str(path), {"dtype": "float32"}, distributed=False).eval()(IDS).logits.detach()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", sorted(set(TYPES) - {*PROMPTS, *FORWARDS}))
 def test_an_adapter_of_any_type_trains_and_is_loaded_as_it_was(train, tmp_path, base, kind):
     try:
@@ -150,6 +151,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings",
     [{"init_lora_weights": init} for init in INITS] + list(VARIANTS.values()),

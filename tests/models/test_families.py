@@ -76,6 +76,7 @@ def test_a_padded_row_is_the_row_alone(train, tokenizer, family, caplog):
     assert (together != pytest.approx(sum(alone), rel=1e-3)) == says_otherwise == (family in READS_PADDING)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", READ)
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_two_steps_of_either_source(train, tokenizer, family, lmbda):

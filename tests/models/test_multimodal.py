@@ -346,6 +346,7 @@ def test_a_family_without_a_causal_lm_for_its_text_is_no_student(train, tmp_path
         train(model=str(path))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", BY_ANOTHER)
 def test_a_text_part_trains_as_the_causal_lm_of_another_family(train, tmp_path, tokenizer, family, adapter):

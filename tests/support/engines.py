@@ -42,12 +42,9 @@ TRAINED = {
     "full": {"eval_on_start": True, "eval_generate": True},
     "evaluated before": {"evaluates_first": True},
     "tied head, without checkpointing": {"student": "tied_student", "gradient_checkpointing": False},
-    "cross-entropy, uneven last window": {"sft_weight": 0.5, "rows": 14},
     # Nothing is trained in the first window on the second process, in the second on any, and in the third in its first
     # micro-batches.
     "silent rows": {"silent": [1, 3, 4, 5, 6, 7, 8, 9]},
-    "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
-    "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
     "cached states of the teacher": {"teacher_cache": "cache", "teacher_cache_states": True},
     # In the second epoch each process has rows that the other has kept.
     "filled cache": {
@@ -58,13 +55,8 @@ TRAINED = {
     },
     "balanced experts": {"student": "mixture", "router_aux_loss_coef": 0.5},
     "student's text": {"lmbda": 1.0, "asks": True},  # evaluated on prompts alone
-    "student's text, remote teacher": {
-        **{"lmbda": 1.0, "asks": True},
-        **{"teacher": None, "teacher_model_server_url": "states_server"},
-    },
     "student's text, lora": {"lmbda": 1.0, "lora": {}},
     "teacher's text": {"seq_kd": True},
-    "prompts of the teachers": {"hints": True, "lmbda": 1.0},
     # The first process has rows of one alone, the second of the other.
     "two teachers": {
         "teachers": {
@@ -72,18 +64,26 @@ TRAINED = {
             "chat": {"teacher_model_name_or_path": "tied_student", "objective": "kd"},
         }
     },
-    "teacher with another tokenizer": {"teacher": "other_teacher"},
-    "lora, reentrant": {
-        "lora": {},
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-        "ddp_find_unused_parameters": False,  # otherwise DDP counts twice what is computed again
-    },
     "lora, embeddings and head": {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}},
     "adapter, head": {"student": "adapter"},
     "shared base, head": {"teacher": None, "lora": {}, "teacher_adapter_path": "adapter"},
 }
 # Likewise; with the quick tests under DDP alone.
 TRAINED_LATER = {
+    "cross-entropy, uneven last window": {"sft_weight": 0.5, "rows": 14},
+    "plain text": {"pretrain_dataset": "same_text", "pretrain_weight": 0.7, "max_length": 80},
+    "cached teacher": {"teacher_cache": "cache", "teacher_top_k": 20},
+    "student's text, remote teacher": {
+        **{"lmbda": 1.0, "asks": True},
+        **{"teacher": None, "teacher_model_server_url": "states_server"},
+    },
+    "prompts of the teachers": {"hints": True, "lmbda": 1.0},
+    "teacher with another tokenizer": {"teacher": "other_teacher"},
+    "lora, reentrant": {
+        "lora": {},
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "ddp_find_unused_parameters": False,  # otherwise DDP counts twice what is computed again
+    },
     "selected tokens": {"objective": "rkl", "token_selection": "tip", "token_selection_share": 0.4},
     # Two rows in each process, without their padding; alone they are padded.
     "without padding": {
@@ -164,6 +164,20 @@ RESUMED = {
     "resumed": {**SAVING, "resumes": "whole"},
     "whole, lora": {**SAVING, "lora": {}},
     "resumed, lora": {**SAVING, "lora": {}, "resumes": "whole, lora"},
+}
+# λ of the one follows the loss on its rows, and is part of what a checkpoint holds.
+TEACHERS = {
+    "teachers": {
+        "math": {
+            **{"teacher_model_name_or_path": "teacher", "objective": "taid"},
+            "assistant_lambda_schedule": {"kind": "taid", "start": 0.2, "rate": 1.0, "momentum": 0.0},
+        },
+        "chat": {"teacher_model_name_or_path": "tied_student"},
+    }
+}
+RESUMED_TEACHERS = {
+    "whole, teachers": {**SAVING, **TEACHERS},
+    "resumed, teachers": {**SAVING, **TEACHERS, "resumes": "whole, teachers"},
 }
 # The pair has changed places because the student stops too early to answer anything right, and the steps are so long
 # that it soon forgets what it got right.

@@ -99,6 +99,7 @@ def test_what_the_server_leaves_out_is_logged_and_kl_is_a_lower_bound(run, teach
     assert "teacher_tail_mass" not in memory.state.log_history[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_every_objective_trains_with_a_sparse_teacher(run, teacher, objective):
     with serving(teacher) as server:

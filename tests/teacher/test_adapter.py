@@ -57,6 +57,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("teacher", ["adapter", "base"])
 def test_an_adapter_of_the_students_base_is_a_teacher_of_its_own(run, base, adapter, tokenizer, teacher, settings):

@@ -92,6 +92,7 @@ def test_padding_of_its_vocabulary_is_cut(run, tokenizer):
     same_runs(served, run(padded, folder="memory", lmbda=0.0), rel=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-6), ("bfloat16", 0.02)])
 def test_the_command_serves_a_training(run, saved, teacher, dtype, rel):
     """In bfloat16 the teacher in memory is float32: 8 bits of each state."""

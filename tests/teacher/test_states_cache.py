@@ -109,6 +109,7 @@ def written(build, tmp_path):
     return write
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_every_objective_is_that_of_the_teacher_in_memory(run, written, teacher, objective):
     settings = {"objective": objective, "num_train_epochs": 1}

@@ -87,6 +87,7 @@ def step(train, tokenizer, family: str, rows: int, **settings):
     return found, trainer
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rows", [4, 1])
 def test_the_loss_of_a_window_is_transformers_own_on_any_split(train, tokenizer, family, rows):

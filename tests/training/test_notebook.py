@@ -135,6 +135,7 @@ def test_the_stop_button_leaves_a_trainer_that_goes_on(notebook):
     assert again.printed.strip().endswith("3")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("moment", "call"),
     [

@@ -223,6 +223,7 @@ def test_one_kernel_serves_all_windows_and_knows_alpha_where_it_stays(
     assert logged(compiled, "loss") == pytest.approx(logged(uncompiled, "loss"), rel=1e-4)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
     "source",

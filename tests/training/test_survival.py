@@ -68,6 +68,7 @@ def run_until(step: int, output_dir: Path) -> None:
 # ---- Kills ----
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", ["checkpoint-3", f"checkpoint-5/{UNFINISHED}", "checkpoint-7/trainer_state.json"])
 def test_a_killed_run_ends_in_the_weights_of_an_unharmed_one(tmp_path, unharmed, moment):
     process = start(tmp_path)
@@ -201,6 +202,7 @@ BEST = {"eval_steps": 1, "metric_for_best_model": "eval_kl", "greater_is_better"
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "settings",
     [

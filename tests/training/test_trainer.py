@@ -27,6 +27,7 @@ from amid_trl._trl import GKDTrainer
 from amid_trl.data.batches import DistillationCollator
 
 
+@pytest.mark.sampled(3)
 # ---- Data ----
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
