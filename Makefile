@@ -17,7 +17,7 @@ OLD_WARNINGS := -W 'ignore:Already found a:UserWarning' -W 'ignore:Model has:Use
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-all test-versions test-vllm soak bench docs lint clean
+.PHONY: install demo test test-all test-versions test-vllm soak bench bench-gpu docs lint clean
 
 install: $(INSTALLED)
 
@@ -73,10 +73,16 @@ bench: $(INSTALLED)
 	$(BIN)/pip install --no-deps -c constraints.txt liger-kernel
 	$(BIN)/python benchmarks/linear_loss.py
 	$(BIN)/python benchmarks/moving_objectives.py
+	$(BIN)/python benchmarks/first_minute.py
 	$(BIN)/python benchmarks/trainer_step.py
 	$(BIN)/python benchmarks/padding_free.py
 	$(BIN)/python benchmarks/engine_memory.py
 	$(BIN)/python benchmarks/landscape_cost.py
+
+# In bfloat16 on a CUDA device, in minutes; without one it says so.
+bench-gpu: $(INSTALLED)
+	$(BIN)/pip install --no-deps -c constraints.txt liger-kernel
+	$(BIN)/python benchmarks/gpu.py
 
 # The site, in site/; open site/index.html. Every warning is an error.
 docs: $(INSTALLED)

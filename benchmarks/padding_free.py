@@ -98,13 +98,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 # ---- One run, in a process of its own ----
 
 
-def measure(way: str, work: Work, steps: int, size: Size) -> Record:
+def measure(way: str, work: Work, steps: int, size: Size, device: str = "cpu", bf16: bool = False) -> Record:
     """Seconds of `steps` optimizer steps after a first one, their losses, and what training added to the memory."""
     with tempfile.TemporaryDirectory() as folder:
-        built = build(way, work, steps + 1, size, folder)
+        built = build(way, work, steps + 1, size, folder, use_cpu=device == "cpu", bf16=bf16)
         watch = Watch()
         built.add_callback(watch)
-        added_mb = cost(built.train, "cpu").added_mb
+        added_mb = cost(built.train, device).added_mb
     losses = [entry["loss"] for entry in built.state.log_history if "loss" in entry]
     lengths = [len(ids) for ids in built.train_dataset["input_ids"]][work.rows * work.accumulation :]
     return {
@@ -116,8 +116,8 @@ def measure(way: str, work: Work, steps: int, size: Size) -> Record:
     }
 
 
-def build(way: str, work: Work, steps: int, size: Size, folder: str) -> AMiDTrainer:
-    """A student and a teacher of one shape, and `steps` windows of rows."""
+def build(way: str, work: Work, steps: int, size: Size, folder: str, **engine: bool) -> AMiDTrainer:
+    """A student and a teacher of one shape, and `steps` windows of rows; `engine` is the device and the dtype."""
     words = {f"w{number}": number for number in range(size.vocabulary)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w1"
@@ -134,11 +134,10 @@ def build(way: str, work: Work, steps: int, size: Size, folder: str) -> AMiDTrai
         train_sampling_strategy="sequential",
         optim="sgd",
         logging_steps=1,
-        use_cpu=True,
-        bf16=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **engine,
         **WAYS[way],
     )
     return AMiDTrainer(

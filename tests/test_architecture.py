@@ -193,6 +193,17 @@ def test_importing_the_package_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_trainer_is_imported_without_what_only_commands_need_and_collects_garbage_afterwards():
+    unneeded = ("optuna", "ray", "matplotlib", "starlette", "uvicorn", "deepspeed", "rouge_score", "setuptools")
+    code = (
+        "import gc, sys; from amid_trl import AMiDTrainer; "
+        f"print(gc.isenabled(), [name for name in {unneeded} if name in sys.modules]); gc.disable(); "
+        "from amid_trl import AMiDConfig; print(gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\nFalse\n"
+
+
 def test_the_public_names_stay():
     assert sorted(amid_trl.__all__) == [
         "AMiDConfig",

@@ -79,6 +79,53 @@ def test_what_moves_is_measured_beside_what_is_fixed(tmp_path):
         assert record["compilations"] == 0  # so small a vocabulary is not compiled
 
 
+def test_without_a_gpu_its_benchmark_says_so_in_a_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "benchmarks/gpu.py: torch finds no CUDA device here\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too(tmp_path):
+    how = ("--device", "cpu", "--small", "--repeats", "2", "--output", tmp_path)
+    subprocess.run([sys.executable, BENCHMARKS / "gpu.py", *how], check=True, stdout=subprocess.DEVNULL)
+    results, text = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    methods = {record["method"] for record in results["losses"]}
+    assert {"products", "gkd", "kd", "amid", "trl_chunked"} <= methods
+    assert all(record["seconds"] > 0 and record["added_mb"] >= 0 for record in results["losses"])
+    assert [record["way"] for record in results["padding"]] == ["padded", "padding_free"]
+    assert all(f"| {each['case']} |" in text for each in results["moving"])
+
+
+@pytest.mark.gpu
+def test_the_benchmark_of_a_gpu_runs_there(tmp_path):
+    how = ("--small", "--repeats", "2", "--output", tmp_path)
+    subprocess.run([sys.executable, BENCHMARKS / "gpu.py", *how], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_first_minute_is_told_as_it_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import first_minute
+
+    about = {"date": "", "command": "", "revision": "", "device": "cpu", "cpu": "", "threads": 1, "cores": 1}
+    about |= {"logical_cpus": 1, "ram_gb": 1, "versions": {}}
+    runs = [
+        {"way": way, "again": again, "prepared": 2.0, "steps": [9.0, 5.0, 3.0, 4.0, 5.0], "seconds": 28.0}
+        for way, again in first_minute.RUNS
+    ]
+    line = {"line": "begins", "seconds": 1.0, "processor_seconds": 0.5}
+    imports = {"SFTTrainer": [4.0, 5.0, 4.5], "AMiDTrainer": [4.5, 4.0, 5.4]}
+    results = {"imports": imports, "first_line": line, "runs": runs, "steps": 5, "rows": 8, "about": about}
+    text = first_minute.report(results)
+    assert "The ratio of the medians is 1.00" in text and "says “begins” after 1.0 s" in text
+    assert "| compiled ahead, second start | 2.0 | 9.0 | 5.0 | 4.0 | 2.25 | 28 |" in text
+
+
 def test_the_peak_counts_memory_that_is_freed_before_the_call_ends(measure):
     mebibytes = 2**20 / measure.MB
     torch.ones(64, 2**20)  # an earlier, higher peak

@@ -44,6 +44,7 @@ def _started(command: str, module: str, argv: list[str]) -> int:
         argv = recipes.resolve(argv)
         # Help and most mistakes need no torch, and what an objective's parameters may be nothing else.
         if (config := flags.check_flags(argv, command)) is not None:
+            print(f"amid-trl {command}: the settings are read; loading PyTorch and TRL", flush=True)
             check_objective(config)
             check_device(config)
         # Parsed here once, so that other mistakes are one line too; what the parser does not know is for accelerate.

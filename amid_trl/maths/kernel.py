@@ -6,7 +6,6 @@ beside its matrix products. Where the vocabulary makes it worth a compilation, t
 
 import dataclasses
 import functools
-import itertools
 import logging
 import os
 import threading
@@ -17,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from amid_trl.maths import ahead
+from amid_trl.maths.ahead import RowTypes, row_types
 
 
 logger = logging.getLogger(__name__)
@@ -71,15 +72,26 @@ class RowKernel:
         `others` are the teacher's projection, if there is one, and the columns.
         """
         # A single row would be a compilation of its own: shapes of size 1 are special to it.
-        large = len(student) > 1 and student.shape[-1] >= COMPILE_FROM_VOCAB
-        if large and getattr(self.token_loss, "compiles", False):
-            kernel, numbers = self._template
-            dtypes = [tensor.dtype for tensor in (student, *others) if tensor.is_floating_point()]
-            inputs = _inputs(numbers, functools.reduce(torch.promote_types, dtypes, torch.float32), student.device)
-            tensors = (student, *others, *inputs)
-            rows_of = tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors)
-            return _compiled(kernel, rows_of, student.device.type)(*tensors)
+        if len(student) > 1 and self.compiles(student.shape[-1]):
+            kernel, tensors = self._traced(student, *others)
+            return _compiled(kernel, row_types(tensors), student.device.type)(*tensors)
         return self.plain(student, *others)
+
+    def compiles(self, vocabulary: int) -> bool:
+        """Whether it is worth a compilation, and may have one."""
+        return vocabulary >= COMPILE_FROM_VOCAB and getattr(self.token_loss, "compiles", False)
+
+    def ahead(self, student: Tensor, *others: Tensor) -> tuple[Any, str, RowTypes]:
+        """What `ahead.begin` is told of it; of tensors like those that it will be called with, also on no device."""
+        kernel, tensors = self._traced(student, *others)
+        return kernel, "plain", row_types(tensors)
+
+    def _traced(self, student: Tensor, *others: Tensor) -> tuple["RowKernel", tuple[Tensor, ...]]:
+        """The kernel that is compiled, and what it is called with."""
+        kernel, numbers = self._template
+        dtypes = [tensor.dtype for tensor in (student, *others) if tensor.is_floating_point()]
+        inputs = _inputs(numbers, functools.reduce(torch.promote_types, dtypes, torch.float32), student.device)
+        return kernel, (student, *others, *inputs)
 
     @functools.cached_property
     def _template(self) -> tuple["RowKernel", tuple[float, ...]]:
@@ -102,7 +114,7 @@ class RowKernel:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], ...], device: str) -> Fused:
+def _compiled(kernel: RowKernel, rows: RowTypes, device: str) -> Fused:
     """`kernel.plain` fused into one function for any number of such rows, or itself where it does not compile."""
     chosen: Fused | None = None
 
@@ -111,10 +123,13 @@ def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], 
         with _LOCK:
             if chosen is not None:
                 return chosen(*tensors)
+            if device == "cpu" and (found := ahead.compiled(kernel, "plain", rows, _say_that_it_compiles)):
+                chosen = _as_fused(found)
+                return chosen(*tensors)
             _say_that_it_compiles()
             try:
                 # Traced before it is compiled: one graph that has the gradient in it.
-                graph = make_fx(kernel.plain, tracing_mode="symbolic")(*_few_rows(tensors))
+                graph = ahead.traced(kernel.plain, rows, tensors[0].device)
                 # torch declares the backends, which are not passed, as functions of anything.
                 candidate: Fused = torch.compile(graph, dynamic=True)  # pyright: ignore[reportUnknownMemberType]
                 outputs = candidate(*tensors)
@@ -131,11 +146,14 @@ def _compiled(kernel: RowKernel, rows_of: tuple[tuple[torch.dtype, torch.Size], 
     return fused
 
 
-def _few_rows(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Tensors to trace with. Equal sizes in them count as one size, so they have as many rows as nothing else has."""
-    widths = {width for tensor in tensors for width in tensor.shape[1:]}
-    rows = next(rows for rows in itertools.count(3) if rows not in widths)
-    return [tensor.new_zeros(rows, *tensor.shape[1:]) if tensor.ndim else tensor for tensor in tensors]
+def _as_fused(found: Callable[..., tuple[Tensor, ...]]) -> Fused:
+    """A function that gives tensors alone, with None in the place of a gradient that there is not."""
+
+    def fused(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        losses, figures, *gradient = found(*tensors)
+        return losses, figures, gradient[0] if gradient else None
+
+    return fused
 
 
 @functools.lru_cache(maxsize=8)

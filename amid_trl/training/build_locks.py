@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from torch.utils.cpp_extension import get_default_build_root
 
 from amid_trl.models.deepspeed import op_names
 from amid_trl.outputs import sole_use
@@ -42,6 +41,8 @@ def clear_build_locks() -> None:
 
 
 def _locks() -> Iterator[Path]:
+    from torch.utils.cpp_extension import get_default_build_root  # imports setuptools
+
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     # By default there is a folder for each version of Python and each accelerator.
     folders = [Path(given)] if given else sorted(Path(get_default_build_root()).glob("*"))

@@ -1,7 +1,7 @@
 """The objectives of a run: one for each source of text, with α and λ that may move from window to window."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,40 +25,21 @@ from amid_trl.training.objective_fields import build_objective, build_selection,
 MOVABLE = {"assistant_alpha": "alpha", "assistant_lambda": "lam"}
 
 
-class RunObjective:
+class WindowObjective:
     """What each window is trained with; `current` is the objective of dataset and teacher text, and of evaluations."""
 
-    def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False, outcomes: Outcomes | None = None):
-        """A ValueError for an objective that needs more of the teacher than it gives.
-
-        One that `is_sparse` gives its likeliest tokens, one of another tokenizer the `outcomes` that both know.
-        """
-        config, accelerator = run.args, run.accelerator
-        self._token_loss: Any = SparseTokenLoss if is_sparse else DistillationTokenLoss
-        if outcomes is not None:
-            self._token_loss = partial(OutcomeTokenLoss, outcomes=outcomes.to(accelerator.device))
+    def __init__(self, config: AMiDConfig, kind: Callable[..., DistillationTokenLoss] = DistillationTokenLoss):
+        """A ValueError for an objective that this kind of token loss cannot be."""
+        self._kind = kind
         self.current = build_objective(config)
         self._of_student_text: Objective | None = build_student_text_objective(config)
         self._sft_weight, self._selection = config.sft_weight, build_selection(config)
         self._schedules = {name: build_schedule(config, name) for name in MOVABLE if _is_scheduled(config, name)}
         moving = {name for name, schedule in self._schedules.items() if schedule.moves}
         self._moves, self._alpha_stays = bool(moving), "assistant_alpha" not in moving
-        self._taid = next((rule for rule in self._schedules.values() if isinstance(rule, TaidLambda)), None)
-        self._window_loss = Means(("assistant_nll",), accelerator.device)
-        self._sum_over_processes: Any = partial(accelerator.reduce, reduction="sum")
         self.advance(0.0)
         for source in (None, "student"):
             self.token_loss(source)  # refused now, not in the first window
-
-    @property
-    def means(self) -> tuple[str, ...]:
-        """The figures of a token that are logged as means."""
-        return self.token_loss(None).means
-
-    @property
-    def over(self) -> Mapping[str, str]:
-        """What these are means over, where it is not tokens."""
-        return self.token_loss(None).over
 
     def advance(self, progress: float) -> Objective:
         """Move to the window before which the share `progress` of the run is over."""
@@ -70,8 +51,35 @@ class RunObjective:
         """The loss of text from `source`, None for an evaluation; the cross-entropy never joins on the student's."""
         sft_weight = 0.0 if source in STUDENT_TEXT else self._sft_weight
         if source in STUDENT_TEXT and self._of_student_text is not None:
-            return self._token_loss(self._of_student_text, selection=self._selection)
-        return self._token_loss(self.current, sft_weight, self._moves, self._alpha_stays, self._selection)
+            return self._kind(self._of_student_text, selection=self._selection)
+        return self._kind(self.current, sft_weight, self._moves, self._alpha_stays, self._selection)
+
+
+class RunObjective(WindowObjective):
+    """The same in a run, whose losses and checkpoints it follows."""
+
+    def __init__(self, run: Run[AMiDConfig], *, is_sparse: bool = False, outcomes: Outcomes | None = None):
+        """A ValueError for an objective that needs more of the teacher than it gives.
+
+        One that `is_sparse` gives its likeliest tokens, one of another tokenizer the `outcomes` that both know.
+        """
+        accelerator, kind = run.accelerator, SparseTokenLoss if is_sparse else DistillationTokenLoss
+        if outcomes is not None:
+            kind = partial(OutcomeTokenLoss, outcomes=outcomes.to(accelerator.device))
+        super().__init__(run.args, kind)
+        self._taid = next((rule for rule in self._schedules.values() if isinstance(rule, TaidLambda)), None)
+        self._window_loss = Means(("assistant_nll",), accelerator.device)
+        self._sum_over_processes: Any = partial(accelerator.reduce, reduction="sum")
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """The figures of a token that are logged as means."""
+        return self.token_loss(None).means
+
+    @property
+    def over(self) -> Mapping[str, str]:
+        """What these are means over, where it is not tokens."""
+        return self.token_loss(None).over
 
     def add(self, rows: Figures) -> None:
         """Count the rows of a micro-batch of the window: their sums of CE(r, q), and their tokens."""

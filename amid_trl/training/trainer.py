@@ -42,6 +42,7 @@ from amid_trl.training.checkpoints import checkpoint_to_resume, load_state, save
 from amid_trl.training.config import AMiDConfig, data_settings, for_sft, own_arguments, own_collator
 from amid_trl.training.ends import warn_of_endless
 from amid_trl.training.engines import evaluation_alone, forget_evaluation
+from amid_trl.training.kernels import compile_ahead
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
 from amid_trl.training.student import own_router_fields, padded_for_sft, prepare_student
@@ -71,8 +72,7 @@ class AMiDTrainer(GKDTrainer):
         pretrain_dataset (`Dataset` or `IterableDataset`, *optional*):
             Plain text for the cross-entropy beside the distillation, by default `args.pretrain_dataset`.
         compute_metrics (`Callable`, *optional*):
-            Gets the student's most likely token ids as `predictions` (batch, tokens), -100 where nothing is trained,
-            never logits.
+            Gets the student's likeliest token ids as `predictions` (batch, tokens), -100 where untrained; no logits.
         callbacks, optimizers, peft_config, formatting_func, quantization_config:
             As in [`~trl.SFTTrainer`].
     """
@@ -110,6 +110,7 @@ class AMiDTrainer(GKDTrainer):
         functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics, "collator": data_collator}
         args = own_arguments(args, model, teacher_model, train_dataset, eval_dataset, **functions)
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
+        compile_ahead(args, pair, evaluates=eval_dataset is not None)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
         self._student_generation, self._teacher_tokenizer = pair.generation, pair.teacher_tokenizer
         with own_router_fields(pair.student), padded_for_sft(args):
@@ -336,9 +337,8 @@ class AMiDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log; print the table of completions if asked to."""
         if self.model.training:
-            means = self._parts.train_means.pop(cast(Any, partial(self.accelerator.reduce, reduction="sum")))
-            if means:  # not in the summary at the end
-                logs.update(means | self._parts.figures)
+            if means := self._parts.train_means.pop(cast(Any, partial(self.accelerator.reduce, reduction="sum"))):
+                logs.update(means | self._parts.figures)  # not in the summary at the end
             if self.is_world_process_zero():
                 self._parts.write_table(self.state.global_step, self.callback_handler.callbacks)
         super().log(logs, start_time)

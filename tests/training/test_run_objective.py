@@ -209,6 +209,7 @@ def test_one_kernel_serves_all_windows_and_knows_alpha_where_it_stays(
 
     monkeypatch.setattr(amid_trl.maths.kernel, "COMPILE_FROM_VOCAB", 0)
     monkeypatch.setattr(amid_trl.maths.kernel, "_compiled", plain)
+    monkeypatch.setattr("amid_trl.maths.ahead.begin", lambda wanted: None)
     compiled = train(model=tiny_llama(tokenizer), lmbda=0.0, max_steps=6, **settings)
     compiled.train()
     [kernel] = set(kernels)

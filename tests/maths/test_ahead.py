@@ -1,0 +1,123 @@
+"""What is compiled ahead is the plain kernel, and what cannot be is compiled when it is needed."""
+
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+
+from amid_trl import OBJECTIVES
+from amid_trl.maths import ahead, kernel
+from amid_trl.maths.kernel import Finish, RowKernel
+from amid_trl.maths.selection import Selection
+from amid_trl.maths.token_loss import DistillationTokenLoss
+
+
+VOCAB = 53
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """A folder without files, and a process that has begun nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel, "COMPILE_FROM_VOCAB", 0)
+    monkeypatch.setattr(ahead, "_begun", {})
+    kernel._compiled.cache_clear()
+    yield
+    kernel._compiled.cache_clear()
+
+
+def row_kernel(differentiates: bool = True, lam: float = 0.3, moves: bool = False) -> RowKernel:
+    token_loss = DistillationTokenLoss(OBJECTIVES["amid"](lam=lam), moves=moves, alpha_stays=moves)
+    return RowKernel(token_loss, Finish(), Finish(), differentiates)
+
+
+def rows(count: int = 5, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    if device == "meta":
+        logits = [torch.empty(count, VOCAB, device=device) for _ in range(2)]
+        return *logits, torch.empty(count, dtype=torch.long, device=device)
+    generator = torch.Generator().manual_seed(count)
+    student, teacher = (3 * torch.randn(count, VOCAB, generator=generator) for _ in range(2))
+    return student, teacher, torch.randint(VOCAB, (count,), generator=generator)
+
+
+def wanted(*kernels: RowKernel):
+    return [each.ahead(*rows(2, "meta")) for each in kernels]
+
+
+def file_of(each: RowKernel):
+    return ahead._file(*each.ahead(*rows(2, "meta")), torch.get_num_threads())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # the compiler's own
+def test_a_kernel_compiled_ahead_is_the_plain_one_and_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled here"))
+    kernels = [row_kernel(), row_kernel(differentiates=False), row_kernel(moves=True)]
+    ahead.begin(wanted(*kernels))
+    [process] = set(ahead._begun.values())
+    for each in kernels:
+        for count in (5, 2, 17, 1):
+            given = rows(count)
+            for mine, plain in zip(each(*given), each.plain(*given), strict=True):
+                assert (mine is None) == (plain is None)
+                if mine is not None:
+                    torch.testing.assert_close(mine, plain, rtol=1e-5, atol=2e-6)
+    process.join()
+
+    first = row_kernel()(*rows())
+    monkeypatch.setattr(ahead, "_begun", {})  # a second start
+    kernel._compiled.cache_clear()
+    monkeypatch.setattr(ahead.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    ahead.begin(wanted(*kernels))
+    assert all(map(torch.equal, row_kernel()(*rows()), first))
+
+
+def test_a_kernel_that_moves_has_one_file_for_all_its_windows():
+    assert file_of(row_kernel(moves=True)) == file_of(row_kernel(moves=True, lam=0.7))
+    assert file_of(row_kernel()) != file_of(row_kernel(lam=0.7))
+
+
+def test_a_file_is_of_one_number_of_threads_and_of_the_code_behind_it(monkeypatch):
+    given = row_kernel().ahead(*rows(2, "meta"))
+    assert ahead._file(*given, 1) == ahead._file(*given, 1) != ahead._file(*given, 2)
+    before = ahead._file(*given, 1)
+    monkeypatch.setattr(ahead, "_SOURCES", "other code")
+    assert ahead._file(*given, 1) != before
+
+
+def test_what_fails_ahead_is_compiled_when_it_is_needed(monkeypatch, caplog):
+    monkeypatch.setattr(ahead, "COMPILER", "raise SystemExit('no compiler')")
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    given, each = rows(), row_kernel()
+    with caplog.at_level(logging.DEBUG, logger="amid_trl.maths.ahead"):
+        ahead.begin(wanted(each))
+        for mine, plain in zip(each(*given), each.plain(*given), strict=True):
+            torch.testing.assert_close(mine, plain)
+    assert "no compiler" in caplog.text
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_process_is_told_of_the_same_kernel(name):
+    token_loss = DistillationTokenLoss(OBJECTIVES[name](), 0.5, selection=Selection("prefix", count=3))
+    if token_loss.compiles:
+        each = RowKernel(token_loss, Finish(0.5, 30.0), Finish(), True)
+        assert ahead.from_json(json.loads(json.dumps(ahead.as_json(each)))) == each
+
+
+def test_nothing_but_the_maths_is_made_of_what_is_told():
+    with pytest.raises(ValueError, match="no class of the maths"):
+        ahead.from_json({"kind": "subprocess:Popen", "args": "ls"})
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_was_not_begun_is_not_waited_for(monkeypatch, begun):
+    if begun:
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+        ahead.begin(wanted(row_kernel()))
+    given = row_kernel().ahead(*rows(2, "meta"))
+    assert ahead.compiled(*given, wait=lambda: pytest.fail("waits")) is None
