@@ -44,9 +44,13 @@ FOLDER = "~/.cache/amid_trl/kernels"
 INDUCTOR = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
 
 # Run by the process that compiles, whichever way this one has found the package.
-COMPILER = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from amid_trl.maths.ahead import work; work()"
-)
+COMPILER = """
+import json, sys
+given = json.load(sys.stdin)
+sys.path[:] = given["path"]
+from amid_trl.maths.ahead import work
+work(given["jobs"])
+"""
 
 
 class Job(NamedTuple):

@@ -1,7 +1,11 @@
 """What a trainer compiles ahead is what its run asks for."""
 
+import os
+import shutil
+
 import pytest
-from tiny import messages_dataset
+import torch
+from tiny import messages_dataset, tiny_llama
 
 from amid_trl.maths import kernel
 
@@ -42,3 +46,19 @@ def test_below_the_vocabulary_that_pays_nothing_is_begun(train, monkeypatch):
     monkeypatch.setattr("amid_trl.maths.ahead.begin", begun.extend)
     train()
     assert not begun
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_a_run_with_the_loss_compiled_ahead_is_one_without(train, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled here"))
+    losses = []
+    for least in (0, 10**9):
+        monkeypatch.setattr(kernel, "COMPILE_FROM_VOCAB", least)
+        trainer = train(model=tiny_llama(tokenizer), max_steps=3)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len([*tmp_path.glob("amid_trl/*.pt2")]) == 1
