@@ -98,6 +98,9 @@ def of_ours(argv: list[str], place: Path, begun: list[list[str]], monkeypatch) -
     if argv[0] == "landscape":  # its own parser leaves what is training's to training's
         monkeypatch.setattr(script, "parse", lambda *args, **kwargs: (_ for _ in ()).throw(Parsed))
         monkeypatch.setattr(OneLineParser, "parse_args", argparse.ArgumentParser.parse_args)
+        if any(text.startswith("examples/") for text in argv):  # models and data that an example makes first
+            argv += ["--model_name_or_path", "STUDENT", "--teacher_model_name_or_path", "TEACHER"]
+            argv += ["--dataset_name", "DATA"]
     with pytest.raises(Parsed):
         cli.main(argv)
 

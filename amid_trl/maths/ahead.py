@@ -108,6 +108,8 @@ def compiled(
     owner: Any, method: str, rows: RowTypes, wait: Callable[[], None]
 ) -> Callable[..., tuple[Tensor, ...]] | None:
     """The function, once it is compiled; None if that was not begun or has failed. `wait` is called before a wait."""
+    if not _begun:
+        return None
     file = _file(owner, method, rows, torch.get_num_threads())
     if (waiting := _begun.get(file.name)) is None:
         return None
@@ -170,10 +172,9 @@ def _run(jobs: list[Job]) -> None:
 
 def as_json(value: Any) -> Any:
     """What JSON can hold of objects of the maths, so that `from_json` makes their equal."""
-    if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
-        names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value)]
+    if (parts := _parts(value)) is not None:
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"kind": kind, **{name: as_json(getattr(value, name)) for name in names}}
+        return {"kind": kind, **{name: as_json(part) for name, part in parts.items()}}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [as_json(item) for item in cast(dict[str, Any], value).items()]}
     if isinstance(value, tuple | list):
@@ -183,6 +184,15 @@ def as_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(f"a {type(value).__name__} has no JSON here")
+
+
+def _parts(value: Any) -> dict[str, Any] | None:
+    """The fields of a NamedTuple or of a dataclass; None of anything else."""
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
 
 
 def from_json(value: Any) -> Any:
