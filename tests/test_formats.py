@@ -155,7 +155,7 @@ def test_half_an_evaluation_goes_on_to_the_results_of_a_whole_one():
         assert results["per_seed"][seed] == pytest.approx(metrics, rel=1e-5)
     for part in ("rows", "completions"):
         for got, row in zip(results[part], wanted[part], strict=True):
-            assert [name for name in got if name != "reference_bytes"] == list(row)
+            assert [name for name in got if name != "bytes"] == list(row)
             for name, value in row.items():
                 assert got[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
 
