@@ -157,9 +157,9 @@ def served(kind: Kind, model: Path, folder: str) -> Iterator[int | None]:
 def fill(steps: int, models: Path, folder: str) -> None:
     """The teacher's hidden states and its likeliest tokens of every row that a run reads."""
     rows = (steps + 1) * BATCH_SIZE * ACCUMULATION
-    for states, place in ((True, "states"), (False, "top_k")):
-        trainer = build(MEMORY, "off-policy", None, rows, models, f"{folder}/fill", teacher_cache_states=states)
-        cache_teacher(trainer, f"{folder}/{place}", TOP_K, "float32" if states else None)
+    filled = {"teacher_cache": f"{folder}/states", **STATES, "max_steps": steps + 1}
+    build(MEMORY, "off-policy", None, rows, models, f"{folder}/fill", **filled).train()
+    cache_teacher(build(MEMORY, "off-policy", None, rows, models, f"{folder}/fill"), f"{folder}/top_k", TOP_K)
 
 
 def measure(kind: Kind, mode: str, port: int | None, steps: int, models: Path, folder: str) -> Record:

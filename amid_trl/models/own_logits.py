@@ -21,6 +21,7 @@ from amid_trl.models.heads import (
     states_of_packed,
 )
 from amid_trl.models.packing import is_flash, one_bin, pack
+from amid_trl.models.quantised import quantisation
 from amid_trl.models.routers import routed_states
 
 
@@ -37,6 +38,9 @@ TOLERANCES = {torch.float64: (1e-5, 1e-5), torch.float32: (2e-5, 2e-5)}
 HALF_PRECISION = (0.03, 2.0**-7)
 # What a row's hidden states may differ by where another row is beside it, of the largest.
 COMPANY_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3}
+# Why they differ by more.
+PADDING = "it does not leave out padding behind a row"
+TOGETHER = "its quantised layers round the tokens of a micro-batch together"
 # What they may change by with a row that they do not read, of the largest: zero, but for how products are grouped.
 LEAK_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5}
 
@@ -55,7 +59,10 @@ def check_own_logits(model: nn.Module, role: str, device: torch.device | None = 
     if _has_no_values(base):
         logger.debug("The %s's logits are not compared: its head has no values in this process", role)
         return
-    ids, mask = _rows(base, device or base.device)
+    rows = _rows(base, device or base.device)
+    # A quantised layer may round the tokens of a pass together, padding's too; of one row two passes are the same.
+    quantised = quantisation(base) is not None
+    ids, mask = (of_all[:1] for of_all in rows) if quantised else rows
     probes = _Probes(ids.shape)
     with torch.no_grad(), _as_it_was(base), gathered_as_they_run(base):
         try:
@@ -71,11 +78,11 @@ def check_own_logits(model: nn.Module, role: str, device: torch.device | None = 
             raise ValueError(
                 f"the {role}, a {type(base).__name__}, gives no hidden states that the loss can read: {error}"
             ) from error
-        if not _same_in_company(base, ids, mask, states):
+        if not _same_in_company(base, *rows, None if quantised else states):
             logger.warning(
-                "The %s, a %s, reads a row otherwise where a longer one is beside it: it does not leave out padding "
-                "behind a row. per_device_train_batch_size=1 trains each row as it is.",
-                *(role, type(base).__name__),
+                "The %s, a %s, reads a row otherwise where a longer one is beside it: %s. "
+                "per_device_train_batch_size=1 trains each row as it is.",
+                *(role, type(base).__name__, TOGETHER if quantised else PADDING),
             )
         factors = probes.factors
         with gathered_head(language_model_head(base)) as head:
@@ -164,10 +171,13 @@ def _no_balance(base: PreTrainedModel) -> str:
     )
 
 
-def _same_in_company(base: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor) -> bool:
+def _same_in_company(base: PreTrainedModel, ids: Tensor, mask: Tensor, states: Tensor | None) -> bool:
     """Whether the padded row's hidden states are those that it has alone; so too where it cannot run alone."""
     length = min(LENGTHS)
     try:
+        if states is None:
+            with _same_draws(base):
+                states = backbone_states(base, ids, mask)
         with _same_draws(base):
             alone = backbone_states(base, ids[-1:, :length], mask[-1:, :length])
     except Exception as error:  # a model may want rows of lengths of its own

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from amid_trl import cli
 from amid_trl.models.loading import load_causal_lm
 from amid_trl.models.merging import TEXTS, merged_model
+from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.quantised import keep_weights_as_packed
 
 
@@ -37,6 +38,29 @@ def log_probs(model, ids=IDS) -> torch.Tensor:
 
 def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def int8(path: str):
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+
+
+def test_a_model_that_rounds_rows_together_is_a_teacher_and_a_warning_says_so(base, tmp_path, tokenizer, caplog):
+    """LLM.int8() finds its large columns over all tokens of a pass, so a row depends on those beside it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:  # as real models have them: some of the states beyond 6, others not
+            layer.input_layernorm.weight.mul_(2.5)
+            layer.post_attention_layernorm.weight.mul_(2.5)
+    rounded = int8(str(save_tiny(tmp_path / "large", model, tokenizer)))
+    alone, beside = rounded.model(IDS[:1])[0], rounded.model(torch.cat([IDS[:1], IDS.flip(1)]))[0][:1]
+    assert (alone - beside).abs().max() > 1e-3 * alone.abs().max()
+    check_own_logits(rounded, "teacher")
+    assert "the tokens of a micro-batch together" in caplog.text
+    rounded.lm_head.register_forward_hook(lambda head, inputs, logits: logits * 1.1)
+    with pytest.raises(ValueError, match="the model's own logits are others"):
+        check_own_logits(rounded, "teacher")
 
 
 @pytest.fixture
