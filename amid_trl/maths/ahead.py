@@ -9,6 +9,7 @@ On a CPU alone: AOTInductor makes a library of the whole function, which is load
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -130,16 +131,17 @@ def compiled(
 
 def _file(owner: Any, method: str, rows: RowTypes, threads: int) -> Path:
     """Named after everything that the library depends on."""
-    parts = (as_json(owner), method, as_json(rows), threads, _SOURCES, torch.__version__, *_machine())
+    parts = (as_json(owner), method, as_json(rows), threads, _sources(), torch.__version__, *_machine())
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     return (Path(given, "amid_trl") if given else Path(FOLDER).expanduser()) / f"{name}.pt2"
 
 
-# The code that functions are made of.
-_SOURCES = hashlib.sha256(
-    b"\n".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
+@functools.cache
+def _sources() -> str:
+    """A hash of the code that functions are made of."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _machine() -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def test_a_file_is_of_one_number_of_threads_and_of_the_code_behind_it(monkeypatc
     given = row_kernel().ahead(*rows(2, "meta"))
     assert ahead._file(*given, 1) == ahead._file(*given, 1) != ahead._file(*given, 2)
     before = ahead._file(*given, 1)
-    monkeypatch.setattr(ahead, "_SOURCES", "other code")
+    monkeypatch.setattr(ahead, "_sources", lambda: "other code")
     assert ahead._file(*given, 1) != before
 
 
