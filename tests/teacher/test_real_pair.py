@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from observe import logged
 from peft import LoraConfig
+from real_pair import saved_teacher
 from transformers import AutoModelForCausalLM
 
 from amid_trl import AMiDConfig, AMiDTrainer
@@ -34,22 +35,14 @@ LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 @pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
     """Where the teacher lies, its tokenizer, and rows with a hint for the teacher."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(request.config.rootpath / "examples")
-        import embedded
-    try:
-        folder = tmp_path_factory.mktemp("pair")
-        _, tokenizer = embedded.load_teacher(folder)
-        rows = embedded.questions().train[100:108]
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
+    place, tokenizer, rows = saved_teacher(request, tmp_path_factory.mktemp("pair"), 100, 108)
     hinted = []
     for row in rows:
         answer = row["completion"][0]["content"]
         [*before, asked] = row["prompt"]
         hint = {**asked, "content": f"{asked['content']}\nA good answer is: {answer}"}
         hinted.append({**row, "teacher_prompt": [*before, hint]})
-    return str(folder / "SmolLM2-135M-Instruct"), tokenizer, hinted
+    return place, tokenizer, hinted
 
 
 def trained(pair, tmp_path, folder="run", teacher=True, hints=False, peft_config=None, **settings) -> AMiDTrainer:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from observe import logged
+from real_pair import saved_teacher
 from transformers import AutoModelForCausalLM
 from vllm_server import needs_vllm
 
@@ -19,16 +20,8 @@ TOP_K, MAX_LENGTH = 100, 128
 @pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
     """Where the teacher lies, its tokenizer, and rows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(request.config.rootpath / "examples")
-        import embedded
-    try:
-        folder = tmp_path_factory.mktemp("pair")
-        _, tokenizer = embedded.load_teacher(folder)
-        rows = Dataset.from_list(embedded.questions().train[100:108])
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
-    return str(folder / "SmolLM2-135M-Instruct"), tokenizer, rows
+    place, tokenizer, rows = saved_teacher(request, tmp_path_factory.mktemp("pair"), 100, 108)
+    return place, tokenizer, Dataset.from_list(rows)
 
 
 def opened(pair, folder, **settings) -> AMiDTrainer:
