@@ -320,3 +320,24 @@ def test_rules_of_two_tokenizers_are_measured_beside_the_truth(tmp_path):
     assert first["rules"]["ours"]["nats"] < 1e-9 < 0.1 < first["rules"]["first token"]["nats"]
     assert first["rules"]["ours"]["degrees"] < first["rules"]["the same bytes"]["degrees"] / 2
     assert "| ours | 0.000 / " in (tmp_path / "outcomes_bias.md").read_text()
+
+
+def test_the_likelihood_of_chunks_is_that_of_their_tokens(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import chunk_likelihood
+
+    boundaries, labels = {0: 0, 1: 1, 3: 2, 4: 4, 6: 4, 7: 6}, [-100, 5, 6, 7, 8, 9, 4]
+    chunks = [*chunk_likelihood.chunks_of(labels, boundaries)]
+    # The first is the prompt's; between 4 and 6 the teacher writes nothing.
+    assert chunks == [(range(1, 3), range(1, 2)), (range(3, 4), range(2, 4)), (range(6, 7), range(4, 6))]
+    torch.manual_seed(0)
+    logits, ids = torch.randn(7, 11, dtype=torch.float64), [1, 5, 6, 7, 8, 9, 4]
+    p = logits.softmax(-1)
+    expected = torch.tensor([p[0, 5] * p[1, 6], p[2, 7], p[5, 4]])
+    log_q = chunk_likelihood.chunk_log_probs(logits, ids, [chunk.student for chunk in chunks])
+    torch.testing.assert_close(log_q.exp(), expected.float())
+    other = torch.tensor([0.5, 0.25, 1.0])
+    found = chunk_likelihood.two_way_kl(other.log(), log_q)
+    of_two = other * (other / expected).log()
+    of_two[:2] += (1 - other[:2]) * ((1 - other[:2]) / (1 - expected[:2])).log()
+    torch.testing.assert_close(found, of_two.float())
