@@ -230,6 +230,14 @@ def work(jobs: list[Any]) -> None:
 
 def _compile(job: Job) -> None:
     torch.set_num_threads(job.threads)  # the library has their number in it
+    beside = job.file.with_name(f".{os.getpid()}.{job.file.name}")
+    inductor: Any = import_module("torch._inductor")
+    inductor.aoti_compile_and_package(exported(job), package_path=str(beside), inductor_configs=INDUCTOR)
+    os.replace(beside, job.file)
+
+
+def exported(job: Job) -> torch.export.ExportedProgram:
+    """The function for any number of rows from two on; what it returns of None is left out."""
 
     def tensors_alone(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in getattr(job.owner, job.method)(*tensors) if tensor is not None)
@@ -237,8 +245,4 @@ def _compile(job: Job) -> None:
     number = torch.export.Dim("rows", min=2)
     shapes = [{} if shape is None else {0: number} for _, shape in job.rows]
     graph, example = traced(tensors_alone, job.rows, "cpu"), tuple(few_rows(job.rows, "cpu"))
-    exported = torch.export.export(graph, example, dynamic_shapes=shapes)
-    beside = job.file.with_name(f".{os.getpid()}.{job.file.name}")
-    inductor: Any = import_module("torch._inductor")
-    inductor.aoti_compile_and_package(exported, package_path=str(beside), inductor_configs=INDUCTOR)
-    os.replace(beside, job.file)
+    return torch.export.export(graph, example, dynamic_shapes=shapes)

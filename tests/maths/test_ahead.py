@@ -51,6 +51,17 @@ def file_of(each: RowKernel):
     return ahead._file(*each.ahead(*rows(2, "meta")), torch.get_num_threads())
 
 
+@pytest.mark.parametrize("each", [row_kernel(), row_kernel(differentiates=False), row_kernel(moves=True)])
+def test_what_the_compiler_is_given_is_the_plain_kernel(each, tmp_path):
+    owner, method, types = each.ahead(*rows(2, "meta"))
+    given = ahead.exported(ahead.Job(owner, method, types, 1, tmp_path / "file.pt2")).module()
+    for count in (5, 2):
+        _, tensors = each._traced(*rows(count))
+        expected = [tensor for tensor in each.plain(*rows(count)) if tensor is not None]
+        for mine, plain in zip(given(*tensors), expected, strict=True):
+            torch.testing.assert_close(mine, plain)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
