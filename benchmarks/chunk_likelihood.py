@@ -32,7 +32,9 @@ class ChunkTrainer(SFTTrainer):
         own: Any = self.processing_class
         self._retokeniser = Retokeniser(own, tokenizer)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The mean over the chunks of the batch."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         found = []

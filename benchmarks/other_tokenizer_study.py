@@ -280,9 +280,10 @@ def report(results: Record) -> str:
         f"SmolLM2-135M-Instruct teaches itself less layers {DROPPED_LAYERS} with the first {VOCABULARY:,} of its "
         f"49,152 tokens, in float32: LoRA of rank 16 on every linear layer, {results['steps']} steps of {BATCH_SIZE} "
         f"questions with their answers, {len(results['seeds'])} training seeds, learning rate {LEARNING_RATE}. "
-        "The student of the ceiling has the same layers and the teacher's tokenizer; it and ours learn by KL(p‖q). The "
-        "chunk likelihood is the KL of what lies between two shared boundaries, against everything else "
-        "(`benchmarks/chunk_likelihood.py`). GOLD is TRL's GOLDTrainer with `use_uld_loss`, hybrid with `uld_use_hybrid_loss`, else at its defaults, on the dataset's "
+        "The student of the ceiling has the same layers and the teacher's tokenizer; it and ours learn by KL(p‖q). "
+        "The chunk likelihood is the KL of what lies between two shared boundaries, against all else "
+        "(`benchmarks/chunk_likelihood.py`). GOLD is TRL's GOLDTrainer with `use_uld_loss`, hybrid with "
+        "`uld_use_hybrid_loss`, else at its defaults, on the dataset's "
         f"text. Scored are {untrained['other']['reference_bytes']:,} bytes of held-out answers, and one answer to "
         "each question, drawn with `top_p` 0.01. Behind a mean stands the deviation over the seeds; behind a "
         "difference from the cross-entropy alone the interval of 95 % over seeds and questions.",

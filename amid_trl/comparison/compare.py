@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -38,23 +40,45 @@ def compare(file: str | Path, output_dir: str | Path, report_only: bool = False)
     if missing := [package for package in ("scipy", "matplotlib") if find_spec(package) is None]:
         raise ImportError(f"compare needs {' and '.join(missing)}: pip install 'amid-trl[compare]'")
     comparison, output_dir = read_comparison(file), Path(output_dir)
-    folders = {run: output_dir / run.name / f"seed-{run.seed}" for run in comparison.seeded_runs}
+    seeded_runs = [*comparison.seeded_runs, comparison.untrained]
+    folders = {run: output_dir / run.name / f"seed-{run.seed}" for run in seeded_runs}
     _check_folders(comparison, folders)
     finished = [run for run, folder in folders.items() if read_result(comparison, folder) is not None]
     if not report_only:
         check_configs(comparison)
-        for number, (run, folder) in enumerate(folders.items(), start=1):
-            print(f"{number}/{len(folders)} {run.name}, seed {run.seed} ({folder / LOG}): ", end="", flush=True)
-            outcome = _run(comparison, folder, comparison.settings(*run))
-            again = " already" if run in finished and not outcome else ""
-            print(f"{outcome or 'done'}{again}", flush=True)
+        _run_all(comparison, folders, finished)
     _check_folders(comparison, folders)  # another command may have worked there meanwhile
     results = {
         run: result for run, folder in folders.items() if (result := read_result(comparison, folder)) is not None
     }
-    if not results:
+    if not results.keys() - {comparison.untrained}:
         raise ValueError(f"{output_dir} holds no finished run to report")
     return _write_report(output_dir, report(comparison, results))
+
+
+def _run_all(comparison: Comparison, folders: Mapping[SeededRun, Path], finished: Sequence[SeededRun]) -> None:
+    """Do what is missing, one run after another, and say how long each took and how long the others will."""
+    seconds = list[float]()
+    for number, (run, folder) in enumerate(folders.items(), start=1):
+        print(f"{number}/{len(folders)} {run.name}, seed {run.seed} ({folder / LOG}): ", end="", flush=True)
+        begin = time.monotonic()
+        if failure := _run(comparison, folder, comparison.settings(*run)):
+            print(failure, flush=True)
+        elif run in finished:
+            print("done already", flush=True)
+        else:
+            if run != comparison.untrained:
+                seconds.append(time.monotonic() - begin)
+            left = sum(other not in finished for other in list(folders)[number:])
+            to_go = f", about {_duration(fmean(seconds) * left)} to go" if seconds and left else ""
+            print(f"done in {_duration(time.monotonic() - begin)}{to_go}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _check_folders(comparison: Comparison, folders: Mapping[SeededRun, Path]) -> None:

@@ -79,6 +79,13 @@ def paired_interval(
     return Interval(float(by_seed.mean()), float(low), float(high))
 
 
+def seeds_error(seeds: int, confidence: float = 0.95) -> float:
+    """Half of the interval of a mean over so many seeds, in their sample deviations: Student's t by √seeds."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + confidence) / 2, seeds - 1) / np.sqrt(seeds))
+
+
 def _ratio(sums: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
     return sums.sum(axis) / weights.sum(axis)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from amid_trl.comparison.intervals import Interval, deviation, paired_interval
+from amid_trl.comparison.intervals import Interval, deviation, paired_interval, seeds_error
 from amid_trl.comparison.results import Result, Results
-from amid_trl.comparison.spec import Comparison, SeededRun
+from amid_trl.comparison.spec import UNTRAINED, Comparison, SeededRun
 from amid_trl.evaluation.metrics import METRICS, VERDICTS, direction, shown
 
 
@@ -24,7 +24,7 @@ SETTINGS_BEHIND = {
 
 
 def report(comparison: Comparison, results: Results) -> dict[str, Any]:
-    """Every run's figures, and their differences from the baseline's."""
+    """Every run's figures, the untrained student's if there are any, and their differences from the baseline's."""
     _check_data(comparison, results)
     runs: dict[str, Any] = {}
     for name in comparison.runs:
@@ -44,18 +44,25 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
             runs[name]["differences"] = {
                 metric: _difference(comparison, results, name, metric) for metric in comparison.metrics
             }
+    untrained = results.get(comparison.untrained)
+    metrics = {} if untrained is None else {name: untrained.metrics[name] for name in comparison.metrics}
     return {
         "budget": dict(comparison.budget),
         "seeds": list(comparison.seeds),
         "baseline": comparison.baseline,
         "runs": runs,
+        "before_training": {
+            "metrics": metrics,
+            "differences": {metric: _difference(comparison, results, UNTRAINED, metric) for metric in metrics},
+        },
         "missing": [[name, seed] for name, seed in comparison.seeded_runs if (name, seed) not in results],
     }
 
 
 def _check_data(comparison: Comparison, results: Results) -> None:
     """Refuse runs on other rows, or with another fact, than runs of the same settings had before."""
-    first, *others = finished = [run for run in comparison.seeded_runs if run in results]
+    seeded_runs = [*comparison.seeded_runs, comparison.untrained]
+    first, *others = finished = [run for run in seeded_runs if run in results]
     for run in others:
         if results[run].hashes != results[first].hashes:
             raise ValueError(
@@ -63,7 +70,7 @@ def _check_data(comparison: Comparison, results: Results) -> None:
             )
     known: dict[tuple[str, str], SeededRun] = {}
     for run in finished:
-        config = {**comparison.base, **comparison.runs[run.name]}
+        config = comparison.settings(*run)["config"]
         for fact, names in SETTINGS_BEHIND.items():
             if (ours := results[run].facts[fact]) is None:
                 continue
@@ -74,7 +81,9 @@ def _check_data(comparison: Comparison, results: Results) -> None:
 
 
 def _by_seed(comparison: Comparison, results: Results, name: str) -> dict[int, Result]:
-    """What a run came to with every seed that is finished."""
+    """What a run came to with every seed that is finished; the untrained student is the same with every seed."""
+    if name == UNTRAINED:
+        return dict.fromkeys(comparison.seeds, results[comparison.untrained])
     return {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
 
 
@@ -137,19 +146,25 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         f"| run | seeds | {titles} | {' | '.join(WORK)} |",
         "|---" * (2 + len(metrics) + len(WORK)) + "|",
     ]
+    if untrained := results.get("before_training", {}).get("metrics"):
+        cells = [shown(untrained[metric], digits=4) for metric in metrics]
+        lines.append(f"| before training | | {' | '.join(cells)} | 0 | 0 | 0 |")
     for name, run in runs.items():
         cells = [mean_text(run["metrics"][metric]) for metric in metrics]
         work = f"{run['work']['steps']:.0f} | {run['work']['tokens']:,.0f} | {shown(run['work']['minutes'], digits=2)}"
         lines.append(f"| `{name}` | {len(run['seeds'])} | {' | '.join(cells)} | {work} |")
     if baseline in runs and len(runs) > 1:
-        lines += ["", *_differences(runs, baseline, metrics)]
+        lines += ["", *_differences(results, metrics)]
     for name, seed in results["missing"]:
         lines += ["", f"**Missing**: `{name}`, seed {seed}."]
     return "\n".join([*lines, ""])
 
 
-def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> list[str]:
-    compared = {name: run["differences"] for name, run in runs.items() if name != baseline}
+def _differences(results: Mapping[str, Any], metrics: list[str]) -> list[str]:
+    runs, baseline = results["runs"], results["baseline"]
+    compared = {f"`{name}`": run["differences"] for name, run in runs.items() if name != baseline}
+    if untrained := results.get("before_training", {}).get("differences"):
+        compared = {"before training": untrained, **compared}
     cells = [each[metric] for each in compared.values() for metric in metrics]
     rows = {metric: each[metric]["rows"] for each in compared.values() for metric in metrics if each[metric]["rows"]}
     of_rows = ", ".join(f"{count} for `{metric}`" for metric, count in rows.items())
@@ -166,9 +181,25 @@ def _differences(runs: Mapping[str, Any], baseline: str, metrics: list[str]) -> 
         f"| run | {' | '.join(f'`{metric}`' for metric in metrics)} |",
         "|---" * (1 + len(metrics)) + "|",
         *(
-            f"| `{name}` | {' | '.join(_cell(differences[metric]) for metric in metrics)} |"
+            f"| {name} | {' | '.join(_cell(differences[metric]) for metric in metrics)} |"
             for name, differences in compared.items()
         ),
+        *_advice([each[metric]["verdict"] for each in compared.values() for metric in metrics], len(results["seeds"])),
+    ]
+
+
+def _advice(verdicts: list[str], seeds: int) -> list[str]:
+    """What would tell more apart, if something is not."""
+    unclear = sum(verdict in ("not distinguishable", "too few seeds") for verdict in verdicts)
+    if not unclear:
+        return []
+    numbers = [number for number in (seeds, seeds + 2, 2 * seeds + 4) if number > 1]
+    widths = [f"± {seeds_error(number):.1f} with {number}" for number in numbers]
+    return [
+        "",
+        f"{unclear} of {len(verdicts)} are not told apart. What training seeds add to an interval is, in deviations "
+        f"of their differences, {', '.join(widths)}: name more seeds in the file (finished runs stay), or "
+        "evaluate more rows.",
     ]
 
 

@@ -1,4 +1,7 @@
-"""One run of `amid-trl compare`: train until the budget is spent, score every evaluated row, write result.json."""
+"""One run of `amid-trl compare`: train until the budget is spent, score every evaluated row, write result.json.
+
+A budget of 0 steps is the student as it comes.
+"""
 
 import json
 import time
@@ -166,7 +169,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         trainer.add_callback(budget)
         if "evaluated_after" in settings:
             trainer.add_callback(Milestones(settings["evaluated_after"], folder / ON_WAY))
-        _train(trainer, folder, budget)
+        if amount:
+            _train(trainer, folder, budget)
         if not budget.is_spent(trainer.state):
             raise ValueError(
                 f"the run ended after {budget.spent(trainer.state):g} of {amount:g} {unit}: raise max_steps, or give "

@@ -37,6 +37,10 @@ ON_WAY = "evaluations.jsonl"  # of a run that is evaluated before its end, a lin
 BUDGETS = ("steps", "tokens", "minutes")
 
 
+# The folder of the student that nothing has been learnt by, to compare with.
+UNTRAINED = "before-training"
+
+
 # The comparison gives each run its own.
 OWN = ("output_dir", "seed", "resume_from_checkpoint", "push_to_hub")
 
@@ -97,6 +101,11 @@ class Comparison:
         return [SeededRun(name, seed) for seed in self.seeds for name in self.runs]
 
     @property
+    def untrained(self) -> SeededRun:
+        """The first run's student, evaluated as the runs are and not trained."""
+        return SeededRun(UNTRAINED, self.seeds[0])
+
+    @property
     def evaluate_flags(self) -> list[str]:
         """`evaluate` as a command line."""
         flags = []
@@ -112,10 +121,12 @@ class Comparison:
 
     def settings(self, name: str, seed: int) -> dict[str, Any]:
         """All that the result of a run depends on."""
-        config = {**self.base, **self.runs[name], "seed": seed}
+        run = next(iter(self.runs)) if name == UNTRAINED else name
+        config = {**self.base, **self.runs[run], "seed": seed}
         if "steps" in self.budget:
             config["max_steps"] = self.budget["steps"]
-        return {"config": config, "budget": dict(self.budget), "evaluates": self.evaluates}
+        budget = {"steps": 0} if name == UNTRAINED else dict(self.budget)
+        return {"config": config, "budget": budget, "evaluates": self.evaluates}
 
 
 def read_comparison(file: str | Path) -> Comparison:
@@ -154,6 +165,8 @@ def _check(comparison: Comparison) -> None:
             raise ValueError(f"runs: a name has letters, digits and any of + = - _, and . but first; got {name!r}")
         if not isinstance(overrides, dict):
             raise ValueError(f"runs.{name} must be a mapping of settings; got {overrides!r}")
+    if UNTRAINED in comparison.runs:
+        raise ValueError(f"runs: {UNTRAINED} is the student that is not trained; choose another name")
     _check_budget(comparison)
     if comparison.baseline not in comparison.runs:
         raise ValueError(f"baseline {comparison.baseline!r} is not among the runs {', '.join(comparison.runs)}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from amid_trl.evaluation.metrics import METRICS, direction
 from amid_trl.outputs import differences, write_whole
 
 
@@ -13,6 +14,15 @@ SETTINGS, COMPLETIONS, RESULTS, TABLE = "settings.json", "completions.jsonl", "r
 
 
 HASHES = ("weights", "teacher_weights", "set_rows", "row_tokens", "task_files")
+
+
+# What else is in the table, in words.
+ALSO = {
+    "rougeL_std": "its deviation over the seeds",
+    "reference_tokens": "that were scored",
+    "reference_bytes": "that they write",
+    "cut_prompts": "that were too long",
+}
 
 
 NAMES = ("model", "teacher")  # the same weights under another path are the same
@@ -77,15 +87,23 @@ def results_table(results: Record) -> str:
     lines = [
         f"# {settings['model']}{of_set}",
         "",
-        " | ".join(["| metric", "value", *(f"seed {seed}" for seed in per_seed)]) + " |",
-        "|---" * (2 + len(per_seed)) + "|",
+        " | ".join(["| metric", "what it is", "value", *(f"seed {seed}" for seed in per_seed)]) + " |",
+        "|---" * (3 + len(per_seed)) + "|",
     ]
     for name, value in results["metrics"].items():
         of_seeds = [f"{of_seed[name]:.4g}" if name in of_seed else "" for of_seed in per_seed.values()]
         shown = str(value) if isinstance(value, int) else f"{value:.4g}"
-        lines.append(" | ".join([f"| {name}", shown, *of_seeds]) + " |")
-    settings_line = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in HASHES)
+        lines.append(" | ".join([f"| {name}", _in_words(name), shown, *of_seeds]) + " |")
+    given = {name: value for name, value in settings.items() if name not in HASHES and value not in (None, [], ())}
+    settings_line = ", ".join(f"{name} {value}" for name, value in given.items())
     return "\n".join([*lines, "", f"{results['date']}; {settings_line}", ""])
+
+
+def _in_words(metric: str) -> str:
+    """Its title, with the unit, and which way it is better; nothing of a task's own."""
+    if metric not in METRICS:
+        return ALSO.get(metric, "")
+    return METRICS[metric].title + (f" ({direction(metric)})" if METRICS[metric].better else "")
 
 
 def _without_names(settings: Record) -> Record:

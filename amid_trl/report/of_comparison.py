@@ -22,14 +22,16 @@ def comparison_section(found: Found, prompts: int) -> PageSection:
     compared = {name: run for name, run in runs.items() if name != baseline and baseline in runs}
     [(unit, amount)] = results["budget"].items()
     missing = ", ".join(f"{name}, seed {seed}" for name, seed in results["missing"])
-    pictures, tables = [], [_means(runs, metrics)]
+    untrained = results.get("before_training") or {"metrics": {}}
+    pictures, tables = [], [_means(runs, metrics, untrained["metrics"])]
     if compared:
         alt = (
             f"Difference of {', '.join(compared)} from {baseline} in {', '.join(metrics)}, with 95 % intervals. The "
             "table of differences has the numbers."
         )
         pictures.append(drawn(intervals(results), alt, f"Differences from {baseline}, with 95 % intervals."))
-        tables.append(_differences(compared, baseline, metrics))
+        before = {"before training": untrained} if untrained["metrics"] else {}
+        tables.append(_differences({**before, **compared}, baseline, metrics))
     histories = {name: of_run.content["log_history"] for name, of_run in _of_first_seeds(found, RUN).items()}
     if (figure := curves(histories)) is not None:
         alt = f"Curves of {', '.join(histories)} by optimizer step."
@@ -62,8 +64,11 @@ def _check(found: Found) -> None:
             raise ValueError(f"{found.file} has the metric {unknown[0]!r}; there are {', '.join(METRICS)}")
 
 
-def _means(runs: Mapping[str, Any], metrics: list[str]) -> Table:
+def _means(runs: Mapping[str, Any], metrics: list[str], untrained: Mapping[str, float]) -> Table:
     rows = []
+    if untrained:
+        values = [Number(shown(untrained[metric], digits=4), untrained[metric]) for metric in metrics]
+        rows.append(("before training", [number(1), *values, *(number(0, shown) for _ in WORK)]))
     for name, run in runs.items():
         means = [Number(mean_text(run["metrics"][metric]), run["metrics"][metric]["mean"]) for metric in metrics]
         work = [number(run["work"][unit], shown) for unit in WORK]

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from amid_trl import cli
 from amid_trl.comparison.compare import compare
@@ -103,12 +105,18 @@ def test_the_report_is_that_of_the_runs(compared):
             assert summary["values"] == each
             assert summary["deviation"] == pytest.approx(np.std(each, ddof=1))
         assert results["runs"][name]["work"]["steps"] == 2
+    difference_names = list(results["runs"]["amid"]["differences"])
     difference = results["runs"]["amid"]["differences"]["eval_kl"]
     expected = [ours["eval_kl"] - theirs["eval_kl"] for ours, theirs in zip(values["amid"], values["kd"], strict=True)]
     assert difference["values"] == pytest.approx(expected)
     assert difference["rows"] == 6
     assert difference["interval"][0] < np.mean(expected) < difference["interval"][1]
     assert "differences" not in results["runs"]["kd"]
+    untrained = json.loads((out / "before-training" / "seed-0" / "result.json").read_text())
+    assert results["before_training"]["metrics"] == {name: untrained["metrics"][name] for name in difference_names}
+    of_untrained = results["before_training"]["differences"]["eval_kl"]
+    expected = [untrained["metrics"]["eval_kl"] - of_seed["eval_kl"] for of_seed in values["kd"]]
+    assert of_untrained["values"] == pytest.approx(expected) and of_untrained["verdict"] == "worse"
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -120,6 +128,17 @@ def test_runs_of_one_seed_see_the_same_rows_and_another_seed_others(compared):
         for seed in (0, 1)
     }
     assert work["kd", 0] == work["amid", 0] != work["kd", 1] == work["amid", 1]
+
+
+def test_the_student_before_training_is_the_one_that_was_given(compared, tiny_dir):
+    folder = compared[1] / "before-training" / "seed-0"
+    result, given, kept = json.loads((folder / "result.json").read_text()), *map(_weights, (tiny_dir, folder))
+    assert result["work"] == {"steps": 0, "tokens": 0, "minutes": 0.0}
+    assert all(torch.equal(given[name], kept[name]) for name in given)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
 def test_the_report_alone_comes_to_the_same(own_copy, compared):
@@ -143,7 +162,15 @@ def test_the_report_alone_says_what_is_missing(own_copy, capsys):
 def test_a_finished_comparison_trains_nothing(own_copy, capsys):
     file, out = own_copy
     assert compare(file, out)["missing"] == []
-    assert capsys.readouterr().out.count("): done already\n") == 4
+    assert capsys.readouterr().out.count("): done already\n") == 5
+
+
+def test_what_has_no_untrained_student_is_reported_without(own_copy):
+    file, out = own_copy
+    shutil.rmtree(out / "before-training")
+    results = compare(file, out, report_only=True)
+    assert results["missing"] == [] and results["before_training"] == {"metrics": {}, "differences": {}}
+    assert "before training" not in (out / "comparison.md").read_text()
 
 
 @pytest.mark.slow

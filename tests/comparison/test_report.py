@@ -1,5 +1,6 @@
 """What is said of results that are known: who is better, by how much, and when nobody is."""
 
+import dataclasses
 import math
 
 import pytest
@@ -60,6 +61,41 @@ def test_seeds_that_disagree_are_not_distinguishable():
     low, high = found["runs"]["other"]["differences"]["eval_kl"]["interval"]
     assert low < 0 < high
     assert "| `other` | not distinguishable: +0.0333 (-" in comparison_table(found)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "widths"),
+    [  # t(0.975, n - 1) / √n with 12.706, 4.303, 3.182, 2.776, 2.365, 2.262 from a table
+        ((0,), "± 2.5 with 3, ± 1.0 with 6"),
+        ((0, 1), "± 9.0 with 2, ± 1.6 with 4, ± 0.8 with 8"),
+        (SEEDS, "± 2.5 with 3, ± 1.2 with 5, ± 0.7 with 10"),
+    ],
+)
+def test_what_is_not_told_apart_is_counted_with_what_more_seeds_would_do(seeds, widths):
+    some = {run: each for run, each in results(kd=1.0, same=1.0, low=0.8).items() if run.seed in seeds}
+    asked = dataclasses.replace(comparison("kd", "same", "low"), seeds=seeds)
+    lines = comparison_table(report(asked, some)).splitlines()
+    unclear = 2 if len(seeds) == 1 else 1
+    [advice] = [line for line in lines if " told apart" in line]
+    assert advice.startswith(f"{unclear} of 2 are not told apart.") and f", {widths}: name" in advice
+
+
+def test_nothing_is_advised_where_all_is_told_apart():
+    assert "told apart" not in comparison_table(report(comparison("kd", "low"), results(kd=1.0, low=0.8)))
+
+
+def test_the_student_before_training_is_compared_too():
+    asked, some = comparison("kd", "low"), results(kd=1.0, low=0.8)
+    some[asked.untrained] = result(2.0, 0)
+    lines = comparison_table(report(asked, some)).splitlines()
+    assert lines.index("| before training | | 2.000 | 0 | 0 | 0 |") < lines.index(
+        "| `kd` | 3 | 1.010 ± 0.010 | 10 | 12,345 | 1.5 |"
+    )
+    [compared] = [line for line in lines if line.startswith("| before training | **")]
+    assert compared.startswith("| before training | **worse** by 0.990 (0.9")
+    some[asked.untrained] = result(2.0, 0, hashes=("other rows", None))
+    with pytest.raises(ValueError, match=r"before-training .* were evaluated on different rows"):
+        report(asked, some)
 
 
 def test_runs_are_paired_by_seed():

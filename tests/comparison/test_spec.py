@@ -69,6 +69,7 @@ def test_a_run_is_the_base_with_what_it_changes_the_seed_and_the_budget(tmp_path
         ({"runs": {"kd": ["objective"]}}, "runs.kd must be a mapping"),
         ({"runs": {"kd": []}}, "runs.kd must be a mapping"),
         ({"runs": {}}, "runs must be given"),
+        ({"runs": {"before-training": {}}}, "before-training is the student that is not trained"),
         ({"metrics": ["eval_kl", "eval_loss"]}, "unknown 'eval_loss'; there are eval_kl, "),
         ({"metrics": [["eval_kl"]]}, r"unknown \['eval_kl'\]; there are eval_kl, "),
         ({"metrics": ["rougeL"]}, "rougeL is measured by amid-trl evaluate; give its options"),

@@ -66,8 +66,9 @@ def test_the_results_say_what_they_are_of(evaluated, models, rows_file):
     assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert len(results["completions"]) == 2 * len(ROWS)
     table = (folder / "results.md").read_text()
-    assert "| metric | value | seed 10 | seed 20 |" in table
-    assert f"| rougeL | {results['metrics']['rougeL']:.4g} | {results['per_seed']['10']['rougeL']:.4g} |" in table
+    assert "| metric | what it is | value | seed 10 | seed 20 |" in table
+    rouge = f"{results['metrics']['rougeL']:.4g} | {results['per_seed']['10']['rougeL']:.4g} |"
+    assert f"| rougeL | ROUGE-L, percent (more is better) | {rouge}" in table
 
 
 def test_a_finished_folder_is_not_measured_again(evaluated, models, rows_file, caplog):
@@ -104,7 +105,15 @@ def test_whole_numbers_are_printed_whole():
     metrics = {"reference_tokens": 123456, "rougeL": 12.3456}
     settings = {"model": "student", "evaluation_set": None}
     lines = results_table({"settings": settings, "metrics": metrics, "per_seed": {}, "date": ""}).splitlines()
-    assert "| reference_tokens | 123456 |" in lines and "| rougeL | 12.35 |" in lines
+    assert "| reference_tokens | that were scored | 123456 |" in lines
+    assert "| rougeL | ROUGE-L, percent (more is better) | 12.35 |" in lines
+
+
+def test_what_was_not_asked_for_is_not_in_the_table():
+    settings = {"model": "student", "evaluation_set": "rows.jsonl", "limit": None, "lm_eval": (), "temperature": 1.0}
+    table = results_table({"settings": settings, "metrics": {"task/acc": 0.5}, "per_seed": {}, "date": "today"})
+    assert table.splitlines()[-1] == "today; model student, evaluation_set rows.jsonl, temperature 1.0"
+    assert "| task/acc |  | 0.5 |" in table
 
 
 # ---- A folder of something else ----

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from compared import comparison, results
+from compared import comparison, result, results
 from evaluating import SHORT
 from sweeping import CONTENT, written
 from tiny import messages_dataset, tiny_llama, tiny_tokenizer
@@ -48,7 +48,8 @@ def evaluated_teacher(tmp_path_factory, models, rows_file) -> Path:
 def comparison_folder(tmp_path_factory, run_folder, evaluated) -> Path:
     """A comparison whose run `low` has kept its logs and its evaluation."""
     folder = tmp_path_factory.mktemp("compared") / "study"
-    found = report(comparison("kd", "low", "high"), results(kd=1.0, low=0.8, high=1.2))
+    asked, some = comparison("kd", "low", "high"), results(kd=1.0, low=0.8, high=1.2)
+    found = report(asked, {**some, asked.untrained: result(2.0, 0)})
     first = folder / "low" / "seed-0"
     (first / "evaluation").mkdir(parents=True)
     (folder / "comparison.json").write_text(json.dumps(found))

@@ -127,12 +127,15 @@ def test_figures_of_the_evaluations_are_those_of_the_results(tables, evaluations
 
 
 def test_figures_of_the_comparison_are_those_of_its_json(tables, comparison_folder):
-    runs = json.loads((comparison_folder / "comparison.json").read_text())["runs"]
+    found = json.loads((comparison_folder / "comparison.json").read_text())
+    runs, before = found["runs"], found["before_training"]
     means = tables["Mean ± sample standard deviation over training seeds"]
     for name, run in runs.items():
         assert means[name] == [3, run["metrics"]["eval_kl"]["mean"], *(run["work"][unit] for unit in WORK)]
+    assert means["before training"] == [1, before["metrics"]["eval_kl"], 0, 0, 0]
     [differences] = [rows for caption, rows in tables.items() if caption.startswith("Against kd")]
-    assert differences == {name: [runs[name]["differences"]["eval_kl"]["mean"]] for name in ("low", "high")}
+    compared = {"before training": before, "low": runs["low"], "high": runs["high"]}
+    assert differences == {name: [each["differences"]["eval_kl"]["mean"]] for name, each in compared.items()}
 
 
 def test_figures_of_the_landscape_are_those_of_its_json(opened, tables, landscape_folder):
@@ -220,7 +223,9 @@ def test_a_screen_reader_finds_parts_pictures_and_tables(opened):
         "run",
         "eval_kl",
     ]
-    assert page.get_by_role("table", name="Against kd").get_by_role("rowheader").all_text_contents() == ["low", "high"]
+    assert page.get_by_role("table", name="Against kd").get_by_role("rowheader").all_text_contents() == [
+        *("before training", "low", "high"),
+    ]
 
 
 FOCUSED = """() => {
