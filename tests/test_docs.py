@@ -36,6 +36,9 @@ def in_place_of(tmp_path, student, teacher, models, rows_file, measured, tokeniz
     (tmp_path / "landscape.json").write_text(json.dumps(measured))
     history = [{"step": step, "loss": 1.0 / step, "kl": 2.0 / step, "grad_norm": 1.0} for step in (1, 2, 3)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    swept = {"number": 0, "params": {"assistant_alpha": 0.5}, "state": "complete", "value": 1.0, "intermediate": {}}
+    of_sweep = {"metric": "eval_kl", "budget": {"steps": 2}, "space": {"assistant_alpha": {"low": -5, "high": 1}}}
+    (tmp_path / "sweep.json").write_text(json.dumps({**of_sweep, "trials": [swept], "best": swept}))
     return {
         "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
@@ -56,6 +59,7 @@ def in_place_of(tmp_path, student, teacher, models, rows_file, measured, tokeniz
             {
                 "runs/student/": f"{tmp_path}/",
                 "runs/landscape/": f"{tmp_path}/",
+                "runs/sweep/": f"{tmp_path}/",
                 "runs/compare/": f"{DOCS.parent}/examples/study/results/",
                 '(f"{name}.svg")': f'(f"{tmp_path}/{{name}}.svg")',
             },
