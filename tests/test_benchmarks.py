@@ -99,6 +99,8 @@ def test_what_is_measured_on_a_gpu_runs_on_a_cpu_too(tmp_path):
     assert {"products", "gkd", "kd", "amid", "trl_chunked"} <= methods
     assert all(record["seconds"] > 0 and record["added_mb"] >= 0 for record in results["losses"])
     assert [record["way"] for record in results["padding"]] == ["padded", "padding_free"]
+    assert [record["trainer"] for record in results["steps"]] == ["DistillationTrainer", "AMiDTrainer"]
+    assert min(record["seconds"] for record in results["steps"]) > 0 < min(results["writing"].values())
     assert all(f"| {each['case']} |" in text for each in results["moving"])
 
 
