@@ -76,6 +76,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/first_minute.py
 	$(BIN)/python benchmarks/trainer_step.py
 	$(BIN)/python benchmarks/padding_free.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/engine_memory.py
 	$(BIN)/python benchmarks/landscape_cost.py
 

@@ -187,7 +187,8 @@ def test_the_notebook_is_stored_with_what_a_run_has_shown(request):
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     shown = outputs(code)
-    for expected in ("stopped in step", "KL(p‖q)", "Top-1 agreement", "student after", "nats a token before"):
+    of_training = ("stopped in step", "Top-1 agreement", "student after", "nats a token before")
+    for expected in ("has the gradient with the largest", *of_training, "run: report.html", "<iframe"):
         assert expected in shown, expected
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
     assert "/home/" not in shown and "site-packages" not in shown  # neither paths nor warnings of somebody's machine
@@ -208,3 +209,6 @@ def test_the_notebook_runs(request, tmp_path, monkeypatch):
     before, after = map(float, re.search(r"([\d.]+) nats a token before, ([\d.]+) after", shown).groups())
     assert after < before
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 24
+    assert "has the gradient with the largest" in shown
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Landscape run" in page and "Training" in page
