@@ -42,7 +42,7 @@ from amid_trl.data.batches import ROW_COLUMNS, TEACHER_COLUMNS, DistillationColl
 from amid_trl.data.conversations import conversation_row
 from amid_trl.data.packing import unpacked_dataset
 from amid_trl.data.rendering import training_template
-from amid_trl.data.reports import StreamReport, noted, said_of
+from amid_trl.data.reports import StreamReport, noted, refuse, said_of
 from amid_trl.data.row_teachers import TEACHER, teacher_of
 from amid_trl.data.rows import BAD, DROPPED, NO_ANSWER, BadRow, DataSettings, Row, fit, text_row, tokens_row
 from amid_trl.data.teacher_prompts import has_teacher_prompts, with_teachers_row
@@ -92,8 +92,8 @@ def prepare_dataset(
     `with_transform()` is read through it, once.
 
     Raises:
-        ValueError: unknown columns, images, no rows, no prompts although text is generated, no usable row, or a row of
-            a teacher that there is not.
+        ValueError: unknown columns, images, no rows, no prompts although text is generated, no usable row, a row of a
+            teacher that there is not, or one whose teacher_prompt leaves no room for the completion.
     """
     plain = dataset if _is_transformed(dataset) else dataset.with_format(None)
     first = next(iter(plain), None)
@@ -146,6 +146,7 @@ def _prepare_rows(
     ).with_format(None)
     notes: Any = rows.select_columns(list(NOTED)).to_dict()
     found = noted(dict(zip(notes, row, strict=True)) for row in zip(*notes.values(), strict=True))
+    refuse(name, settings, found, len(rows))
     said = said_of(name, settings, found, len(rows))
     kept = [index for index, of_row in enumerate(notes["notes"]) if DROPPED.isdisjoint(of_row)]
     if not kept:

@@ -21,9 +21,11 @@ from amid_trl.data.rows import (
     NOT_SHOWN,
     OTHER_CONTEXT,
     OTHER_END,
+    REFUSED,
     REWRITTEN,
     SAYS_NOTHING,
     TEXT_LEFT_OUT,
+    TEXT_TEACHER_PROMPT,
     THOUGHT_LEFT_OUT,
     TOOLS_IGNORED,
     DataSettings,
@@ -44,8 +46,10 @@ REPORTS = {
     NO_ROOM: "{rows} dropped: prompt leaves no room for the completion within max_length={settings.max_length}",
     NO_PROMPT: "{rows} dropped: no prompt to generate from",
     LONG_PROMPT: "{rows} dropped: prompt longer than {settings.prompt_budget} tokens ({settings.budget_is})",
-    LONG_TEACHER_PROMPT: "{rows} dropped: the teacher's prompt leaves no room for the completion in the models' "
-    "{settings.positions} positions",
+    LONG_TEACHER_PROMPT: "{rows} with a teacher_prompt that leaves no room for the completion in the models' "
+    "{settings.positions} positions: shorten it, or filter these rows",
+    TEXT_TEACHER_PROMPT: "{rows} with a teacher_prompt of text beside a chat: the teacher reads it as it is, without "
+    "the chat template; messages are rendered",
     REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow: a row for each "
     "answer trains them all, and so do {{% generation %}} markers in the template where the turn itself stays",
     NOT_SHOWN: UNTRAINED_TURN + "the chat template renders its context differently once it is answered, and does not "
@@ -117,6 +121,12 @@ def said_of(name: str, settings: DataSettings, found: Mapping[str, Noted], rows:
     return f"{name} dataset: {'; '.join(clauses)}" if clauses else ""
 
 
+def refuse(name: str, settings: DataSettings, found: Mapping[str, Noted], rows: int | None = None) -> None:
+    """A ValueError if rows have a note that is one."""
+    if refused := {note: of_note for note, of_note in found.items() if note in REFUSED}:
+        raise ValueError(said_of(name, settings, refused, rows))
+
+
 @dataclass
 class StreamReport:
     """Says of each kind of case in a stream the first, and which rows are kept."""
@@ -131,6 +141,7 @@ class StreamReport:
         for note in set(row["notes"]) - self.seen.keys():
             new[note] = self.seen[note] = Noted()
             new[note].add(row["number"], note, row)
+        refuse(self.name, self.settings, new)
         if new:
             logger.warning("%s (later cases are not reported)", said_of(self.name, self.settings, new))
         return DROPPED.isdisjoint(row["notes"])

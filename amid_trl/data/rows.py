@@ -23,6 +23,7 @@ NO_ROOM = "no room"
 NO_PROMPT = "no prompt"
 LONG_PROMPT = "long prompt"
 LONG_TEACHER_PROMPT = "long teacher prompt"
+TEXT_TEACHER_PROMPT = "text teacher prompt"
 REWRITTEN = "rewritten"
 NOT_SHOWN = "not shown"
 NO_CONTEXT = "no context"
@@ -36,7 +37,9 @@ OTHER_CONTEXT = "other context"
 TOOLS_IGNORED = "tools ignored"
 MESSAGE_LEFT_OUT = "message left out"
 
-DROPPED = {BAD, NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT, LONG_TEACHER_PROMPT}
+DROPPED = {BAD, NO_ANSWER, NO_ROOM, NO_PROMPT, LONG_PROMPT}
+# An error, and not a row less: the row would have been one without what the teacher was to see.
+REFUSED = {LONG_TEACHER_PROMPT}
 
 
 class BadRow(ValueError):

@@ -13,6 +13,7 @@ from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import (
     LONG_TEACHER_PROMPT,
     NO_ANSWER,
+    TEXT_TEACHER_PROMPT,
     BadRow,
     DataSettings,
     Row,
@@ -50,6 +51,8 @@ def with_teachers_row(
     written = len(made["teacher_prompt_ids"]) + settings.teacher_room if settings.generates else 0
     longest = max(len(made["teacher_input_ids"]), written)
     notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(made["labels"]) else []
+    if isinstance(example.get(COLUMN), str) and _is_chat(example) and example.get(IDS) is None:
+        notes.append(TEXT_TEACHER_PROMPT)
     too_long = settings.teacher_tokenizer is None and settings.positions is not None and longest > settings.positions
     return made, [*notes, LONG_TEACHER_PROMPT] if too_long else notes
 
@@ -60,9 +63,9 @@ def _teacher_prompt_ids(
     given = example.get(COLUMN)
     if example.get(IDS) is not None:
         return list(example[IDS])
-    is_chat = {"messages", "conversations"} & example.keys() or isinstance(example.get("prompt"), list)
+    is_chat = _is_chat(example)
     if settings.teacher_tokenizer is not None:
-        tokenizer, given = settings.teacher_tokenizer, _read_by_other(example, given, is_chat=bool(is_chat))
+        tokenizer, given = settings.teacher_tokenizer, _read_by_other(example, given, is_chat=is_chat)
     if isinstance(given, str):
         return prompt_tokens(given, tokenizer, end_tokens(tokenizer, settings))
     renders = settings.teacher_chat_template_kwargs or settings.teacher_tokenizer is not None
@@ -72,6 +75,10 @@ def _teacher_prompt_ids(
     options = {**template_options(example, settings), **settings.teacher_chat_template_kwargs}
     text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_chat(example: dict[str, Any]) -> bool:
+    return not {"messages", "conversations"}.isdisjoint(example) or isinstance(example.get("prompt"), list)
 
 
 def _read_by_other(example: dict[str, Any], given: Any, *, is_chat: bool) -> Any:

@@ -75,10 +75,13 @@ class AverageTeacher(TrainerCallback):
             for name, weight in self._trained():
                 weight.data = own[name]
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """θ̄ = θ, whether or not a row asks it before the first step."""
+        self._begin()
+
     @torch.no_grad()
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Follow the student."""
-        self._begin()
         for name, weight in self._trained():
             self._averages[name].lerp_(weight.detach().float(), 1 - self._decay)
 

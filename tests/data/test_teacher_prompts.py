@@ -111,14 +111,30 @@ def test_the_end_of_a_long_completion_is_cut_for_both(tokenizer):
     assert behind(cut) == behind(cut, "teacher_") == behind(whole)[:3]
 
 
-def test_a_teachers_prompt_that_leaves_no_room_is_dropped_and_named(tokenizer, caplog):
+def test_a_teachers_prompt_that_leaves_no_room_is_refused_by_its_row(tokenizer):
     rows = [chat("Where?", "Here."), chat("Who?", "I.", hint=40 * HINT)]
-    assert len(prepared(rows, tokenizer, positions=64)) == 1
-    assert "1 of 2 rows dropped: the teacher's prompt leaves no room" in caplog.text and "64 positions" in caplog.text
-    with pytest.raises(ValueError, match=r"no row can be used.*the teacher's prompt leaves no room"):
-        prepared(rows[1:], tokenizer, positions=64)
-    with pytest.raises(ValueError, match="the teacher's prompt leaves no room"):
+    said = r"1 of 2 rows with a teacher_prompt that leaves no room .* 64 positions: shorten it, .* \(row 1\)"
+    with pytest.raises(ValueError, match=f"train dataset: {said}"):
+        prepared(rows, tokenizer, positions=64)
+    with pytest.raises(ValueError, match="leaves no room"):
         prepared(rows[:1], tokenizer, positions=64, generates=True, teacher_room=60)
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    read = iter(prepare_dataset(stream, tokenizer, DataSettings(positions=64), name="train"))
+    assert next(read)["teacher_prompt_ids"]
+    with pytest.raises(
+        ValueError, match=r"train dataset: a row with a teacher_prompt that leaves no room .* \(row 1\)"
+    ):
+        next(read)
+
+
+def test_text_for_the_teacher_beside_a_chat_is_read_as_it_is_and_said(tokenizer, caplog):
+    rows = [{**chat("Where?", "Here."), "teacher_prompt": "Say where: "}]
+    [row] = prepared(rows, tokenizer)
+    assert tokenizer.decode(row["teacher_prompt_ids"]) == "Say where: "
+    assert "1 of 1 rows with a teacher_prompt of text beside a chat" in caplog.text
+    caplog.clear()
+    prepared([{"prompt": "Where?", "completion": " Here.", "teacher_prompt": "Say where? Where?"}], tokenizer)
+    assert not caplog.text
 
 
 def test_what_is_prepared_stays_as_it_is(tokenizer):

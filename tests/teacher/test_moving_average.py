@@ -95,6 +95,25 @@ def test_a_frozen_average_is_a_copy_of_the_student(build, tmp_path, tokenizer):
         assert logged(one, name) == pytest.approx(logged(two, name), rel=1e-6, abs=1e-9), name
 
 
+def test_it_begins_with_the_student_before_a_row_has_asked_it(several, pair, tokenizer):
+    """The first step has rows of the other teacher alone."""
+    student = tiny_llama(tokenizer)
+    first = weights(student)
+    rows = messages_dataset(8).add_column("teacher", ["chat"] * 2 + ["math"] * 6)
+    trainer = several(
+        model=student,
+        train_dataset=rows,
+        teacher_model={"chat": pair["chat"]},
+        teachers={"math": {"teacher_ema": 1.0}, "chat": {}},
+        train_sampling_strategy="sequential",
+        learning_rate=0.5,
+    )
+    trainer.train()
+    averages = trainer._parts.teachers.by_name["math"]._averages
+    assert all(torch.equal(average, first[name]) for name, average in averages.items())
+    assert any(not torch.equal(weight, first[name]) for name, weight in weights(trainer.model).items())
+
+
 def test_a_student_in_half_precision_has_an_average_that_moves(build, tokenizer):
     """A thousandth of a step is below bfloat16's rounding of most weights."""
     student = tiny_llama(tokenizer, seed=0).to(torch.bfloat16)
@@ -114,12 +133,14 @@ def test_the_average_has_no_dropout(build, tokenizer):
     assert torch.equal(*(trainer.teacher(batch).hidden for _ in range(2))) and trainer.model.training
 
 
-def test_a_resumed_run_has_the_average_that_it_had(build):
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_has_the_average_that_it_had(build, lora):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
     settings = {"teacher_ema": 0.6, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.0}
+    settings["lora"] = lora
     whole = build(folder="whole", **settings)
     whole.train()
     build(folder="broken", callback=Stop(), **settings).train()
