@@ -27,6 +27,17 @@ def test_what_is_saved_is_the_student_that_was_trained(two, case, tmp_path):
     engines.assert_saved_is_what_was_trained(two, case, tmp_path)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_run_with_the_students_average_goes_on_like_the_uninterrupted_one(engine, models, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    two = engines.launch(models, tmp_path, engine, engines.RESUMED_AVERAGES)
+    for of in ("", " of lora"):
+        engines.assert_resumed_like_uninterrupted(two, f"whole, average{of}", f"resumed, average{of}")
+        log = two.ranks[f"whole, average{of}"][0]["log"]
+        assert [entry["kl"] for entry in log if "kl" in entry][-1] > 1e-6, "the average is another model by then"
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_a_run_with_two_teachers_goes_on_like_the_uninterrupted_one(engine, models, tmp_path):
     if engine.startswith("zero"):

@@ -179,6 +179,15 @@ RESUMED_TEACHERS = {
     "whole, teachers": {**SAVING, **TEACHERS},
     "resumed, teachers": {**SAVING, **TEACHERS, "resumes": "whole, teachers"},
 }
+# The teacher is a state.
+RESUMED_AVERAGES = {
+    f"{run}, average{of}": {
+        **{**SAVING, **AVERAGED["moving average"], **settings},
+        **({} if run == "whole" else {"resumes": f"whole, average{of}"}),
+    }
+    for of, settings in {"": {}, " of lora": {"lora": {}}}.items()
+    for run in ("whole", "resumed")
+}
 # The pair has changed places because the student stops too early to answer anything right, and the steps are so long
 # that it soon forgets what it got right.
 ANSWERING = {
