@@ -9,7 +9,7 @@ import numpy as np
 
 from amid_trl.comparison.intervals import Interval, deviation, paired_interval, seeds_error
 from amid_trl.comparison.results import Result, Results
-from amid_trl.comparison.spec import UNTRAINED, Comparison, SeededRun
+from amid_trl.comparison.spec import BEFORE_TRAINING, Comparison, SeededRun
 from amid_trl.evaluation.metrics import METRICS, VERDICTS, direction, shown
 
 
@@ -53,7 +53,7 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
         "runs": runs,
         "before_training": {
             "metrics": metrics,
-            "differences": {metric: _difference(comparison, results, UNTRAINED, metric) for metric in metrics},
+            "differences": {metric: _difference(comparison, results, BEFORE_TRAINING, metric) for metric in metrics},
         },
         "missing": [[name, seed] for name, seed in comparison.seeded_runs if (name, seed) not in results],
     }
@@ -82,7 +82,7 @@ def _check_data(comparison: Comparison, results: Results) -> None:
 
 def _by_seed(comparison: Comparison, results: Results, name: str) -> dict[int, Result]:
     """What a run came to with every seed that is finished; the untrained student is the same with every seed."""
-    if name == UNTRAINED:
+    if name == BEFORE_TRAINING:
         return dict.fromkeys(comparison.seeds, results[comparison.untrained])
     return {run.seed: results[run] for run in comparison.seeded_runs if run.name == name and run in results}
 

@@ -38,7 +38,7 @@ BUDGETS = ("steps", "tokens", "minutes")
 
 
 # The folder of the student that nothing has been learnt by, to compare with.
-UNTRAINED = "before-training"
+BEFORE_TRAINING = "before-training"
 
 
 # The comparison gives each run its own.
@@ -103,7 +103,7 @@ class Comparison:
     @property
     def untrained(self) -> SeededRun:
         """The first run's student, evaluated as the runs are and not trained."""
-        return SeededRun(UNTRAINED, self.seeds[0])
+        return SeededRun(BEFORE_TRAINING, self.seeds[0])
 
     @property
     def evaluate_flags(self) -> list[str]:
@@ -121,11 +121,11 @@ class Comparison:
 
     def settings(self, name: str, seed: int) -> dict[str, Any]:
         """All that the result of a run depends on."""
-        run = next(iter(self.runs)) if name == UNTRAINED else name
+        run = next(iter(self.runs)) if name == BEFORE_TRAINING else name
         config = {**self.base, **self.runs[run], "seed": seed}
         if "steps" in self.budget:
             config["max_steps"] = self.budget["steps"]
-        budget = {"steps": 0} if name == UNTRAINED else dict(self.budget)
+        budget = {"steps": 0} if name == BEFORE_TRAINING else dict(self.budget)
         return {"config": config, "budget": budget, "evaluates": self.evaluates}
 
 
@@ -165,8 +165,8 @@ def _check(comparison: Comparison) -> None:
             raise ValueError(f"runs: a name has letters, digits and any of + = - _, and . but first; got {name!r}")
         if not isinstance(overrides, dict):
             raise ValueError(f"runs.{name} must be a mapping of settings; got {overrides!r}")
-    if UNTRAINED in comparison.runs:
-        raise ValueError(f"runs: {UNTRAINED} is the student that is not trained; choose another name")
+    if BEFORE_TRAINING in comparison.runs:
+        raise ValueError(f"runs: {BEFORE_TRAINING} is the student that is not trained; choose another name")
     _check_budget(comparison)
     if comparison.baseline not in comparison.runs:
         raise ValueError(f"baseline {comparison.baseline!r} is not among the runs {', '.join(comparison.runs)}")
