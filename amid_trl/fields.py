@@ -15,7 +15,8 @@ import os
 import textwrap
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, cast, get_args, get_origin
 
 from amid_trl.maths.schedules import Schedule, TaidLambda, parse_lambda_schedule, parse_schedule
 
@@ -126,6 +127,19 @@ def loading_kwargs(config: Any, field: str) -> dict[str, Any]:
 def is_number(value: Any) -> bool:
     """Whether it is a number and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value, which no parser has seen, is of the type that is annotated; JSON is a dict here."""
+    if kind == JSON:
+        return value is None or isinstance(value, dict)
+    if get_origin(kind) in (UnionType, Union):
+        return any(is_of(value, each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        kind = int | float
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def check_at_least(config: Any, least: int, *names: str) -> None:

@@ -16,10 +16,11 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         caches = taken_caches(training_args)
         trainer = train.build_trainer(script_args, training_args, model_args, dataset_args)
     for name, (folder, top_k, dtype) in caches.items():
-        try:
-            cache_teacher(trainer, folder, top_k, dtype, name)
-        except ConnectionError as error:
-            raise train.NotTrained(f"{error}. {folder} keeps what is written: the same command goes on") from error
+        with train.before_training():
+            try:
+                cache_teacher(trainer, folder, top_k, dtype, name)
+            except ConnectionError as error:
+                raise train.NotTrained(f"{error}. {folder} keeps what is written: the same command goes on") from error
         trainer.accelerator.print(f"{folder}: {len(TeacherCache(folder))} rows")
     trainer.end()
 

@@ -8,9 +8,9 @@ A row is found by its tokens and by which of them are trained; only its trained 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,20 +19,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import Batch, row_key, unpadded_rows
-from amid_trl.data.row_teachers import TEACHER
+from amid_trl.data.row_teachers import own_rows
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.sparse import SparseTeacher, joined
-from amid_trl.outputs import differences, fingerprint, write_whole
+from amid_trl.outputs import fingerprint, write_whole
 from amid_trl.run import Run
+from amid_trl.teacher.cache_about import ABOUT, About, StatesAbout, check_about, read_about
 from amid_trl.teacher.fields import LOADING_FIELDS, TeacherFields
 from amid_trl.teacher.head_files import file_hash
-from amid_trl.teacher.shards import ShardReader, ShardWriter
+from amid_trl.teacher.shards import Kinds, ShardReader, ShardWriter, has_rows, open_tensors
 
 
-ABOUT = "teacher.json"
-
-
+# What a folder has of its teacher's weights: the hidden states of a few tokens. It is written before any row.
+PROBE = "probe.safetensors"
+# What to do about a head that is lost.
+HEAD_ANEW = "`amid-trl cache-teacher` or a run with teacher_cache_fill=True writes it anew"
 # What to do about rows that are missing: of a cache that is read, and of one that is filled, which was whole.
 WRITE_THEM = "write them with `amid-trl cache-teacher` and these settings"
 LOAD_IT = (
@@ -41,57 +43,17 @@ LOAD_IT = (
 )
 
 
-class About(Protocol):
-    """What all rows of a cache have in common; `format` says of which kind they are."""
-
-    @property
-    def format(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class CacheAbout:
-    """What rows of likeliest tokens have in common; `tokenizer` is a `tokenizer_fingerprint`."""
-
-    teacher: str
-    revision: str | None
-    tokenizer: str
-    vocabulary: int
-    top_k: int
-    dtype: Literal["float16", "float32"] = "float16"
-    format: int = 1
-
-
-@dataclass(frozen=True)
-class StatesAbout:
-    """What rows of hidden states have in common.
-
-    `head` is the hash of the head's file, `logit_scale` and `softcap` what follows its product; `positions` the
-    longest row that the teacher reads; `loaded_as` how the teacher was loaded, which is not compared: it tells whether
-    to look.
-    """
-
-    teacher: str
-    revision: str | None
-    tokenizer: str
-    vocabulary: int
-    dtype: str
-    head: str
-    logit_scale: float
-    softcap: float | None
-    positions: int | None
-    loaded_as: str | None = None
-    format: int = 2
-
-
-# The tensors of a row, by the format.
-TENSORS = {1: ("ids", "log_p", "log_tail"), 2: ("hidden",)}
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary: which text has which id."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _kinds(format: int, dtype: str) -> Kinds:
+    """The tensors of a row."""
+    kept = getattr(torch, dtype)
+    if format == StatesAbout.format:
+        return {"hidden": kept}
+    return {"ids": torch.int32, "log_p": kept, "log_tail": torch.float32}
 
 
 class CacheWriter:
@@ -104,10 +66,17 @@ class CacheWriter:
         self._folder, self._dtype = Path(folder), getattr(torch, about.dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
         said: Any = about
+        has_earlier = has_rows(self._folder)  # asked first: another run writes its rows behind the file
         if not Path(folder, ABOUT).exists():
+            if has_earlier:
+                raise ValueError(
+                    f"{folder} has rows and has lost {ABOUT}, which says of which teacher they are: put the file "
+                    "back, or name another folder"
+                )
             write_whole(self._folder / ABOUT, json.dumps(asdict(said), indent=2) + "\n")
-        _check_about(self._folder, {name: x for name, x in asdict(said).items() if name != "loaded_as"})
-        self._shards = ShardWriter(self._folder, TENSORS[about.format], rank, rows_per_shard=rows_per_shard)
+        check_about(self._folder, {name: x for name, x in asdict(said).items() if name != "loaded_as"})
+        kinds = _kinds(about.format, about.dtype)
+        self._shards = ShardWriter(self._folder, kinds, rank, rows_per_shard=rows_per_shard)
         self.missing, self.waiting, self.flush = self._shards.missing, self._shards.waiting, self._shards.flush
 
     def __enter__(self) -> "CacheWriter":
@@ -130,9 +99,9 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
-        self.about = _about(self._folder)
+        self.about = read_about(self._folder)
         self.teacher: str = self.about["teacher"]
-        self._shards = ShardReader(self._folder, TENSORS[self.about["format"]])
+        self._shards = ShardReader(self._folder, _kinds(self.about["format"], self.about["dtype"]))
         self.refresh = self._shards.refresh
 
     def __len__(self) -> int:
@@ -158,18 +127,36 @@ class TeacherCache:
         wanted: dict[str, Any] = {"tokenizer": tokenizer_fingerprint(tokenizer), "vocabulary": vocabulary}
         wanted |= {} if self.holds_states else {"top_k": top_k}
         teacher = {} if teacher_name is None else {"teacher": teacher_name, "revision": revision}
-        _check_about(self._folder, {**teacher, **wanted})
+        check_about(self._folder, {**teacher, **wanted})
 
     def head(self, device: torch.device) -> Head:
         """The head behind the hidden states; ValueError where its file is another one's or not there."""
-        file = self._folder / f"{self.about['head']}.safetensors"
+        file = self._head_file
         if not file.exists():
-            raise ValueError(f"the cache {self._folder} has lost {file.name}, the head of its teacher")
+            raise ValueError(f"the cache {self._folder} has lost {file.name}, the head of its teacher: {HEAD_ANEW}")
         if (found := file_hash(file)) != self.about["head"]:
-            raise ValueError(f"the cache {self._folder} was written with head {self.about['head']}, not {found}")
+            raise ValueError(
+                f"the cache {self._folder} was written with head {self.about['head']}, not {found}: {file} is "
+                f"damaged; delete it, and {HEAD_ANEW}"
+            )
         tensors = load_file(file)
         finish = Finish(self.about["logit_scale"], self.about["softcap"])
         return Head(tensors["weight"], tensors.get("bias"), finish).to(device)
+
+    @property
+    def _head_file(self) -> Path:
+        return self._folder / f"{self.about['head']}.safetensors"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a file of the head."""
+        return self._head_file.exists()
+
+    @property
+    def head_dtype(self) -> str:
+        """That of the product with the head, in which hidden states are kept by default; its file has to be there."""
+        weight = open_tensors(self._head_file, "weight", f"delete it, and {HEAD_ANEW}").get_slice("weight")
+        return str(weight[:0].dtype).removeprefix("torch.")
 
     def row(self, key: bytes) -> SparseTeacher | Tensor:
         """What the teacher answers at a row's trained positions, in float32, or its hidden states as they were kept.
@@ -196,32 +183,15 @@ class TeacherCache:
         """
         if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
             return None
-        plain = dataset.with_format(None)
+        own = own_rows(dataset, teacher)
+        plain = dataset.with_format(None).select(own)
         prefix = "teacher_" if "teacher_input_ids" in dataset.column_names else ""  # the rows that the teacher reads
-        names = plain[TEACHER] if teacher else [teacher] * len(plain)
-        rows = zip(plain[f"{prefix}input_ids"], plain[f"{prefix}labels"], names, strict=True)
-        return [i for i, (*row, name) in enumerate(rows) if name == teacher and row_key(*row) not in self]
+        rows = zip(own, plain[f"{prefix}input_ids"], plain[f"{prefix}labels"], strict=True)
+        return [i for i, *row in rows if row_key(*row) not in self]
 
     def is_whole(self, datasets: Mapping[str, Any], teacher: str = "") -> bool:
         """Whether it is known to hold every row of the prepared datasets, of several teachers' one's."""
         return all(self.missing(dataset, teacher) == [] for dataset in datasets.values())
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    file = folder / ABOUT
-    if not file.exists():
-        raise ValueError(f"{folder} holds no teacher's answers: it has no {ABOUT}")
-    about = json.loads(file.read_text(encoding="utf-8"))
-    if about.get("format") not in TENSORS:
-        raise ValueError(f"the cache {folder} was written with format {about.get('format')}, not one of {[*TENSORS]}")
-    return about
-
-
-def _check_about(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """ValueError unless what the folder says of its rows is what is wanted."""
-    about = _about(folder)
-    if different := differences({name: about.get(name) for name in wanted}, wanted):
-        raise ValueError(f"the cache {folder} was written with {different}")
 
 
 def open_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> "CachedTeacher":
@@ -255,20 +225,52 @@ def cache_to_fill(args: TeacherFields) -> TeacherCache | None:
             f"teacher_cache_fill=True writes hidden states, but the cache {args.teacher_cache} holds the "
             f"{cache.about['top_k']} likeliest tokens of each position; name another folder"
         )
+    kept_probe(str(args.teacher_cache))
     return cache
 
 
+def kept_probe(folder: str) -> Tensor | None:
+    """The hidden states by which the teacher of a folder is known; None where nobody has begun to fill it.
+
+    ValueError where they are lost or damaged.
+    """
+    file, remedy = Path(folder, PROBE), "put the file back, name another folder, or read the cache without filling it"
+    is_filled = has_rows(Path(folder))  # asked first: another run writes its rows behind the file
+    if not file.exists():
+        if is_filled:
+            raise ValueError(
+                f"the cache {folder} has rows and has lost {PROBE}, by which another teacher would be told apart: "
+                f"{remedy}"
+            )
+        return None
+    hidden: Tensor = open_tensors(file, "hidden", remedy).get_tensor("hidden")
+    if hidden.dim() != 2 or not hidden.isfinite().all():
+        raise ValueError(f"{file} is damaged (it has no hidden states): {remedy}")
+    return hidden
+
+
 def whole_cache(run: Run[TeacherFields], datasets: Mapping[str, Any]) -> TeacherCache | None:
-    """The cache that a run would fill, where it holds all rows of the prepared datasets already."""
+    """The cache that a run would fill, where it holds all rows of the prepared datasets already.
+
+    ValueError, as of the cache that is filled, if the settings would keep them in another dtype.
+    """
     if cache_to_fill(run.args) is None:
         return None
     cache = checked_cache(run)
-    same = cache.about["loaded_as"] == loaded_as(run.args)  # else the teacher is loaded and looked at
-    return cache if same and cache.is_whole(datasets, run.teacher) else None
+    # Else the teacher is loaded and looked at, and its head written anew.
+    same = cache.has_head and cache.about["loaded_as"] == loaded_as(run.args)
+    if not same or not cache.is_whole(datasets, run.teacher):
+        return None
+    if run.args.teacher_cache_dtype is None:
+        check_about(Path(str(run.args.teacher_cache)), {"dtype": cache.head_dtype})
+    return cache
 
 
 def checked_cache(run: Run[TeacherFields]) -> TeacherCache:
-    """The cache of the settings; a ValueError if it is of another teacher or tokenizer, or holds other answers."""
+    """The cache of the settings; a ValueError if it is of another teacher or tokenizer, or holds other answers.
+
+    A dtype is compared where the settings name one.
+    """
     args, cache = run.args, TeacherCache(str(run.args.teacher_cache))
     if cache.holds_states and args.teacher_top_k != TeacherFields.teacher_top_k:
         raise ValueError(f"teacher_top_k has no effect: the cache {args.teacher_cache} holds hidden states")
@@ -277,11 +279,8 @@ def checked_cache(run: Run[TeacherFields]) -> TeacherCache:
             f"teacher_cache_states=True, but the cache {args.teacher_cache} holds the {cache.about['top_k']} "
             "likeliest tokens of each position"
         )
-    if cache.holds_states and args.teacher_cache_dtype not in (None, cache.about["dtype"]):
-        raise ValueError(
-            f"the cache {args.teacher_cache} was written with dtype {cache.about['dtype']!r}, not "
-            f"{args.teacher_cache_dtype!r}"
-        )
+    if args.teacher_cache_dtype is not None:
+        check_about(Path(str(args.teacher_cache)), {"dtype": args.teacher_cache_dtype})
     teacher = (args.teacher_model_name_or_path, args.teacher_model_revision)
     cache.check(run.tokenizer, *teacher, run.vocabulary, min(args.teacher_top_k, run.vocabulary))
     return cache

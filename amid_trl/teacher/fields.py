@@ -14,6 +14,7 @@ from amid_trl.fields import (
     option,
     without_effect,
 )
+from amid_trl.teacher.cache_about import holds_states
 
 
 # What loads a teacher by its name.
@@ -185,10 +186,17 @@ class TeacherFields(Fields):
             if self.teacher_model_server_url is None:
                 without_effect(self, ("teacher_top_k",), "on a teacher in memory")
             return
+        if self.reads_cache and self.teacher_model_name_or_path is None and self.teacher_model_server_url is None:
+            without_effect(self, MODEL_FIELDS, "on a teacher_cache that is read, without a teacher_model_name_or_path")
         if self.teacher_cache_fill or self.teacher_cache_states:
             without_effect(self, ("teacher_top_k",), "on a cache of hidden states")
             allowed = ("bfloat16", "float16", "float32")
         else:
             allowed = ("float16", "float32")
+            if self.teacher_cache_dtype == "bfloat16" and holds_states(self.teacher_cache):
+                raise ValueError(
+                    f"the cache {self.teacher_cache} holds hidden states: teacher_cache_dtype='bfloat16' needs "
+                    "teacher_cache_states=True beside it"
+                )
         if self.teacher_cache_dtype is not None:
             check_choice(self, "teacher_cache_dtype", allowed)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -16,19 +16,21 @@ from amid_trl.models.deepspeed import gathered_head
 from amid_trl.outputs import write_whole
 from amid_trl.run import Run
 from amid_trl.teacher.cache import (
+    PROBE,
     CacheWriter,
-    StatesAbout,
     TeacherCache,
+    kept_probe,
     loaded_as,
     tokenizer_fingerprint,
 )
+from amid_trl.teacher.cache_about import StatesAbout
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.head_files import head_hash, packed_head, write_head
 
 
-# What a folder has of its teacher's weights: the hidden states of so many tokens. By how much of their norm another
-# machine's float32 may differ; half precision by some of its roundings.
-PROBE, PROBE_TOKENS, PROBE_ROUNDING = "probe.safetensors", 16, 5e-4
+# Of so many tokens a folder keeps the hidden states. By how much of their norm another machine's float32 may differ;
+# half precision by some of its roundings.
+PROBE_TOKENS, PROBE_ROUNDING = 16, 5e-4
 
 
 class StatesTeacher(Protocol):
@@ -68,7 +70,7 @@ def states_writer(run: Run[TeacherFields], folder: str, teacher: StatesTeacher) 
         revision=args.teacher_model_revision,
         tokenizer=tokenizer_fingerprint(run.tokenizer),
         vocabulary=run.vocabulary,
-        dtype=args.teacher_cache_dtype or str(kept.weight.dtype).removeprefix("torch."),
+        dtype=cast(Any, args.teacher_cache_dtype or str(kept.weight.dtype).removeprefix("torch.")),
         head=head_hash(packed_head(kept)),
         logit_scale=kept.finish.scale,
         softcap=kept.finish.softcap,
@@ -90,10 +92,12 @@ def check_same_teacher(run: Run[TeacherFields], folder: str, teacher: StatesTeac
     known = [token for token in range(1, run.vocabulary) if token not in run.renamed.names]
     ids = torch.tensor([known[:: max(1, len(known) // PROBE_TOKENS)][:PROBE_TOKENS]], device=run.accelerator.device)
     hidden = teacher({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}).hidden.to("cpu", dtype)
-    if run.accelerator.is_main_process and not file.exists():
+    if kept_probe(folder) is None and run.accelerator.is_main_process:
         write_whole(file, lambda beside: save_file({"hidden": hidden}, beside))
     run.accelerator.wait_for_everyone()
-    kept = load_file(file)["hidden"].double()
+    kept = cast(Tensor, kept_probe(folder)).double()
+    if kept.shape != hidden.shape:
+        raise ValueError(f"{file} is damaged: it has {tuple(kept.shape)} numbers, not {tuple(hidden.shape)}")
     other = float((hidden.double() - kept).norm() / kept.norm())
     if not other <= max(PROBE_ROUNDING, 4 * torch.finfo(dtype).eps):
         raise ValueError(

@@ -22,10 +22,10 @@ PIECE = 2**20  # bytes that are hashed or written at a time
 
 
 def write_head(head: Head, folder: Path) -> Path:
-    """Write a head's weight and bias, unless they are there; the file is called by its hash."""
+    """Write a head's weight and bias, unless they are there as a whole; the file is called by its hash."""
     content = packed_head(head)
     file = folder / f"{head_hash(content)}.safetensors"
-    if not file.exists():
+    if not file.exists() or file_hash(file) != file.stem:
         write_whole(file, content)
     return file
 

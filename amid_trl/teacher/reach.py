@@ -1,12 +1,11 @@
 """Whether a teacher on a server reads the rows that it will be asked about, where they have prompts of its own."""
 
 from collections.abc import Mapping
-from itertools import compress
 from typing import Any
 
 from datasets import Dataset
 
-from amid_trl.data.row_teachers import TEACHER
+from amid_trl.data.row_teachers import own_rows
 from amid_trl.data.rows import is_trained
 from amid_trl.run import Run
 from amid_trl.teacher.fields import TeacherFields
@@ -22,10 +21,10 @@ def check_reach(run: Run[TeacherFields], datasets: Mapping[str, Any], most: int 
     for name, dataset in datasets.items():
         if most is None or not isinstance(dataset, Dataset) or "teacher_prompt_ids" not in dataset.column_names:
             continue
-        plain = dataset.with_format(None)
-        rows = zip(*(plain[f"teacher_{column}"] for column in ("input_ids", "labels", "prompt_ids")), strict=True)
-        own = [name == run.teacher for name in plain[TEACHER]] if run.teacher else [True] * len(plain)
-        for index, (ids, labels, prompt) in compress(enumerate(rows), own):
+        own = own_rows(dataset, run.teacher)
+        plain = dataset.with_format(None).select(own)
+        columns = (plain[f"teacher_{column}"] for column in ("input_ids", "labels", "prompt_ids"))
+        for index, ids, labels, prompt in zip(own, *columns, strict=True):
             is_written = (generates and name == "train") or not is_trained(labels)
             longest = max(len(ids), len(prompt) + room if is_written else 0)
             if longest > most:

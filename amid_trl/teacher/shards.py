@@ -6,19 +6,39 @@ tensors by name, one row after the other.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 
 # Numbers that wait to be written, at most: 100 MB with the ids of a sparse teacher.
 PENDING = 2**24
+
+# The dtypes of a row's tensors, by their names.
+Kinds = Mapping[str, torch.dtype]
+# A shard, and from where to where a row is in it.
+RowPlace = tuple[Any, int, int]
+
+
+def open_tensors(file: Path, name: str, remedy: str) -> Any:
+    """A file with a tensor of that name, mapped into memory; ValueError, with what to do, where it cannot be read."""
+    try:
+        opened = safe_open(file, framework="pt")
+        opened.get_slice(name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+    return opened
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether anybody has written rows into a folder."""
+    return bool(_files(folder))
 
 
 class ShardWriter:
@@ -28,9 +48,9 @@ class ShardWriter:
     run either.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], rank: int = 0, *, rows_per_shard: int = 1024):
-        self._folder, self._names, self._rank, self._rows_per_shard = folder, names, rank, rows_per_shard
-        self._known = {key for file in _files(folder) for key in _keys(_open(file))}
+    def __init__(self, folder: Path, kinds: Kinds, rank: int = 0, *, rows_per_shard: int = 1024):
+        self._folder, self._kinds, self._rank, self._rows_per_shard = folder, kinds, rank, rows_per_shard
+        self._known = {key for file in _files(folder) for key in _open(file, kinds)}
         own = [int(file.stem.split("-")[2]) for file in _files(folder, rank)]
         self._number = max(own, default=-1) + 1
         self._pending: dict[bytes, tuple[Tensor, ...]] = {}
@@ -61,7 +81,7 @@ class ShardWriter:
         tensors = {
             "keys": torch.tensor([list(key) for key in self._pending], dtype=torch.uint8),
             "ends": lengths.cumsum(0),
-            **dict(zip(self._names, map(torch.cat, zip(*self._pending.values(), strict=True)), strict=True)),
+            **dict(zip(self._kinds, map(torch.cat, zip(*self._pending.values(), strict=True)), strict=True)),
         }
         self._take_number(lambda file: save_file(tensors, file))
         self._pending.clear()
@@ -81,9 +101,9 @@ class ShardWriter:
 class ShardReader:
     """The rows of all shards of a folder, mapped into memory."""
 
-    def __init__(self, folder: Path, names: Sequence[str]):
-        self._folder, self._names = folder, names
-        self._places: dict[bytes, tuple[Any, int, int]] = {}
+    def __init__(self, folder: Path, kinds: Kinds):
+        self._folder, self._kinds = folder, kinds
+        self._places: dict[bytes, RowPlace] = {}
         self._read: set[Path] = set()
         self.refresh()
 
@@ -99,23 +119,37 @@ class ShardReader:
             if file in self._read:
                 continue
             self._read.add(file)
-            shard = _open(file)
-            bounds = pairwise([0, *shard.get_tensor("ends").tolist()])
-            self._places.update({key: (shard, *places) for key, places in zip(_keys(shard), bounds, strict=True)})
+            self._places.update(_open(file, self._kinds))
 
     def row(self, key: bytes) -> list[Tensor]:
         """A row's tensors; KeyError for an unknown one."""
         shard, start, end = self._places[key]
-        return [shard.get_slice(name)[start:end] for name in self._names]
+        return [shard.get_slice(name)[start:end] for name in self._kinds]
 
 
 def _files(folder: Path, rank: int | str = "*") -> list[Path]:
     return sorted(folder.glob(f"shard-{rank}-*.safetensors"))
 
 
-def _open(shard: Path) -> Any:
-    return safe_open(shard, framework="pt")
+def _open(file: Path, kinds: Kinds) -> dict[bytes, RowPlace]:
+    """Where the rows of a shard are, by their keys; ValueError where it is damaged, or another cache's."""
+    remedy = "delete it, and its rows are missing and written again where the cache is filled"
+    shard = open_tensors(file, "keys", remedy)
+    wanted = {"keys": torch.uint8, "ends": torch.int64, **kinds}
+    parts = {name: shard.get_slice(name) for name in [*shard.keys()]}
+    found = {name: part[:0].dtype for name, part in parts.items()}
+    if found != wanted:
+        raise ValueError(
+            f"{file} holds {_shown(found)}, and a shard of this cache {_shown(wanted)}: it, or what the cache says of "
+            "its rows, is another cache's; put back the file that was written, or name another folder"
+        )
+    ends = [0, *shard.get_tensor("ends").flatten().tolist()]
+    keys = [bytes(key) for key in shard.get_tensor("keys").tolist()]
+    lengths = {parts[name].get_shape()[0] for name in kinds}
+    if len(keys) != len(ends) - 1 or ends != sorted(ends) or lengths != {ends[-1]}:
+        raise ValueError(f"{file} is damaged (its rows do not end where it says): {remedy}")
+    return {key: (shard, *bounds) for key, bounds in zip(keys, pairwise(ends), strict=True)}
 
 
-def _keys(shard: Any) -> list[bytes]:
-    return [bytes(key) for key in shard.get_tensor("keys").tolist()]
+def _shown(found: Kinds) -> str:
+    return ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in sorted(found.items()))

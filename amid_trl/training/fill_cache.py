@@ -1,24 +1,24 @@
 """What a run's teacher expects for every row of it, written into a folder."""
 
 from collections.abc import Iterator
-from functools import partial
-from operator import eq
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from amid_trl.data.batches import Batch, row_key, teachers_view, trained_targets, unpadded_rows
 from amid_trl.data.datasets import all_datasets
-from amid_trl.data.row_teachers import SINGLE, TEACHER
+from amid_trl.data.row_teachers import SINGLE, named_by, own_rows
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
 from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
 from amid_trl.run import Run
-from amid_trl.teacher.cache import CacheAbout, CacheWriter, tokenizer_fingerprint
+from amid_trl.teacher.cache import CacheWriter, tokenizer_fingerprint
+from amid_trl.teacher.cache_about import CacheAbout
 from amid_trl.teacher.filling import StatesTeacher, check_same_teacher, hidden_rows, states_writer
 from amid_trl.teacher.kinds import Teacher
 from amid_trl.training.config import AMiDConfig
@@ -87,9 +87,11 @@ def _writer(
 
 def _batches(trainer: AMiDTrainer, size: int, name: str) -> Iterator[Batch]:
     for dataset in all_datasets(trainer.train_dataset, trainer.eval_dataset).values():
-        if name != SINGLE:
-            dataset = dataset.filter(partial(eq, name), input_columns=[TEACHER])
-        loader = DataLoader(dataset, batch_size=size, collate_fn=trainer.data_collator)
+        if isinstance(dataset, Dataset):
+            dataset = dataset.select(own_rows(dataset, name))
+        elif name != SINGLE:  # a stream
+            dataset = dataset.filter(lambda row: named_by(row) == name)
+        loader = DataLoader(cast(Any, dataset), batch_size=size, collate_fn=trainer.data_collator)
         yield from trainer.accelerator.prepare_data_loader(loader)
 
 

@@ -333,6 +333,10 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monke
             {"teacher_model_server_url": "x", "teacher_model_name_or_path": "y"},
             "teacher_model_name_or_path has no effect beside teacher_model_server_url",
         ),
+        (
+            {"teacher_cache": "x", "lmbda": 0.0, "teacher_model_revision": "v2", "teacher_offload": True},
+            "teacher_model_revision, teacher_offload has no effect on a teacher_cache that is read, without",
+        ),
     ],
 )
 def test_what_an_absent_teacher_cannot_do_is_refused(settings, message):

@@ -1,6 +1,8 @@
 """What may be said of several teachers, by settings and by rows, and what is refused."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from several_teachers import named
 from tiny import messages_dataset
 
 from amid_trl import AMiDConfig, cli
+from amid_trl.data.row_teachers import own_rows
+from amid_trl.teacher.reach import check_reach
 
 
 def test_a_name_that_is_not_configured_is_an_error_with_the_row(several):
@@ -28,6 +32,23 @@ def test_a_row_without_a_name_belongs_to_default(several, pair):
     trainer = several(teacher_model={**pair, "default": pair["chat"]}, train_dataset=messages_dataset(4))
     assert trainer.train_dataset["teacher"] == ["default"] * 4
     assert next(iter(trainer.get_train_dataloader()))["teacher"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("names", [None, ["math", None, "", "default"]], ids=["no column", "names"])
+def test_whose_a_row_is_where_it_names_nobody(names):
+    """A dataset that is not prepared keeps what it says; a server is asked about its own rows alone."""
+    columns = ("teacher_input_ids", "teacher_labels", "teacher_prompt_ids")
+    rows = Dataset.from_dict({name: [[1] * 9, [1] * 9, [1] * 20, [1] * 9] for name in columns})
+    rows = rows if names is None else rows.add_column("teacher", names)
+    assert own_rows(rows, "default") == ([0, 1, 2, 3] if names is None else [1, 2, 3])
+    assert own_rows(rows, "math") == ([] if names is None else [0])
+    assert own_rows(rows, "") == [0, 1, 2, 3]
+    args = SimpleNamespace(teacher_model_server_url="http://a", max_new_tokens=1)
+    for name in ("default", "math"):
+        of = SimpleNamespace(args=args, teacher=name)
+        refused = pytest.raises(ValueError, match="row 2 of the train dataset") if name == "default" else nullcontext()
+        with refused:
+            check_reach(of, {"train": rows}, 10, generates=False)
 
 
 def test_a_collator_of_ones_own_gives_numbers(several, tokenizer):

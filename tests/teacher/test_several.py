@@ -9,7 +9,7 @@ from observe import LORA, Windows, logged, weights
 from peft import LoraConfig
 from several_teachers import MATH_ROWS, named
 from states_server import hosting
-from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama
+from tiny import messages_dataset, multi_turn_dataset, pretokenised_dataset, save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from amid_trl.models.heads import causal_lm
@@ -277,6 +277,39 @@ def test_each_cache_is_filled_with_its_teachers_rows_alone(several, train, token
     reading = {name: {"teacher_cache": fields["teacher_cache"]} for name, fields in teachers.items()}
     with pytest.raises(ValueError, match=r"teachers: math: 3 of 8 rows of the train dataset .* row 1 first"):
         train(**{**settings, "teachers": reading}, train_dataset=rows)
+
+
+@pytest.mark.parametrize("column", [None, [None, "", *["default"] * 6]], ids=["no column", "rows without a name"])
+def test_rows_that_name_nobody_are_in_the_cache_of_default(train, tokenizer, pair, tmp_path, column):
+    """Also those of a dataset that is not prepared, which keeps what it says."""
+    from amid_trl.training.fill_cache import cache_teacher
+
+    place = str(save_tiny(tmp_path / "teacher", pair["math"], tokenizer))
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    filled = {"teacher_model_name_or_path": place, **cache, "teacher_cache_fill": True}
+    rows = pretokenised_dataset(tokenizer, 8)
+    rows = rows if column is None else rows.add_column("teacher", column)
+    settings = {"has_teacher": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+
+    def build(default, rows=rows):
+        return train(
+            teacher_model={"chat": pair["chat"]},
+            teachers={"default": default, "chat": {}},
+            **settings,
+            train_dataset=rows,
+        )
+
+    build(filled, rows.select(range(4))).train()
+    assert len(TeacherCache(tmp_path / "cache")) == 4
+    with pytest.raises(ValueError, match=r"teachers: default: 4 of 8 rows of the train dataset .*, row 4 first"):
+        build(cache)
+    assert "default" in build(filled).teacher_models
+    writing = build({"teacher_model_name_or_path": place})
+    writing.args.teachers["default"]["teacher_cache_states"] = True
+    cache_teacher(writing, str(tmp_path / "cache"), 100, name="default")
+    assert len(TeacherCache(tmp_path / "cache")) == 8
+    assert "default" not in build(filled).teacher_models
+    build(cache).train()
 
 
 def test_the_command_fills_the_caches_that_training_reads(tokenizer, pair, student, tmp_path, capsys):
