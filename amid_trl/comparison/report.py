@@ -44,17 +44,17 @@ def report(comparison: Comparison, results: Results) -> dict[str, Any]:
             runs[name]["differences"] = {
                 metric: _difference(comparison, results, name, metric) for metric in comparison.metrics
             }
-    untrained = results.get(comparison.untrained)
-    metrics = {} if untrained is None else {name: untrained.metrics[name] for name in comparison.metrics}
+    before = {}
+    if (untrained := results.get(comparison.untrained)) is not None:
+        differences = {name: _difference(comparison, results, BEFORE_TRAINING, name) for name in comparison.metrics}
+        metrics = {name: untrained.metrics[name] for name in comparison.metrics}
+        before = {"before_training": {"metrics": metrics, "differences": differences}}
     return {
         "budget": dict(comparison.budget),
         "seeds": list(comparison.seeds),
         "baseline": comparison.baseline,
         "runs": runs,
-        "before_training": {
-            "metrics": metrics,
-            "differences": {metric: _difference(comparison, results, BEFORE_TRAINING, metric) for metric in metrics},
-        },
+        **before,
         "missing": [[name, seed] for name, seed in comparison.seeded_runs if (name, seed) not in results],
     }
 
