@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
 from amid_trl.data.row_teachers import SINGLE
-from amid_trl.fields import JSON, own_fields, without_effect
+from amid_trl.fields import JSON, is_of, own_fields, shown_kind, without_effect
 from amid_trl.sources.source import Source
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.training.objective_fields import ObjectiveFields
@@ -120,24 +119,5 @@ def _check_given(given: Any) -> None:
             alike = get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {alike[0]}?" if alike else f"; there are {', '.join(known)}"
             raise ValueError(f"{name!r} is no field of a teacher, nor of its objective{hint}")
-        if not _is_of(value, known[name]):
-            raise ValueError(f"{name} must be {_shown(known[name])}; got {value!r}")
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value, which no parser has seen, is of the type that is annotated; JSON is a dict here."""
-    if kind == JSON:
-        return value is None or isinstance(value, dict)
-    if get_origin(kind) in (UnionType, Union):
-        return any(_is_of(value, each) for each in get_args(kind))
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if kind is float:
-        kind = int | float
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _shown(kind: Any) -> str:
-    if kind == JSON:
-        return "a dict"
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        if not is_of(value, known[name]):
+            raise ValueError(f"{name} must be {shown_kind(known[name])}; got {value!r}")
