@@ -137,9 +137,19 @@ def is_of(value: Any, kind: Any) -> bool:
         return any(is_of(value, each) for each in get_args(kind))
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is dict:
+        of_key, of_value = get_args(kind)
+        return isinstance(value, dict) and all(is_of(k, of_key) and is_of(v, of_value) for k, v in value.items())
     if kind is float:
         kind = int | float
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def shown_kind(kind: Any) -> str:
+    """A type that is annotated, in words."""
+    if kind == JSON:
+        return "a dict"
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def check_at_least(config: Any, least: int, *names: str) -> None:
@@ -179,6 +189,23 @@ def check_choice(config: Any, name: str, choices: Iterable[str]) -> None:
     *others, last = map(repr, choices)
     if repr(getattr(config, name)) not in (*others, last):
         raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {getattr(config, name)!r}")
+
+
+def check_url(config: Any, name: str) -> None:
+    """Refuse what is no server's address."""
+    from urllib3.util import parse_url
+
+    url = getattr(config, name)
+    try:
+        parsed = parse_url(url)
+        ends = parsed.query is None and parsed.fragment is None  # what is asked for is written behind it
+        is_address = parsed.scheme in ("http", "https") and parsed.host and ends
+    except (AttributeError, TypeError, ValueError):
+        is_address = False
+    if not is_address or url != url.strip():
+        raise ValueError(
+            f"{name} must be http:// or https:// and a host, as http://there:8000 or https://there/path; got {url!r}"
+        )
 
 
 def build_schedule(config: Any, name: str) -> Schedule | TaidLambda:

@@ -1,8 +1,8 @@
 """The record of a run that teacher, sources and objective build themselves from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -81,3 +81,16 @@ class Run(Generic[Settings]):
     renamed: RenamedTokens = field(default_factory=RenamedTokens)
     teacher: str = ""
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A part of a run with a state; several parts share one file, so each names what is its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, if there is no state."""
+        ...
+
+    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """Go on as process `rank` of `world` from what all processes of an earlier run had, in their order."""
+        ...

@@ -9,8 +9,13 @@ Every answer, an error too, has the version of the protocol and the teacher's id
 under /v1, so that a server of OpenAI's kind says 404 to the first of them.
 """
 
+import inspect
+import json
+import math
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from amid_trl.fields import check_at_least, check_choice, check_positive, is_of, shown_kind
 
 
 PROTOCOL = 1  # another one after any change of what is said
@@ -36,6 +43,14 @@ IDENTITY_HEADER = "Amid-Trl-Identity"
 
 # The environment variable with the key that a server may want.
 KEY = "AMID_TRL_API_KEY"
+
+
+# In which hidden states are sent.
+STATE_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+# What of an answer that is none is shown, in bytes.
+EXCERPT = 60
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,17 @@ class AboutTeacher:
     max_body_bytes: int
     protocol: int = PROTOCOL
 
+    @classmethod
+    def read(cls, body: bytes) -> "AboutTeacher":
+        """What a server says; ValueError, with the field, where it cannot be."""
+        about = _read(cls, body)
+        check_choice(about, "dtype", STATE_DTYPES)
+        check_at_least(about, 1, "vocabulary", "dim", "positions", "max_rows", "max_tokens", "max_body_bytes")
+        check_positive(about, "scale", *(["softcap"] if about.softcap is not None else []))
+        if not re.fullmatch("[0-9a-f]{64}", about.head):  # a file is called by it
+            raise ValueError(f"head must be a SHA-256 in hexadecimal digits; got {about.head!r}")
+        return about
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -78,6 +104,11 @@ class Vocabulary:
     name_or_path: str
     ids: dict[str, int]
     added: dict[str, int]
+
+    @classmethod
+    def read(cls, body: bytes) -> "Vocabulary":
+        """What a server says; ValueError, with the field, where it cannot be."""
+        return _read(cls, body)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
@@ -92,6 +123,34 @@ class Vocabulary:
     def get_added_vocab(self) -> dict[str, int]:
         """Those that were added."""
         return self.added
+
+
+def is_about_teacher(body: bytes) -> bool:
+    """Whether an AboutTeacher is meant, of whatever version."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(said, dict) and {"identity", "head", "protocol"} <= said.keys()
+
+
+def _read(kind: Any, body: bytes) -> Any:
+    try:
+        said: Any = json.loads(body)
+    except ValueError as error:
+        raise ValueError(f"this is no JSON: {body[:EXCERPT].decode(errors='replace')!r}") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{kind.__name__} is a dict of fields; got {str(said)[:EXCERPT]!r}")
+    kinds = inspect.get_annotations(kind)
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if missing := sorted(needed - said.keys()):
+        raise ValueError(f"{', '.join(missing)} of {kind.__name__} is missing")
+    if unknown := sorted(said.keys() - kinds.keys()):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}; its fields are {', '.join(kinds)}")
+    for name, value in said.items():
+        if not is_of(value, kinds[name]):
+            raise ValueError(f"{name} must be {shown_kind(kinds[name])}; got {str(value)[:EXCERPT]!r}")
+    return kind(**said)
 
 
 QUESTION_TENSORS = ("ids", "ends", "asked")
@@ -141,6 +200,25 @@ class Question(NamedTuple):
             sizes = len(question.ids), len(question.asked), int(question.ends[-1])
             raise ValueError(f"ids, asked and the last end are of as many tokens; got {sizes}")
         return question
+
+
+def question_bytes(tokens: int, rows: int) -> int:
+    """How long a question about so many tokens in so many rows is, as `pack` makes it: header, then tensors."""
+    ends, ids, end = 8 * rows, 8 * rows + 4 * tokens, 8 * rows + 5 * tokens
+    header = {
+        name: {"dtype": dtype, "shape": [length], "data_offsets": offsets}
+        for name, dtype, length, offsets in (
+            ("ends", "I64", rows, [0, ends]),
+            ("ids", "I32", tokens, [ends, ids]),
+            ("asked", "BOOL", tokens, [ids, end]),
+        )
+    }
+    return 8 + 8 * math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) + end
+
+
+def longest_question(most_tokens: int, most_bytes: int) -> int:
+    """Tokens of the longest row whose question is within both bounds."""
+    return bisect_right(range(1, most_tokens + 1), most_bytes, key=lambda tokens: question_bytes(tokens, 1))
 
 
 def packed_states(hidden: Float[Tensor, "asked dim"]) -> bytes:

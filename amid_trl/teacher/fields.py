@@ -10,6 +10,7 @@ from amid_trl.fields import (
     check_choice,
     check_file,
     check_shares,
+    check_url,
     check_weights,
     option,
     without_effect,
@@ -172,6 +173,7 @@ class TeacherFields(Fields):
                 raise ValueError("seq_kd=True needs a teacher with a model of its own, which writes the text")
         if self.teacher_model_server_url is not None:
             without_effect(self, MODEL_FIELDS, "beside teacher_model_server_url")
+            check_url(self, "teacher_model_server_url")
             check_weights(self, "teacher_server_patience")
         else:
             without_effect(self, ("teacher_server_patience",), "without a teacher_model_server_url")

@@ -1,6 +1,6 @@
 """A cache of hidden states that is filled while it is used: what it knows the teacher is not asked again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,7 +14,7 @@ from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import Head, States
 from amid_trl.models.deepspeed import gathered_head
 from amid_trl.outputs import write_whole
-from amid_trl.run import Run
+from amid_trl.run import Run, Stateful
 from amid_trl.teacher.cache import (
     PROBE,
     CacheWriter,
@@ -132,6 +132,15 @@ class FillingTeacher(TrainerCallback):
     def name(self) -> str:
         """The teacher's."""
         return self._teacher.name
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's."""
+        return self._teacher.state_dict() if isinstance(self._teacher, Stateful) else {}
+
+    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """As the teacher does."""
+        if isinstance(self._teacher, Stateful):
+            self._teacher.resume(states, rank, world)
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Hand on the micro-batches in which something is missing."""

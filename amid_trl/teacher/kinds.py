@@ -55,10 +55,12 @@ def open_teacher(
     datasets: Mapping[str, Any],
     *,
     generates: bool,
+    longest_row: int | None,
 ) -> Teacher:
     """The teacher that the settings name: a model in memory, an adapter of the student's base, a server or a cache.
 
-    `generates` says whether text is written behind the training set's prompts. A ValueError if it is another one's, or
+    `generates` says whether text is written behind the training set's prompts, `longest_row` how many tokens the
+    settings allow a row, written ones too; None if any. A ValueError if it is another one's, or
     does not know all rows of the prepared datasets, or cannot read one.
     """
     by_name = model is None and run.args.absent_teacher is None  # the others cost little to open, and are looked at
@@ -68,7 +70,7 @@ def open_teacher(
     if run.args.reads_cache:
         return open_cache(run, datasets)
     if run.args.teacher_model_server_url is not None:
-        served = open_remote(run) or open_server(run)
+        served = open_remote(run, longest_row) or open_server(run, longest_row)
         check_reach(run, datasets, served.longest_row, generates=generates)
         teacher: Teacher = served
     elif run.args.teacher_ema is not None:

@@ -1,4 +1,4 @@
-"""Whether a teacher on a server reads the rows that it will be asked about, where they have prompts of its own."""
+"""Whether a teacher on a server reads the rows that it will be asked about."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,25 +11,54 @@ from amid_trl.run import Run
 from amid_trl.teacher.fields import TeacherFields
 
 
-def check_reach(run: Run[TeacherFields], datasets: Mapping[str, Any], most: int | None, *, generates: bool) -> None:
-    """ValueError, with its index, for a row that is longer than `most` tokens behind the teacher's own prompt.
+def longest_asked(run: Run[TeacherFields], longest_row: int | None) -> int | None:
+    """Tokens of the longest row that the settings allow, `longest_row`, and the models read; None without a bound."""
+    return min((bound for bound in (longest_row, run.positions) if bound is not None), default=None)
 
-    `max_length` bounds the student's rows alone. `max_new_tokens` may be written behind a prompt: behind all of the
-    training set's in a run that `generates`, and wherever nothing is trained. A stream's rows are known later.
+
+def check_longest(run: Run[TeacherFields], longest_row: int | None, bounds: Mapping[str, int | None]) -> None:
+    """ValueError where a row may be longer than a server reads.
+
+    `longest_row` is what the settings allow, text that is written included; `bounds` are tokens of a row by what the
+    server says of them.
     """
-    url, room = run.args.teacher_model_server_url, run.args.max_new_tokens
+    args, longest = run.args, longest_asked(run, longest_row)
+    for what, most in bounds.items():
+        if most is not None and (longest is None or longest > most):
+            behind = "" if longest_row == args.max_length else f" + max_new_tokens={args.max_new_tokens}"
+            tokens = "any number of" if longest is None else f"up to {longest}"
+            raise ValueError(
+                f"the teacher at {args.teacher_model_server_url} {what}; lower max_length={args.max_length}{behind}: "
+                f"a row of this run has {tokens} tokens"
+            )
+
+
+def check_reach(run: Run[TeacherFields], datasets: Mapping[str, Any], most: int | None, *, generates: bool) -> None:
+    """ValueError, with its index, for a row that the settings do not bound and is longer than `most` tokens.
+
+    That is one behind the teacher's own prompt, and, where the run does not write and `generates` is False, one of an
+    evaluation's prompts with what is written behind it. `max_new_tokens` may be written behind a prompt: behind all of
+    the training set's in a run that `generates`, and wherever nothing is trained. A stream's rows are known later.
+    """
+    args = run.args
     for name, dataset in datasets.items():
-        if most is None or not isinstance(dataset, Dataset) or "teacher_prompt_ids" not in dataset.column_names:
+        if most is None or not isinstance(dataset, Dataset):
+            continue
+        has_own = "teacher_prompt_ids" in dataset.column_names
+        columns = [f"{'teacher_' if has_own else ''}{column}" for column in ("input_ids", "labels", "prompt_ids")]
+        if not {*columns} <= {*dataset.column_names} or (not has_own and (generates or name == "train")):
             continue
         own = own_rows(dataset, run.teacher)
         plain = dataset.with_format(None).select(own)
-        columns = (plain[f"teacher_{column}"] for column in ("input_ids", "labels", "prompt_ids"))
-        for index, ids, labels, prompt in zip(own, *columns, strict=True):
+        for index, ids, labels, prompt in zip(own, *(plain[column] for column in columns), strict=True):
             is_written = (generates and name == "train") or not is_trained(labels)
-            longest = max(len(ids), len(prompt) + room if is_written else 0)
+            longest = max(len(ids), len(prompt) + args.max_new_tokens if is_written else 0)
             if longest > most:
+                remedies = [f"lower max_new_tokens={args.max_new_tokens}"] if is_written else []
+                remedies += ["shorten its teacher_prompt"] if has_own else []
+                remedies += ["leave the row out"]
                 raise ValueError(
                     f"row {index} of the {name} dataset has {longest} tokens for the teacher, {len(prompt)} of them "
-                    f"its prompt, but the teacher at {url} reads rows of at most {most} tokens: shorten its "
-                    "teacher_prompt or leave the row out"
+                    f"its prompt, but the teacher at {args.teacher_model_server_url} reads rows of at most {most} "
+                    f"tokens: {' or '.join(remedies)}"
                 )

@@ -30,10 +30,15 @@ from amid_trl.teacher.exchange import (
     AboutTeacher,
     Question,
     Vocabulary,
+    is_about_teacher,
+    longest_question,
+    question_bytes,
     unpacked_states,
 )
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.head_files import kept_head
+from amid_trl.teacher.reach import check_longest
+from amid_trl.teacher.served import Served
 
 
 logger = logging.getLogger(__name__)
@@ -86,10 +91,19 @@ class RemoteTeacher:
         """`head` lies where the states shall go; a text with a token that is `renamed` is refused."""
         self.name, self._about, self._head = about.name, about, head
         self._connection, self._renamed = connection, renamed or RenamedTokens()
+        self._served = Served(connection.url, about.name, about.identity)
         self.rows_at_once = min(ROWS_AT_ONCE, about.max_rows)
         self._threads = ThreadPoolExecutor(REQUESTS, "teacher")
         # Requests of the last two windows by the keys of their rows: the one that is trained, and the next.
         self._expected: list[dict[bytes, _Request]] = [{}, {}]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Who it is."""
+        return self._served.state_dict()
+
+    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """ValueError if it is not the teacher of an earlier run."""
+        self._served.resume(states, rank, world)
 
     @property
     def head(self) -> Head:
@@ -104,7 +118,7 @@ class RemoteTeacher:
     @property
     def longest_row(self) -> int:
         """That can be asked about: what it reads, and what one request may hold."""
-        return min(self._about.positions or self._about.max_tokens, self._about.max_tokens)
+        return min(bound for bound in _bounds(self._about).values() if bound is not None)
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Ask about a window's rows at once; what was expected two windows ago and is not used is forgotten."""
@@ -165,10 +179,11 @@ class RemoteTeacher:
     def _portions(self, rows: Iterable[_Row]) -> Iterator[list[_Row]]:
         """As many as one request may have."""
         some: list[_Row] = []
-        most = min(REQUEST_TOKENS, self._about.max_tokens)
+        about, most = self._about, min(REQUEST_TOKENS, self._about.max_tokens)
         for row in rows:
             tokens = sum(len(each.ids) for each in some) + len(row.ids)
-            if some and (tokens > most or len(some) == self._about.max_rows):
+            is_longer = question_bytes(tokens, len(some) + 1) > about.max_body_bytes
+            if some and (tokens > most or len(some) == about.max_rows or is_longer):
                 yield some
                 some = []
             some.append(row)
@@ -216,10 +231,11 @@ class RemoteTeacher:
 # ---- Opening ----
 
 
-def open_remote(run: Run[TeacherFields]) -> RemoteTeacher | None:
+def open_remote(run: Run[TeacherFields], longest_row: int | None) -> RemoteTeacher | None:
     """The teacher of `teacher_model_server_url` if it is served by `amid-trl serve-teacher`, else None.
 
-    A ValueError if it cannot be the student's: before the first step.
+    `longest_row` is how many tokens the settings allow a row. A ValueError if it cannot be the student's: before the
+    first step.
     """
     args = run.args
     connection = Connection(
@@ -228,13 +244,15 @@ def open_remote(run: Run[TeacherFields]) -> RemoteTeacher | None:
         patience=args.teacher_server_patience,
     )
     response = connection.request("GET", ABOUT_PATH)
-    if PROTOCOL_HEADER not in response.headers:
+    if PROTOCOL_HEADER not in response.headers and not is_about_teacher(response.data):
         return None
-    _check_kind(response, connection.url)
-    _check_status(response, connection.url)
-    about = _about(response.json(), connection.url)
-    longest = min((bound for bound in (args.max_length, run.positions) if bound), default=None)
-    _check_fits(about, connection.url, run.vocabulary, longest)
+    about = _about(response, connection.url)
+    if about.vocabulary < run.vocabulary:
+        raise ValueError(
+            f"the tokenizer has token ids up to {run.vocabulary - 1} but the teacher at {connection.url}, "
+            f"{about.name}, has {about.vocabulary} tokens"
+        )
+    check_longest(run, longest_row, _bounds(about))
     renamed = _renamed(about, connection, run)
     if args.teacher_top_k != TeacherFields.teacher_top_k:
         logger.warning(
@@ -263,25 +281,33 @@ def _check_status(response: urllib3.BaseHTTPResponse, url: str) -> None:
         raise ValueError(f"the teacher at {url} refuses ({response.status}): {text}{hint}")
 
 
-def _about(said: Mapping[str, Any], url: str) -> AboutTeacher:
+def _about(response: urllib3.BaseHTTPResponse, url: str) -> AboutTeacher:
+    """Who answers; ValueError if that is not said, or later answers would not bear it."""
+    if PROTOCOL_HEADER in response.headers:
+        _check_kind(response, url)
+    _check_status(response, url)
     try:
-        return AboutTeacher(**said)
-    except TypeError as error:
+        about = AboutTeacher.read(response.data)
+    except ValueError as error:
         raise ValueError(f"the teacher at {url} does not say who it is: {error}") from error
+    said = {PROTOCOL_HEADER: str(PROTOCOL), IDENTITY_HEADER: about.identity}
+    for name, value in said.items():
+        if (found := response.headers.get(name)) != value:
+            raise ValueError(
+                f"the teacher at {url} is {about.name} of amid-trl serve-teacher, but the header {name} of its answer "
+                f"is {found!r} in place of {value!r}: a proxy between has to leave it as it is"
+            )
+    return about
 
 
-def _check_fits(about: AboutTeacher, url: str, vocabulary: int, longest: int | None) -> None:
-    """Whether it knows all tokens, and reads all rows."""
-    if about.vocabulary < vocabulary:
-        raise ValueError(
-            f"the tokenizer has token ids up to {vocabulary - 1} but the teacher at {url}, {about.name}, has "
-            f"{about.vocabulary} tokens"
-        )
-    bounds = {f"reads rows of at most {about.positions} tokens": about.positions}
-    bounds[f"takes requests of at most {about.max_tokens} tokens (--max-tokens)"] = about.max_tokens
-    for what, most in bounds.items():
-        if most is not None and (longest is None or longest > most):
-            raise ValueError(f"the teacher at {url} {what}; lower max_length={longest}")
+def _bounds(about: AboutTeacher) -> dict[str, int | None]:
+    """Tokens of the longest row that it takes, by what that is because of."""
+    fits = longest_question(about.max_tokens, about.max_body_bytes)
+    return {
+        f"reads rows of at most {about.positions} tokens": about.positions,
+        f"takes requests of at most {about.max_tokens} tokens (--max-tokens)": about.max_tokens,
+        f"takes requests of at most {about.max_body_bytes} bytes (--max-body-bytes), rows of {fits} tokens": fits,
+    }
 
 
 def _renamed(about: AboutTeacher, connection: Connection, run: Run[TeacherFields]) -> RenamedTokens:
@@ -293,5 +319,8 @@ def _renamed(about: AboutTeacher, connection: Connection, run: Run[TeacherFields
         return RenamedTokens()
     response = connection.request("GET", VOCABULARY_PATH)
     _check_status(response, connection.url)
-    theirs: Any = Vocabulary(**response.json())
+    try:
+        theirs: Any = Vocabulary.read(response.data)
+    except ValueError as error:
+        raise ValueError(f"the teacher at {connection.url} does not say its tokens: {error}") from error
     return renamed_tokens(run.tokenizer, theirs)

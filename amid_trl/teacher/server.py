@@ -1,6 +1,5 @@
 """A teacher behind HTTP: an OpenAI-compatible server that has vLLM's `prompt_logprobs`."""
 
-import json
 import logging
 import math
 import os
@@ -16,10 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import Batch, unpadded_rows
 from amid_trl.data.rows import UNTRAINED
+from amid_trl.fields import is_of
 from amid_trl.maths.sparse import SparseTeacher, joined
 from amid_trl.run import Run
 from amid_trl.teacher.connection import REQUESTS, Connection
 from amid_trl.teacher.fields import TeacherFields
+from amid_trl.teacher.reach import check_longest
+from amid_trl.teacher.served import Served
 
 
 logger = logging.getLogger(__name__)
@@ -71,9 +73,12 @@ class TeacherServer:
         try:
             about = self._ask("GET", "v1/models")["data"][0]
             self.model: str = about["id"]
-        except (LookupError, TypeError) as error:
+            self._positions: int | None = about.get("max_model_len")
+        except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(_no_such_server(self.url, "it does not list its models")) from error
-        self._positions: int | None = about.get("max_model_len")
+        if not is_of(self.model, str) or not is_of(self._positions, int | None):
+            said = f"id is {self.model!r} and whose max_model_len {self._positions!r}"
+            raise ValueError(_no_such_server(self.url, f"it lists a model whose {said}"))
         self.log_probs([[0, 0]])
 
     @property
@@ -81,21 +86,18 @@ class TeacherServer:
         """In tokens: it writes one more, for which there has to be room. None where it does not say."""
         return None if self._positions is None else self._positions - 1
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-        """ValueError if the server's tokenizer is another one, or its teacher does not read rows of that length."""
-        if self.longest_row is not None and (max_length is None or max_length > self.longest_row):
-            raise ValueError(
-                f"the teacher at {self.url} reads at most {self.longest_row} tokens and writes one; lower "
-                f"max_length={max_length}"
-            )
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """ValueError if the server's tokenizer is another one."""
         text = tokenizer.decode([*range(0, self.vocabulary, 1 + self.vocabulary // 500)], skip_special_tokens=True)
         question = {"model": self.model, "prompt": text, "add_special_tokens": False}
         try:
-            answer = self._ask("POST", "tokenize", question)
+            tokens = self._ask("POST", "tokenize", question).get("tokens")
+            if not isinstance(tokens, list):
+                raise ValueError(f"{self.url}/tokenize answered no tokens")
         except ValueError as error:
             logger.warning("Whether the teacher has the student's tokenizer is not known: %s", error)
             return
-        if answer["tokens"] != list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
+        if tokens != list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
             raise ValueError(
                 f"the teacher at {self.url} has another tokenizer than the student, which only one in memory may have"
             )
@@ -141,6 +143,8 @@ class TeacherServer:
             "prompt_logprobs": k,
         }
         choices = self._ask("POST", "v1/completions", question).get("choices") or []
+        if not is_of(choices, list) or not all(is_of(choice, dict) for choice in choices):
+            raise ValueError(_no_such_server(self.url, "its completions have no choices"))
         if len(choices) != len(rows):
             raise ValueError(f"rows {start} to {start + len(rows) - 1}: {self.url} answered {len(choices)} rows")
         if "prompt_logprobs" not in choices[0]:
@@ -153,6 +157,8 @@ class TeacherServer:
             return _sparse(row, choice.get("prompt_logprobs"), top_k, self.vocabulary)
         except ValueError as error:
             raise ValueError(f"row {index}: {self.url} answered {error}") from error
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"row {index}: {self.url} answered what are no prompt_logprobs: {error!r}") from error
 
     def _ask(self, method: str, path: str, question: Mapping[str, Any] | None = None) -> dict[str, Any]:
         response = self._connection.request(method, path, json=question)
@@ -160,9 +166,12 @@ class TeacherServer:
             text = response.data.decode(errors="replace")
             raise ValueError(f"the teacher at {self.url}/{path} refuses ({response.status}): {text}")
         try:
-            return response.json()
-        except json.JSONDecodeError as error:
+            answer = response.json()
+        except ValueError as error:
             raise ValueError(_no_such_server(self.url, f"what it says to {path} is not JSON")) from error
+        if not is_of(answer, dict):
+            raise ValueError(_no_such_server(self.url, f"what it says to {path} is no dict"))
+        return answer
 
 
 def _no_such_server(url: str, why: str) -> str:
@@ -237,12 +246,14 @@ def _log_tail(log_p: Float[Tensor, "tokens k"], vocabulary: int) -> Float[Tensor
     return left.clamp(min=ROUNDING).log().masked_fill(complete, -math.inf).float()
 
 
-def open_server(run: Run[TeacherFields]) -> "ServedTeacher":
+def open_server(run: Run[TeacherFields], longest_row: int | None) -> "ServedTeacher":
     """The teacher of `teacher_model_server_url`; a ValueError if it is another one's, or reads shorter rows."""
     args = run.args
     patience = args.teacher_server_patience
     server = TeacherServer(str(args.teacher_model_server_url), args.teacher_top_k, run.vocabulary, patience=patience)
-    server.check(run.tokenizer, min((bound for bound in (args.max_length, run.positions) if bound), default=None))
+    reads = server.longest_row
+    check_longest(run, longest_row, {f"reads at most {reads} tokens and writes one": reads})
+    server.check(run.tokenizer)
     if run.accelerator.is_main_process:
         server.check_company(run.tokenizer)
     return ServedTeacher(server)
@@ -256,6 +267,15 @@ class ServedTeacher:
     def __init__(self, server: TeacherServer):
         self._server, self.name, self.longest_row = server, server.model, server.longest_row
         self.rows_at_once = REQUESTS * server.batch_size
+        self._served = Served(server.url, server.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Who it is, as far as its server says."""
+        return self._served.state_dict()
+
+    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+        """ValueError if it is not the teacher of an earlier run."""
+        self._served.resume(states, rank, world)
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Asked when the loss needs it."""

@@ -12,8 +12,8 @@ from amid_trl.data.row_teachers import DEFAULT, SINGLE, TEACHER
 from amid_trl.maths.linear import States
 from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher
+from amid_trl.run import Stateful
 from amid_trl.teacher.kinds import Teacher
-from amid_trl.teacher.moving_average import AverageTeacher
 
 
 # What a teacher reads.
@@ -75,24 +75,29 @@ class Teachers:
         return TeachersAnswers(numbers, answers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What those have that move with the student; of teachers by name also their names, by which rows are kept."""
+        """What each has to go on from; of teachers by name also their names, by which rows are kept."""
         states = {
-            name: teacher.state_dict() if isinstance(teacher, AverageTeacher) else {}
+            name: teacher.state_dict() if isinstance(teacher, Stateful) else {}
             for name, teacher in self.by_name.items()
         }
         return states.get(SINGLE, {"teachers": states})
 
     def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
-        """Go on from where an earlier run was; ValueError if its teachers had other names, or another order."""
+        """Go on from where an earlier run was; ValueError if its teachers were others, or in another order."""
         named = [{SINGLE: state} if SINGLE in self.by_name else state["teachers"] for state in states]
-        if [*named[0]] != [*self.by_name]:
+        if named and [*named[0]] != [*self.by_name]:
             raise ValueError(
-                f"the checkpoint is of the teachers {', '.join(named[0])}, not {', '.join(self.by_name)}: rows know "
+                f"it is of the teachers {', '.join(named[0])}, not {', '.join(self.by_name)}: rows know "
                 "theirs by the number. Start a new run from its weights instead of resuming it"
             )
         for name, teacher in self.by_name.items():
-            if isinstance(teacher, AverageTeacher):
-                teacher.resume([state[name] for state in named], rank, world)
+            if isinstance(teacher, Stateful):
+                try:
+                    teacher.resume([state[name] for state in named], rank, world)
+                except ValueError as error:
+                    if name == SINGLE:
+                        raise
+                    raise ValueError(f"teachers: {name}: {error}") from error
 
     def _numbers(self, batch: Batch) -> Tensor:
         """The number of each row's teacher."""

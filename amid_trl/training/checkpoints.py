@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,8 @@ from transformers import TrainerState, TrainingArguments
 
 from amid_trl._trl import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file
+from amid_trl.run import Stateful
+from amid_trl.teacher.served import SERVED
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ UNFINISHED = "checkpoint-is-incomplete.txt"
 
 
 TRAINER_STATE = "trainer_state.json"  # written last
+
+
+# What checkpoints of earlier versions do not hold: a part goes on without it.
+LATER = {SERVED}
 
 
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -137,19 +143,6 @@ def _check(file: Path) -> None:
             check_engine_file(file)
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """A part of a run with a state; several parts share one file, so each names what is its own."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing, if there is no state."""
-        ...
-
-    def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
-        """Go on as process `rank` of `world` from what all processes of an earlier run had, in their order."""
-        ...
-
-
 def save_state(folder: str, parts: Iterable[Stateful], accelerator: Accelerator) -> None:
     """Write what this process needs to go on, if it is anything."""
     state = {name: value for part in parts for name, value in part.state_dict().items()}
@@ -164,13 +157,16 @@ def load_state(folder: str, parts: Iterable[Stateful], accelerator: Accelerator)
     states = _Saved(folder)
     for part in parts:
         needed = set(part.state_dict())
-        if missing := sorted(needed - set(states[0] if states else {})):
+        if missing := sorted(needed - LATER - set(states[0] if states else {})):
             raise ValueError(
                 f"the checkpoint {folder} holds no state called {', '.join(missing)}: it was saved with other "
                 "settings or by save_only_model=True. Start a new run from its weights instead of resuming it"
             )
         if needed:
-            part.resume(states, rank, world)
+            try:
+                part.resume(states, rank, world)
+            except ValueError as error:
+                raise ValueError(f"the checkpoint {folder} cannot be resumed: {error}") from error
 
 
 class _Saved(Sequence[Mapping[str, Any]]):

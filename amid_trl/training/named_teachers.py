@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from amid_trl.data.row_teachers import SINGLE
-from amid_trl.fields import JSON, is_of, own_fields, without_effect
+from amid_trl.fields import JSON, is_of, own_fields, shown_kind, without_effect
 from amid_trl.sources.source import Source
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.training.objective_fields import ObjectiveFields
@@ -120,10 +120,4 @@ def _check_given(given: Any) -> None:
             hint = f"; did you mean {alike[0]}?" if alike else f"; there are {', '.join(known)}"
             raise ValueError(f"{name!r} is no field of a teacher, nor of its objective{hint}")
         if not is_of(value, known[name]):
-            raise ValueError(f"{name} must be {_shown(known[name])}; got {value!r}")
-
-
-def _shown(kind: Any) -> str:
-    if kind == JSON:
-        return "a dict"
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            raise ValueError(f"{name} must be {shown_kind(known[name])}; got {value!r}")

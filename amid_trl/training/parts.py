@@ -15,7 +15,7 @@ from amid_trl.data.row_teachers import SINGLE
 from amid_trl.maths.figures import Figures
 from amid_trl.maths.means import Means
 from amid_trl.phases import phase
-from amid_trl.run import Run
+from amid_trl.run import Run, Stateful
 from amid_trl.sources.shares import WindowSources
 from amid_trl.sources.source import Source
 from amid_trl.sources.windows import WINDOW_MEANS, Window, Windows
@@ -26,7 +26,6 @@ from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.teacher.several import Teachers, TeachersAnswers
 from amid_trl.training.answers import ANSWER_MEANS, Answers
 from amid_trl.training.balancing import Balancing
-from amid_trl.training.checkpoints import Stateful
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.evaluated_text import EvaluatedText
 from amid_trl.training.half_precision import UnmovedWeights
@@ -135,7 +134,8 @@ def open_teachers(
     opened = {}
     for name, (run, model) in teachers.items():
         with naming_teacher(name):
-            opened[name] = open_teacher(run, model, student, wrapped_student, datasets, generates=run.args.generates)
+            bounds: Any = {"generates": run.args.generates, "longest_row": run.args.longest_row}
+            opened[name] = open_teacher(run, model, student, wrapped_student, datasets, **bounds)
     return Teachers(opened, accelerator)
 
 

@@ -24,7 +24,7 @@ class LogprobServer(ThreadingHTTPServer):
 
     def __init__(self, model, max_logprobs: int = 20, tokenizer=None, max_model_len: int | None = None, port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
-        self.model, self.max_logprobs = model, max_logprobs
+        self.model, self.max_logprobs, self.name = model, max_logprobs, "tiny"
         self.tokenizer, self.max_model_len = tokenizer, max_model_len  # without a tokenizer there is no /tokenize
         self.keys: list[str | None] = []  # what came with the POSTs
         self.faults: list[int] = []
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LogprobServer
 
     def do_GET(self):
-        about = {"id": "tiny", "max_model_len": self.server.max_model_len}
+        about = {"id": self.server.name, "max_model_len": self.server.max_model_len}
         self._send(200, {"data": [about]} if self.path == "/v1/models" else {})
 
     def do_POST(self):

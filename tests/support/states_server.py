@@ -9,17 +9,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import urllib3
 import uvicorn
+from accelerate import Accelerator
 from processes import Forked
 from starlette.types import ASGIApp
 
+from amid_trl.run import Run
 from amid_trl.teacher.command import BOUNDS
 from amid_trl.teacher.exchange import AboutTeacher
 from amid_trl.teacher.head_files import write_head
 from amid_trl.teacher.hosted import Bounds, HostedTeacher, Hosting, Loaded, identity
+from amid_trl.teacher.remote import open_remote
 from amid_trl.teacher.serving import bind, build_app, server_config
 
 
@@ -66,6 +70,16 @@ def hosting(
         finally:
             server.should_exit = True
             thread.join()
+
+
+def opened(
+    server: Running, tokenizer: Any, vocabulary: int = 360, positions: Any = None, longest_row: Any = ..., **settings
+):
+    """The teacher of a server, as a run of these settings opens it."""
+    args: dict[str, Any] = {"teacher_model_server_url": f"{server.url}/v1", "teacher_server_patience": 1.0}
+    args |= {"max_length": 64, "max_new_tokens": 6, "teacher_top_k": 100, **settings}
+    run = Run(SimpleNamespace(**args), Accelerator(cpu=True), tokenizer, vocabulary, positions)
+    return open_remote(run, args["max_length"] if longest_row is ... else longest_row)
 
 
 def changing(change: Callable[[str, dict[str, str], bytes], bytes]) -> Callable[[ASGIApp], ASGIApp]:
@@ -132,7 +146,7 @@ class Wire:
     """
 
     def __init__(self, port: int):
-        self._to, self._place = port, socket.create_server(("127.0.0.1", 0))
+        self.leads_to, self._place = port, socket.create_server(("127.0.0.1", 0))
         self.port = self._place.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.sent = self.received = 0
@@ -160,7 +174,7 @@ class Wire:
             if self.is_cut:
                 near.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self._to))
+            far = socket.create_connection(("127.0.0.1", self.leads_to))
             self._open += [near, far]
             for ends in ((near, far, "sent"), (far, near, "received")):
                 threading.Thread(target=self._carry, args=ends, daemon=True).start()

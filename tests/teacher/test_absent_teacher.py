@@ -324,13 +324,13 @@ def test_the_command_writes_what_train_reads(tmp_path, tokenizer, teacher, monke
         ({"teacher_cache": "x", "teacher_top_k": 0}, "teacher_top_k must be at least 1; got 0"),
         ({"teacher_cache": "x"}, "teacher_cache holds .* dataset's text alone; set lmbda=0.0"),
         ({"teacher_cache": "x", "lmbda": 0.0, "seq_kd": True}, "seq_kd=True needs a teacher in memory"),
-        ({"teacher_model_server_url": "x", "teacher_cache": "y"}, "teacher_cache holds .* set lmbda=0.0"),
+        ({"teacher_model_server_url": "http://x", "teacher_cache": "y"}, "teacher_cache holds .* set lmbda=0.0"),
         (
-            {"teacher_model_server_url": "x", "teacher_cache_dtype": "float32"},
+            {"teacher_model_server_url": "http://x", "teacher_cache_dtype": "float32"},
             "teacher_cache_dtype has no effect without a teacher_cache",
         ),
         (
-            {"teacher_model_server_url": "x", "teacher_model_name_or_path": "y"},
+            {"teacher_model_server_url": "http://x", "teacher_model_name_or_path": "y"},
             "teacher_model_name_or_path has no effect beside teacher_model_server_url",
         ),
         (

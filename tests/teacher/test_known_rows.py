@@ -207,6 +207,26 @@ def test_a_prompt_of_the_teachers_own_that_its_server_does_not_read_is_refused_w
             build(dataset=hinted(6, long_one=None), eval_dataset=hinted(3, long_one=1), **settings)
 
 
+@pytest.mark.parametrize("kind", ["vllm", "states"])
+def test_text_that_is_written_is_as_long_as_its_server_reads(build, tokenizer, teacher, kind):
+    """Where max_length leaves no room beside max_new_tokens a row has both; where nothing is written it has not."""
+    if kind == "vllm":
+        opened = serving(teacher, max_logprobs=100, max_model_len=41)
+    else:
+        opened = hosting(tiny_llama(tokenizer, seed=1, max_position_embeddings=40), tokenizer)
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question, _ in QUESTIONS[:3]]})
+    with opened as server:
+        settings = {"teacher_model_server_url": server.url, "max_length": 36, "max_new_tokens": 36}
+        with pytest.raises(ValueError, match=r"lower max_length=36 \+ max_new_tokens=36: .* has up to 72 tokens"):
+            build(**settings, lmbda=1.0)
+        build(**settings)
+        with pytest.raises(
+            ValueError, match=r"row 0 of the eval dataset has .*: lower max_new_tokens=36 or leave the"
+        ):
+            build(**settings, eval_dataset=prompts, eval_generate=True)
+        build(**{**settings, "max_length": 40, "max_new_tokens": 6}, lmbda=1.0)
+
+
 def test_what_will_be_written_behind_it_counts(build, teacher):
     rows = hinted(6, long_one=None)
     with serving(teacher, max_logprobs=100, max_model_len=91) as server:

@@ -1,24 +1,22 @@
 """The client of `amid-trl serve-teacher`: what it asks when, what it checks, and the head that it keeps."""
 
-import json
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save
-from states_server import changing, hosting, wire
+from states_server import changing, hosting, opened, wire
 from tiny import tiny_llama, tiny_tokenizer
 
 from amid_trl.data.batches import PromptTokens, completion_batch
-from amid_trl.run import Run
 from amid_trl.teacher.cache import tokenizer_fingerprint
 from amid_trl.teacher.connection import Connection
+from amid_trl.teacher.exchange import question_bytes
 from amid_trl.teacher.head_files import kept_head
 from amid_trl.teacher.in_memory import ModelTeacher
-from amid_trl.teacher.remote import RemoteTeacher, open_remote
+from amid_trl.teacher.remote import RemoteTeacher
 
 
 STATES = "/amid-trl/states"
@@ -113,7 +111,7 @@ def test_what_is_forgotten_is_not_asked_any_more(model, tokenizer):
     assert asked(server) <= 1 + 4  # those that were on their way
 
 
-@pytest.mark.parametrize("bounds", [{"max_rows": 2}, {"max_tokens": 30}])
+@pytest.mark.parametrize("bounds", [{"max_rows": 2}, {"max_tokens": 30}, {"max_body_bytes": 350}])
 def test_a_request_is_as_large_as_the_server_takes(model, tokenizer, bounds):
     with hosting(model, tokenizer, **bounds) as server:
         assert_right(connected(server), model, batch_of(0, rows=5))
@@ -243,61 +241,78 @@ def test_an_interruption_ends_what_waits(model, tokenizer):
 # ---- Before the first step ----
 
 
-def open_(server, tokenizer, vocabulary=360, positions=None, url=None, **settings):
-    args = {"teacher_model_server_url": url or f"{server.url}/v1", "teacher_server_patience": 1.0}
-    args |= {"max_length": 64, "teacher_top_k": 100, **settings}
-    return open_remote(Run(SimpleNamespace(**args), Accelerator(cpu=True), tokenizer, vocabulary, positions))
-
-
 def test_it_opens_and_answers(model, tokenizer, caplog):
     with hosting(model, tokenizer, key="k") as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMID_TRL_API_KEY", "k")
-        teacher = open_(server, tokenizer)
+        teacher = opened(server, tokenizer)
         assert (teacher.name, teacher.is_sparse, teacher.rows_at_once) == ("tiny", False, 32)
         assert_right(teacher, model, batch_of(0))
         patch.setenv("AMID_TRL_API_KEY", "another")
         with pytest.raises(ValueError, match=r"refuses \(401\): the key is missing.*; its key belongs in AMID_TRL"):
-            open_(server, tokenizer)
+            opened(server, tokenizer)
     assert not caplog.text
 
 
 def test_the_longest_row_is_compared_with_what_it_reads(tokenizer):
     with hosting(tiny_llama(tokenizer, max_position_embeddings=64), tokenizer, max_tokens=100) as server:
-        open_(server, tokenizer, max_length=64)
-        open_(server, tokenizer, max_length=500, positions=64)
-        for length in (65, None):
-            with pytest.raises(ValueError, match=f"reads rows of at most 64 tokens; lower max_length={length}"):
-                open_(server, tokenizer, max_length=length)
-    complaint = r"takes requests of at most 60 tokens \(--max-tokens\); lower max_length=64"
-    with (
-        hosting(tiny_llama(tokenizer), tokenizer, max_tokens=60) as server,
-        pytest.raises(ValueError, match=complaint),
-    ):
-        open_(server, tokenizer)
+        opened(server, tokenizer, max_length=64)
+        opened(server, tokenizer, max_length=500, positions=64)
+        for length, tokens in ((65, "up to 65"), (None, "any number of")):
+            complaint = (
+                f"reads rows of at most 64 tokens; lower max_length={length}: a row of this run has {tokens} tok"
+            )
+            with pytest.raises(ValueError, match=complaint):
+                opened(server, tokenizer, max_length=length)
+        written = {"max_length": 36, "max_new_tokens": 40, "longest_row": 76}
+        opened(server, tokenizer, positions=64, **written)
+        with pytest.raises(ValueError, match=r"lower max_length=36 \+ max_new_tokens=40: .* up to 76 tokens"):
+            opened(server, tokenizer, **written)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"max_tokens": 64}, r"takes requests of at most {} tokens \(--max-tokens\)"),
+        (
+            {"max_body_bytes": question_bytes(64, 1)},
+            r"takes requests of at most {} bytes \(--max-body-bytes\), rows of 63",
+        ),
+    ],
+    ids=str,
+)
+def test_the_longest_row_is_compared_with_a_request(model, tokenizer, bounds, words):
+    [(name, most)] = bounds.items()
+    rows = batch_of(0, length=32)
+    with hosting(model, tokenizer, **bounds) as server:
+        assert_right(opened(server, tokenizer), model, rows)
+        assert asked(server) == 2
+    complaint = words.format(most - 1) + ".*; lower max_length=64: a row of this run has up to 64 tokens"
+    with hosting(model, tokenizer, **{name: most - 1}) as server, pytest.raises(ValueError, match=complaint):
+        opened(server, tokenizer)
 
 
 def test_a_teacher_of_fewer_tokens_is_refused(tokenizer):
     few = tiny_llama(tiny_tokenizer(vocab_size=300))
     complaint = r"token ids up to 359 but the teacher at .*, tiny, has 300 tokens"
     with hosting(few, tokenizer) as server, pytest.raises(ValueError, match=complaint):
-        open_(server, tokenizer)
+        opened(server, tokenizer)
 
 
 def test_another_tokenizer_is_refused_and_one_with_other_names_of_special_tokens_is_not(model, tokenizer, caplog):
     another = tiny_tokenizer(vocab_size=340)
     with hosting(model, another) as server, pytest.raises(ValueError, match="need the same tokenizer"):
-        open_(server, tokenizer)
+        opened(server, tokenizer)
     more = tiny_tokenizer()
     more.add_special_tokens({"additional_special_tokens": ["<extra>"]})
     with hosting(model, more) as server:
         assert server.about.tokenizer != tokenizer_fingerprint(tokenizer)
-        assert_right(open_(server, tokenizer), model, batch_of(0))
+        assert_right(opened(server, tokenizer), model, batch_of(0))
     other = tiny_tokenizer()
     other.add_tokens(["<theirs>"])
     mine = tiny_tokenizer()
     mine.add_tokens(["<mine>"])
     with hosting(tiny_llama(tokenizer, vocab_size=361), other) as server:
-        teacher = open_(server, mine, vocabulary=361)
+        teacher = opened(server, mine, vocabulary=361)
         assert "other names for 1 tokens" in caplog.text
         batch = batch_of(0)
         teacher(batch)
@@ -309,33 +324,11 @@ def test_another_tokenizer_is_refused_and_one_with_other_names_of_special_tokens
 
 def test_a_teacher_without_a_tokenizer_is_taken_at_its_word(model, tokenizer, caplog):
     with hosting(model, None) as server:
-        open_(server, tokenizer)
+        opened(server, tokenizer)
     assert "Whether the teacher has the student's tokenizer is not known" in caplog.text
 
 
 def test_a_field_without_effect_is_named(model, tokenizer, caplog):
     with hosting(model, tokenizer) as server:
-        open_(server, tokenizer, teacher_top_k=50)
+        opened(server, tokenizer, teacher_top_k=50)
     assert "teacher_top_k=50 has no effect on training with the teacher at" in caplog.text
-
-
-def newer(path, headers, body):
-    headers["amid-trl-protocol"] = "2"
-    return body
-
-
-def mute(path, headers, body):
-    return json.dumps({"name": "x"}).encode()
-
-
-def vllm(path, headers, body):
-    headers.pop("amid-trl-protocol")
-    return b"{}"
-
-
-def test_a_server_of_another_version_or_kind_is_told_from_ours(model, tokenizer):
-    for change, complaint in ((newer, "is of version 2 of the protocol, and this is version 1"), (mute, "who it is")):
-        with hosting(model, tokenizer, meddle=changing(change)) as server, pytest.raises(ValueError, match=complaint):
-            open_(server, tokenizer)
-    with hosting(model, tokenizer, meddle=changing(vllm)) as server:
-        assert open_(server, tokenizer) is None

@@ -256,24 +256,16 @@ def test_an_address_may_end_as_that_of_openai_clients(server):
 def test_a_teacher_with_another_tokenizer_is_refused(model, caplog):
     ours, another = tiny_tokenizer(), tiny_tokenizer(vocab_size=300)
     with serving(model, tokenizer=ours) as server:
-        connect(server).check(ours, 64)
+        connect(server).check(ours)
     assert not caplog.text
     with serving(model, tokenizer=another) as server, pytest.raises(ValueError, match="has another tokenizer"):
-        connect(server).check(ours, 64)
+        connect(server).check(ours)
 
 
 def test_a_server_that_does_not_tokenize_is_taken_at_its_word(model, caplog):
     with serving(model) as server:
-        connect(server).check(tiny_tokenizer(), 64)
+        connect(server).check(tiny_tokenizer())
     assert "Whether the teacher has the student's tokenizer is not known" in caplog.text
-
-
-@pytest.mark.parametrize("max_length", [64, None])
-def test_a_teacher_that_reads_shorter_rows_is_refused(model, max_length):
-    with serving(model, max_model_len=64) as server:
-        connect(server).check(tiny_tokenizer(), 63)
-        with pytest.raises(ValueError, match=f"reads at most 63 tokens .* lower max_length={max_length}"):
-            connect(server).check(tiny_tokenizer(), max_length)
 
 
 def test_the_key_of_the_environment_is_sent(model, monkeypatch):
@@ -374,6 +366,11 @@ def test_a_teacher_whose_answers_depend_on_their_company_is_reported(model, serv
         # One like llama.cpp's, which does not know prompt_logprobs.
         ({"choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}]}, "no prompt_logprobs"),
         ({"content": "", "tokens": []}, "answered 0 rows"),
+        ({"choices": "none"}, "its completions have no choices"),
+        (
+            {"choices": [{"prompt_logprobs": [None, {"0": {"rank": 1}}]}]},
+            r"row 0: .* are no prompt_logprobs: KeyError",
+        ),
     ],
 )
 def test_a_server_of_another_kind_is_named(model, server, monkeypatch, answer, complaint):
@@ -388,7 +385,15 @@ def test_a_server_of_another_kind_is_named(model, server, monkeypatch, answer, c
         connect(server)
 
 
-def test_a_server_that_lists_no_models_is_named(model, server, monkeypatch):
-    monkeypatch.setattr(TeacherServer, "_ask", lambda self, *question: {"models": []})
-    with pytest.raises(ValueError, match="not a server of the kind that is needed, it does not list its models"):
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ({"models": []}, "it does not list its models"),
+        ({"data": [["tiny"]]}, "it does not list its models"),
+        ({"data": [{"id": "x", "max_model_len": "9"}]}, "a model whose id is 'x' and whose max_model_len '9'"),
+    ],
+)
+def test_a_server_that_lists_no_models_is_named(server, monkeypatch, answer, complaint):
+    monkeypatch.setattr(TeacherServer, "_ask", lambda self, *question: answer)
+    with pytest.raises(ValueError, match=f"not a server of the kind that is needed, .*{complaint}"):
         connect(server)

@@ -153,7 +153,7 @@ def test_a_resumed_run_goes_on_like_the_one_that_was_not_interrupted(several, to
     assert moved[0] == 0.2 and moved == sorted(moved) and moved[-1] > 0.3
     teachers = runs[0]._parts.teachers
     renamed = Teachers(dict(zip(("math", "code"), teachers.by_name.values(), strict=True)), runs[0].accelerator)
-    with pytest.raises(ValueError, match="the checkpoint is of the teachers math, chat, not math, code"):
+    with pytest.raises(ValueError, match="it is of the teachers math, chat, not math, code"):
         renamed.resume([teachers.state_dict()], 0, 1)
 
 

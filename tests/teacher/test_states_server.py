@@ -26,7 +26,7 @@ from amid_trl.data.batches import PromptTokens, completion_batch
 from amid_trl.maths.linear import States
 from amid_trl.models.own_logits import check_own_logits
 from amid_trl.teacher.connection import Connection
-from amid_trl.teacher.exchange import AboutTeacher, Question, Vocabulary
+from amid_trl.teacher.exchange import AboutTeacher, Question, Vocabulary, longest_question, question_bytes
 from amid_trl.teacher.head_files import kept_head
 from amid_trl.teacher.hosted import Hosting, identity, load_hosted, passes
 from amid_trl.teacher.in_memory import ModelTeacher
@@ -324,11 +324,20 @@ def test_questions_are_answered_in_turn_and_not_for_who_has_gone(tokenizer):
 
 def test_a_question_and_its_answer_are_small(tokenizer):
     rows = question([[5] * 100] * 7)
-    assert len(rows.pack()) < 700 * 5 + 7 * 8 + 300
+    assert len(rows.pack()) == question_bytes(700, 7) < 700 * 5 + 7 * 8 + 300
     with hosting(tiny_llama(tokenizer).bfloat16(), tokenizer) as server:
         answer = HTTP.request("POST", f"{server.url}/amid-trl/states", body=rows.pack())
     assert load(answer.data)["hidden"].shape == (700, 32)
     assert len(answer.data) < 700 * 32 * 2 + 100
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2,), (9,), (10,), (19,), (99, 1), (1000,), (3,) * 12, (12345,)])
+def test_how_long_a_question_is_is_known_beforehand(lengths):
+    size = len(question([[5] * length for length in lengths]).pack())
+    assert question_bytes(sum(lengths), len(lengths)) == size
+    if len(lengths) == 1:
+        assert longest_question(10**9, size) == lengths[0] > longest_question(10**9, size - 1)
+        assert longest_question(1, size) == 1
 
 
 def test_tokenizers_are_not_needed(tmp_path):

@@ -244,9 +244,9 @@ def test_more_tokens_than_it_gives_are_refused_in_its_own_words(vllm, served):
 
 def test_a_teacher_with_another_tokenizer_is_refused(vllm, served):
     server = TeacherServer(vllm.serve(*served), 20, VOCABULARY)
-    server.check(tiny_tokenizer(), 100)
+    server.check(tiny_tokenizer())
     with pytest.raises(ValueError, match="has another tokenizer than the student"):
-        server.check(tiny_tokenizer(vocab_size=340), 100)
+        server.check(tiny_tokenizer(vocab_size=340))
 
 
 @pytest.mark.filterwarnings("ignore")  # of importing vLLM
