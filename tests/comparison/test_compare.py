@@ -341,6 +341,7 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_past_a_run_that_fails(con
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_students_are_evaluated_and_their_answers_compared(content, tmp_path, capsys):
     rows = [{"prompt": f"Question {i}?", "references": ["An answer.", "No."]} for i in range(5)]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -358,7 +359,7 @@ def test_students_are_evaluated_and_their_answers_compared(content, tmp_path, ca
     wrong = change["evaluate"] | {"teacher": str(tmp_path / "none")}
     file = written(tmp_path, content | change | {"evaluate": wrong})
     done = subprocess.run(command(file, out), env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 2 and done.stdout.count("FAILED with status 2") == 2, done.stdout + done.stderr
+    assert done.returncode == 2 and done.stdout.count("FAILED with status 2") == 3, done.stdout + done.stderr
     trained = (out / "kd" / "seed-0" / "result.json").stat()
 
     file = written(tmp_path, content | change)
