@@ -39,7 +39,7 @@ def ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def with_template(tokenizer, template: str):
+def with_template(tokenizer, template: str | None):
     tokenizer.chat_template = template
     return tokenizer
 
@@ -98,7 +98,7 @@ def test_behind_a_special_token_the_text_alone_is_read(name):
     back, pair = both(name), both(name, turned=True)
     ours, theirs = back.student.tokenizer, back.teacher.tokenizer
     row = ids(theirs, f"</s>{ANSWER}")
-    assert ours.decode(pair.write(row).ids).endswith(f"<|im_end|>{ANSWER}")
+    assert str(ours.decode(pair.write(row).ids)).endswith(f"<|im_end|>{ANSWER}")
     adds = name != "first"
     assert pair.places(row, row, pair.write(row))[0].kind == (STUDENTS_SPACE if adds else BOUNDARY)
 
@@ -172,8 +172,10 @@ def test_such_a_place_is_compared_by_outcomes_of_its_own():
         student, teacher, labels, *columns, torch.tensor([2, -1])
     )
     for row, outcomes in enumerate((whole, there)):
-        of_row = [column[row : row + 1] for column in (teacher.log_softmax(-1), student.log_softmax(-1), labels)]
-        p, q = at_boundaries(outcomes, *of_row, Places(*(column[row : row + 1] for column in columns)), begun)
+        here = slice(row, row + 1)
+        log_p, log_q = (logits.log_softmax(-1)[here] for logits in (teacher, student))
+        places = Places(columns[0][here], columns[1][here], zeros[here], zeros[here])
+        p, q = at_boundaries(outcomes, log_p, log_q, labels[here], places, begun)
         assert losses[row] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-6)
     named = dict(zip(OutcomeTokenLoss.figures, figures.T.tolist(), strict=True))
     assert named["bytes"] == [3, 0] and named["teachers_bytes"] == [3, 0]
