@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amid_trl.data.packing import rows_of
 from amid_trl.data.row_teachers import TEACHER, teacher_of
-from amid_trl.data.rows import UNTRAINED, DataSettings, Row, teachers_row, tokens_row
+from amid_trl.data.rows import UNTRAINED, DataSettings, Row, completion_length, teachers_row, tokens_row
 
 
 # What a collator makes of rows; tensors by name, each with an entry for every row.
@@ -230,12 +230,16 @@ def _padded(
 def teachers_view(batch: Batch) -> Batch:
     """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any.
 
-    Then `own_prompt` says how long these are, for a teacher in whose tokens they are written.
+    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written.
     """
     if "teacher_input_ids" not in batch:
         return batch
     read = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
-    read["own_prompt"] = batch["teacher_prompt_attention_mask"].sum(-1)
+    names = (("prompts", "prompt_attention_mask"), ("input_ids", "attention_mask"))
+    rows = (unpadded(batch[ids], batch[mask]) for ids, mask in names)
+    lengths = [completion_length(prompt.tolist(), row.tolist()) for prompt, row in zip(*rows, strict=True)]
+    whole = batch["teacher_attention_mask"].sum(-1)
+    read["own_prompt"] = whole - torch.tensor(lengths, device=whole.device)
     return {**read, TEACHER: batch[TEACHER]} if TEACHER in batch else read
 
 

@@ -202,8 +202,10 @@ def prompt_tokens(prompt: str, tokenizer: PreTrainedTokenizerBase, ends: list[in
     return ids
 
 
-def teachers_row(row: Row, read: list[int]) -> Row:
+def teachers_row(row: Row, read: list[int], context: list[int] | None = None) -> Row:
     """The row, of which the completion alone is trained, and beside it the teacher's, who reads `read` before it.
+
+    Of these tokens `context` stands before the row's completion; by default all but those that are in it again.
 
     Raises:
         BadRow: no prompt, or one that ends otherwise where prompt and completion share a token.
@@ -213,8 +215,9 @@ def teachers_row(row: Row, read: list[int]) -> Row:
     if not is_trained([UNTRAINED] * start + row["labels"][start:]):  # nothing is answered
         return {**row, "labels": [UNTRAINED] * len(ids), **_teachers(read, [UNTRAINED] * len(read), read)}
     again = prompt[start:]
-    context = read[: len(read) - len(again)]
-    if read[len(context) :] != again or not context or not start:
+    ends_so = context is not None or read[len(read) - len(again) :] == again
+    context = read[: len(read) - len(again)] if context is None else context
+    if not ends_so or not context or not start:
         raise BadRow(
             "teacher_prompt must end as the prompt does where the completion changes the prompt's last tokens, and "
             f"neither may be empty; got the tokens {read[-8:]} where the prompt has {prompt[-8:]}"
@@ -222,6 +225,11 @@ def teachers_row(row: Row, read: list[int]) -> Row:
     labels = row["labels"][start:]
     teachers = _teachers(context + ids[start:], [UNTRAINED] * len(context) + labels, read)
     return {**row, "labels": [UNTRAINED] * start + labels, **teachers}
+
+
+def completion_length(prompt: list[int], ids: list[int]) -> int:
+    """How many tokens stand behind what a row has of its prompt."""
+    return len(ids) - common_prefix_length(prompt, ids)
 
 
 def _teachers(ids: list[int], labels: list[int], prompt: list[int]) -> Row:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl._trl import common_prefix_length
 from amid_trl.data.conversations import messages_to_answer, template_options
 from amid_trl.data.messages import as_messages, conversation_of
 from amid_trl.data.rendering import renderer
@@ -42,12 +43,14 @@ def with_teachers_row(
     """The row, of which the completion alone is trained, and the teacher's beside it; notes of what happened.
 
     Where prompt and completion share a token, because they are tokenised together, the teacher's prompt has to end as
-    the student's does.
+    the student's does: in the same tokens, or, in tokens of its own, in the same text. Rendered in its own template it
+    may end otherwise.
 
     Raises:
         BadRow: no prompt, or one that ends otherwise.
     """
-    made = teachers_row(row, _teacher_prompt_ids(example, row["prompt_ids"], tokenizer, settings))
+    read = _teacher_prompt_ids(example, row["prompt_ids"], tokenizer, settings)
+    made = teachers_row(row, read, _context(example, row, read, tokenizer, settings))
     written = len(made["teacher_prompt_ids"]) + settings.teacher_room if settings.generates else 0
     longest = max(len(made["teacher_input_ids"]), written)
     notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(made["labels"]) else []
@@ -57,9 +60,44 @@ def with_teachers_row(
     return made, [*notes, LONG_TEACHER_PROMPT] if too_long else notes
 
 
+def _context(
+    example: dict[str, Any], row: Row, read: list[int], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> list[int] | None:
+    """What stands before the completion of a prompt in the teacher's own tokens; None where they are the student's."""
+    other, prompt = settings.teacher_tokenizer, row["prompt_ids"]
+    if other is None:
+        return None
+    start = common_prefix_length(prompt, row["input_ids"])
+    again = _text(tokenizer, prompt).removeprefix(_text(tokenizer, prompt[:start]))
+    if not again:
+        return read
+    if _text(other, read).endswith(again):
+        if example.get(IDS) is None:
+            return _teacher_prompt_ids(example, prompt, tokenizer, settings, again=again)
+        ends = range(len(read) - 1, 0, -1)
+        found = [end for end in ends if _text(other, read[:end]) + again == _text(other, read)]
+        if found:
+            return read[: found[0]]
+    if example.get(COLUMN) is None and example.get(IDS) is None:
+        return read
+    raise BadRow(
+        "teacher_prompt must end as the prompt does where the completion changes the prompt's last tokens; it ends in "
+        f"{_text(other, read)[-20:]!r}, and these tokens in {again!r}"
+    )
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def _teacher_prompt_ids(
-    example: dict[str, Any], prompt: list[int], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+    example: dict[str, Any],
+    prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    again: str = "",
 ) -> list[int]:
+    """The tokens of the teacher's prompt, without `again` at its end."""
     given = example.get(COLUMN)
     if example.get(IDS) is not None:
         return list(example[IDS])
@@ -67,14 +105,14 @@ def _teacher_prompt_ids(
     if settings.teacher_tokenizer is not None:
         tokenizer, given = settings.teacher_tokenizer, _read_by_other(example, given, is_chat=is_chat)
     if isinstance(given, str):
-        return prompt_tokens(given, tokenizer, end_tokens(tokenizer, settings))
+        return prompt_tokens(given.removesuffix(again), tokenizer, end_tokens(tokenizer, settings))
     renders = settings.teacher_chat_template_kwargs or settings.teacher_tokenizer is not None
     if given is None and not (renders and is_chat):
         return prompt
     messages = messages_to_answer(*conversation_of(example)) if given is None else as_messages(given)
     options = {**template_options(example, settings), **settings.teacher_chat_template_kwargs}
     text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text.removesuffix(again), add_special_tokens=False)["input_ids"])
 
 
 def _is_chat(example: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ models say what comes next: tokens of the two that are the same event are one ou
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,8 +21,10 @@ from amid_trl.maths.token_loss import MEANS, NO_MEANS, DistillationTokenLoss, la
 
 
 # What is known of the teacher where the student's token begins: nothing; its distribution at this boundary; how its
-# token goes on that has begun already.
-UNPAIRED, BOUNDARY, INSIDE = 0, 1, 2
+# token goes on that has begun already; its distribution at a boundary where the student alone, or the teacher alone,
+# writes a space that is not in the text.
+UNPAIRED, BOUNDARY, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE = 0, 1, 2, 3, 4
+AT_BOUNDARY = (BOUNDARY, STUDENTS_SPACE, TEACHERS_SPACE)
 # In place of the student's token that goes on: the teacher's token ends here.
 ENDS = -1
 # The chain where the student's token is not told apart from the others of its outcome.
@@ -48,16 +50,23 @@ class Outcomes:
         teacher: that of each of the teacher's.
         rest: how many outcomes there are; as an entry of the two it stands for all other tokens.
         bytes: how many bytes each of the student's tokens writes.
+        spaced: by STUDENTS_SPACE or TEACHERS_SPACE the outcomes at such a place, where there may be one.
     """
 
     student: Int[Tensor, " student_vocab"]
     teacher: Int[Tensor, " teacher_vocab"]
     rest: int
     bytes: Int[Tensor, " student_vocab"]
+    spaced: Mapping[int, "Outcomes"] = field(default_factory=dict[int, "Outcomes"])
 
     def to(self, device: torch.device) -> "Outcomes":
         """The tensors there."""
-        return Outcomes(self.student.to(device), self.teacher.to(device), self.rest, self.bytes.to(device))
+        spaced = {kind: outcomes.to(device) for kind, outcomes in self.spaced.items()}
+        return Outcomes(self.student.to(device), self.teacher.to(device), self.rest, self.bytes.to(device), spaced)
+
+    def at(self, kind: int) -> "Outcomes":
+        """Those at a boundary of this kind."""
+        return self.spaced.get(kind, self)
 
 
 class Begun(NamedTuple):
@@ -76,7 +85,7 @@ class Places(NamedTuple):
     """The columns of OutcomeTokenLoss, an entry for each token.
 
     Attributes:
-        kind: UNPAIRED, BOUNDARY or INSIDE.
+        kind: UNPAIRED, INSIDE, or one of AT_BOUNDARY.
         log_chain: Σ of the teacher's log-probabilities over its tokens that are the student's token, or NOT_SPLIT.
         start, entries: where in `Begun` its range is and how long; empty at a boundary whose last token has no longer
             one to go on in.
@@ -110,10 +119,11 @@ class OutcomeTokenLoss(DistillationTokenLoss):
     begun: Begun | None = None
 
     means: ClassVar[tuple[str, ...]] = (*ALIGNED, *PER_BYTE, *MEANS)
-    figures: ClassVar[tuple[str, ...]] = (*ALIGNED, *PER_BYTE, *MEANS, *NO_MEANS, "bytes")
-    counts: ClassVar[tuple[str, ...]] = ("bytes",)
+    figures: ClassVar[tuple[str, ...]] = (*ALIGNED, *PER_BYTE, *MEANS, *NO_MEANS, "bytes", "teachers_bytes")
+    counts: ClassVar[tuple[str, ...]] = ("bytes", "teachers_bytes")
     over: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(PER_BYTE, "bytes"),
+        "teacher_tokens_per_byte": "teachers_bytes",
         **{name: "aligned" for name in PER_OUTCOME if name != "assistant_nll"},
     }
 
@@ -154,12 +164,16 @@ class OutcomeTokenLoss(DistillationTokenLoss):
         nll = label_nll(log_q, labels)
         distilled, mixed = 0.0 * nll, self._mixture_numbers(numbers)
         figures = {name: torch.zeros_like(nll.detach()) for name in ("aligned", *PER_OUTCOME)}
+        written = self.outcomes.bytes[labels]
+        for place, outcomes in self.outcomes.spaced.items():
+            written = torch.where(kind == place, outcomes.bytes[labels], written)
         figures |= {
             "aligned": (kind != UNPAIRED).to(nll),
             "bits_per_byte": nll.detach() / math.log(2),
             "student_tokens_per_byte": torch.ones_like(nll.detach()),
-            "teacher_tokens_per_byte": teachers_tokens.to(nll),
-            "bytes": self.outcomes.bytes[labels].to(nll),
+            "teacher_tokens_per_byte": teachers_tokens.clamp(min=0).to(nll),
+            "bytes": written.to(nll),
+            "teachers_bytes": (written * (teachers_tokens >= 0)).to(nll),
         }
         for rows, p, q in self._compared(log_p, log_q, labels, Places(kind, log_chain, start, entries)):
             distilled = distilled.index_add(0, rows, self.objective.from_log_probs(p, q, mixed))
@@ -179,11 +193,13 @@ class OutcomeTokenLoss(DistillationTokenLoss):
     ) -> Iterator[tuple[Int[Tensor, " rows"], Tensor, Tensor]]:
         """Some of the tokens, and what teacher and student say of them."""
         assert self.outcomes is not None and self.begun is not None
-        at_boundary, inside = ((places.kind == kind).nonzero()[:, 0] for kind in (BOUNDARY, INSIDE))
-        if len(at_boundary):
-            there = Places(*(column[at_boundary] for column in places))
-            both = log_p[at_boundary], log_q[at_boundary]
-            yield at_boundary, *at_boundaries(self.outcomes, *both, labels[at_boundary], there, self.begun)
+        for kind in (BOUNDARY, *self.outcomes.spaced):
+            at_boundary = (places.kind == kind).nonzero()[:, 0]
+            if len(at_boundary):
+                there = Places(*(column[at_boundary] for column in places))
+                both = log_p[at_boundary], log_q[at_boundary], labels[at_boundary]
+                yield at_boundary, *at_boundaries(self.outcomes.at(kind), *both, there, self.begun)
+        inside = (places.kind == INSIDE).nonzero()[:, 0]
         if len(inside):
             ranges = places.start[inside], places.entries[inside]
             yield inside, *inside_tokens(self.outcomes, log_q[inside], *ranges, self.begun)

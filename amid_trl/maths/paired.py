@@ -25,7 +25,7 @@ class PairedStates(NamedTuple):
         at: for each of the student's tokens the state that predicts what follows; any where it is not at a boundary.
         kind, start, entries: as in `Places`.
         student: the student's tokens of `Begun`; `begun` are the teacher's, at the states where they began.
-        teachers_tokens: how many tokens the teacher has written for it, or for what goes on to the next boundary.
+        teachers_tokens: how many of the teacher's tokens end in it; -1 where that is not known.
         chain, chain_of: the teacher's tokens that one of the student's consists of, and which of the student's it is.
     """
 

@@ -33,14 +33,21 @@ class PairedTokens(NamedTuple):
     begun: Mapping[Path, tuple[list[int], list[int]]]
 
 
-def paired_tokens(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]] = ()) -> PairedTokens:
-    """The outcomes of two tokenizers; `roles` are the student's and teacher's special tokens that mean the same."""
+def paired_tokens(
+    student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]] = (), behind: Outcomes | None = None
+) -> PairedTokens:
+    """The outcomes of two tokenizers; `roles` are the student's and teacher's special tokens that mean the same.
+
+    Of tokenizers at a place of its own, as `Spelled.behind_space` is, `behind` are those at all other places.
+    """
     found = kept_pair(student, teacher, roles, lambda: _find(student, teacher, roles))
     lengths = torch.tensor([len(word or b"") for word in student.bytes])
+    if behind is not None:  # what is no text at this place is counted as anywhere
+        lengths = torch.where(torch.tensor([word is None for word in student.bytes]), behind.bytes, lengths)
     tokens = iter(found["paths"].tolist())
     paths = [tuple(islice(tokens, length)) for length in found["path_lengths"].tolist()]
     outcomes = Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths)
-    return PairedTokens(outcomes, _begun(paths, outcomes))
+    return PairedTokens(outcomes, _begun(paths, behind or outcomes))
 
 
 def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -145,7 +152,7 @@ def _hanging_together(
 
 
 def _begun(paths: Sequence[Path], outcomes: Outcomes) -> dict[Path, tuple[list[int], list[int]]]:
-    """From the student's tokens for each of the teacher's.
+    """From the student's tokens for each of the teacher's; `outcomes` are those behind the first.
 
     The last of them may be the beginning of what the student writes: the whole outcome stands for it then.
     """

@@ -18,15 +18,24 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: 
     """
     tokens = max(tokenizer.get_vocab().values()) + 1
     for role, model in (("student", student), ("teacher", teacher)):
-        if model is None:
-            continue
-        rows = causal_lm(model).config.get_text_config().vocab_size
-        if rows < tokens:
-            raise ValueError(
-                f"the tokenizer has token ids up to {tokens - 1} but the {role}'s vocab_size is {rows}; resize the "
-                f"{role}'s embeddings, or give processing_class the tokenizer it was trained with"
-            )
+        if model is not None:
+            _check_rows(model, tokens, "the tokenizer", role, "processing_class")
     return tokens
+
+
+def check_own_tokenizer(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A ValueError if a teacher with another tokenizer than the student's has fewer rows than that has tokens."""
+    tokens, named = max(tokenizer.get_vocab().values()) + 1, tokenizer.name_or_path
+    _check_rows(teacher, tokens, f"the teacher's tokenizer {named}", "teacher", "teacher_tokenizer_name_or_path")
+
+
+def _check_rows(model: nn.Module, tokens: int, whose: str, role: str, option: str) -> None:
+    rows = causal_lm(model).config.get_text_config().vocab_size
+    if rows < tokens:
+        raise ValueError(
+            f"{whose} has token ids up to {tokens - 1} but the {role}'s vocab_size is {rows}; resize the {role}'s "
+            f"embeddings, or give {option} the tokenizer it was trained with"
+        )
 
 
 def common_positions(*models: nn.Module | None) -> int | None:

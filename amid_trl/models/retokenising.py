@@ -1,15 +1,19 @@
 """A text of the student's tokens written again in the teacher's, and the boundaries that both have."""
 
+import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.rows import UNTRAINED
-from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, UNPAIRED
+from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
+from amid_trl.models.answer_leads import answer_lead
 from amid_trl.models.paired_tokens import PairedTokens, paired_tokens
-from amid_trl.models.spelled import Spelled
+from amid_trl.models.spelled import Space, Spelled
 from amid_trl.models.spelling import shared_boundaries
 from amid_trl.models.turn_ends import turn_end
 
@@ -17,12 +21,44 @@ from amid_trl.models.turn_ends import turn_end
 class WrittenAgain(NamedTuple):
     """A row in the teacher's tokens.
 
-    `boundaries` are the places that both rows have: how many of the teacher's tokens stand before the student's token
-    of that number. What has none behind it could not be written, or is longer than the teacher reads.
+    Attributes:
+        ids: the teacher's tokens.
+        boundaries: the places that both rows have: how many of the teacher's tokens stand before the student's token
+            of that number. What has none behind it could not be written, or is longer than the teacher reads.
+        spaced: those of them at which one of the two alone writes a space that is not in the text, and which.
+        counts: how many of the teacher's tokens end in each of the student's, as far as all is written.
     """
 
     ids: list[int]
     boundaries: dict[int, int]
+    spaced: dict[int, int]
+    counts: list[int]
+
+
+class Content(NamedTuple):
+    """What the teacher writes for a text between special tokens.
+
+    Attributes:
+        teacher: the bytes.
+        before: how many bytes in front, of the student's and of these, are not in the text.
+        kind: what the place in front of it is.
+        again: how many of the teacher's tokens in front of it are written anew with it.
+    """
+
+    teacher: bytes
+    before: tuple[int, int] = (0, 0)
+    kind: int = BOUNDARY
+    again: int = 0
+
+
+class _Side(NamedTuple):
+    """Both tokenizers at one kind of place, and their outcomes there."""
+
+    student: Spelled
+    teacher: Spelled
+    pairs: PairedTokens
+    outcome: list[int]
+    several: list[bool]
 
 
 @dataclass
@@ -30,11 +66,11 @@ class Place:
     """What is asked of the teacher for one of the student's tokens; states are numbers of tokens before.
 
     Attributes:
-        kind: UNPAIRED, BOUNDARY or INSIDE.
+        kind: UNPAIRED, INSIDE, or one of AT_BOUNDARY.
         state: the teacher's state that predicts what follows.
         began: the state where the teacher's token began of which `begun` are those that begin alike.
         begun: the teacher's tokens, and what of the student's goes on in each, as `Begun` has it.
-        teachers_tokens: how many tokens the teacher has up to the next boundary, which is counted at a boundary.
+        teachers_tokens: how many of the teacher's tokens end in the student's; -1 where it could not be written.
         chain: states, and the teacher's tokens there, of which the student's consists.
     """
 
@@ -55,13 +91,28 @@ class Retokeniser:
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
         self.student, self.teacher = Spelled(student), Spelled(teacher)
-        self._roles = special_pairs(student, teacher)
-        written = {s: t for s, t in reversed(self._roles)}  # the first of several
-        self._specials: Mapping[int, int] = written
-        self.pairs: PairedTokens = paired_tokens(self.student, self.teacher, self._roles)
-        self._several = (self.pairs.outcomes.student.bincount(minlength=self.pairs.outcomes.rest + 1) > 1).tolist()
-        self._outcome: list[int] = self.pairs.outcomes.student.tolist()
+        roles = special_pairs(student, teacher)
+        specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
+        if not self.teacher.loses:  # it would know what the student's unknown token stands for
+            specials = {s: t for s, t in specials.items() if s != self.student.unknown}
+        self._specials = specials
         self._beginning, self._teachers_beginning = beginning(student), beginning(teacher)
+        self._leads = answer_lead(self.student), answer_lead(self.teacher)
+        spaces = {(self.student.at_first.written, self.teacher.at_first.written)}
+        spaces.add((self.student.behind_special.written, self.teacher.behind_special.written))
+        if self._leads[0] and self._leads[1]:
+            spaces.add((self._leads[0].content == b" ", self._leads[1].content == b" "))
+        whole = paired_tokens(self.student, self.teacher, roles)
+        found = {BOUNDARY: (self.student, self.teacher, whole)}
+        if (True, False) in spaces:
+            there = self.student.behind_space(), self.teacher
+            found[STUDENTS_SPACE] = (*there, paired_tokens(*there, roles, whole.outcomes))
+        if (False, True) in spaces:
+            there = self.student, self.teacher.behind_space()
+            found[TEACHERS_SPACE] = (*there, paired_tokens(*there, roles, whole.outcomes))
+        spaced = {kind: pairs.outcomes for kind, (_, _, pairs) in found.items() if kind != BOUNDARY}
+        self.pairs = whole._replace(outcomes=dataclasses.replace(whole.outcomes, spaced=spaced))
+        self._sides = {kind: _side(*side) for kind, side in found.items()}
 
     def write(
         self,
@@ -75,53 +126,135 @@ class Retokeniser:
         With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens.
         """
         if teacher_prompt is None:
-            prompt = len(self._beginning) if list(ids[: len(self._beginning)]) == self._beginning else 0
-            made = list(self._teachers_beginning)
+            has_beginning = list(ids[: len(self._beginning)]) == self._beginning
+            prompt = len(self._beginning) if has_beginning else 0
+            # A row that lacks what both write in front lacks it for both.
+            same = [self._specials.get(token) for token in self._beginning] == self._teachers_beginning
+            made = list(self._teachers_beginning) if has_beginning or not same else []
         else:
             made = list(teacher_prompt)
-        boundaries = {prompt: len(made)}
-        for start, end in _pieces(ids, prompt, self.student.bytes):
-            if not self._write_piece(list(ids[start:end]), start, made, boundaries):
+        written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt)
+        for start, end in self._pieces(ids, prompt):
+            before = ids[start - 1] if start > prompt else None
+            if not self._write_piece(
+                list(ids[start:end]), start, written, before, is_answer=teacher_prompt is not None
+            ):
                 break
+        boundaries = written.boundaries
         if longest is not None and len(made) > longest:
-            made = made[:longest]
             boundaries = {s: t for s, t in boundaries.items() if t < longest}
-        return WrittenAgain(made, boundaries)
+        return written._replace(ids=made[:longest], boundaries=boundaries)
 
-    def _write_piece(self, ids: list[int], start: int, made: list[int], boundaries: dict[int, int]) -> bool:
-        """Append a special token, or the tokens between two; whether there was a way to write it."""
-        content, before = self.student.written(ids), len(made)
-        if content is None:
-            own = self._specials.get(ids[0])
-            name = str(self.student.tokenizer.convert_ids_to_tokens(ids[0]))
-            again = [own] if own is not None else self.teacher.write(name.encode())
-        else:
-            first = content[1:] if self._adds_space(start, content) else content
-            again = self.teacher.write(first)
+    def _pieces(self, ids: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
+        """Every special token alone, and what is between them together.
+
+        So is an added word, if the student writes a space of its own behind it as behind a special token.
+        """
+        known: Mapping[int, Any] = self.student.tokenizer.added_tokens_decoder
+        apart = known if self.student.behind_special.written else ()
+        begin = start
+        for i in range(start, len(ids)):
+            if ids[i] in apart or self.student.written(ids[i : i + 1]) is None:
+                if begin < i:
+                    yield begin, i
+                yield i, i + 1
+                begin = i + 1
+        if begin < len(ids):
+            yield begin, len(ids)
+
+    def _write_piece(
+        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, *, is_answer: bool
+    ) -> bool:
+        """Append a special token, or the tokens between two; whether there was a way to write it.
+
+        `before` is the student's token that it follows; None of the row's first, or of an answer's.
+        """
+        plain, state = self.student.written(ids), len(written.ids)
+        if plain is None:
+            again = self._special(ids[0])
+            if again is None:
+                return False
+            written.ids.extend(again)
+            written.counts.append(len(again))
+            written.boundaries[start + 1] = len(written.ids)
+            return True
+        content = self._answer(plain, written.ids) if before is None and is_answer else None
+        content = content or self._content(plain, before, written.ids, is_answer=is_answer)
+        again = self.teacher.write(content.teacher)
         if again is None:
             return False
-        made += again
-        boundaries[start + len(ids)] = len(made)
-        if content is None:
-            return True
+        state -= content.again
+        written.ids[state:] = again
+        written.boundaries.update({start: state, start + len(ids): len(written.ids)})
+        if content.kind not in self._sides:
+            del written.boundaries[start]
         try:
-            shared = shared_boundaries(ids, self.student.bytes, again, self.teacher.bytes)
+            tables = (self.student.bytes, self.teacher.bytes)
+            shared = shared_boundaries(ids, tables[0], again, tables[1], content.before)
+            written.counts.extend(self._counts(ids, again, content))
         except ValueError:  # the teacher's tokenizer has changed the text: nothing is known within it
             shared = []
+            written.counts.extend([0] * (len(ids) - 1) + [len(again)])
         for place in shared:
-            boundaries[start + place.tokens_a] = before + place.tokens_b
-        if content != self.teacher.written(again):  # one of them begins with a space that the other does not write
-            boundaries.pop(start, None)
+            written.boundaries[start + place.tokens_a] = state + place.tokens_b
+        if content.kind in self._sides and content.kind != BOUNDARY:
+            written.boundaries[start], written.spaced[start] = state, content.kind
         return True
 
-    def _adds_space(self, start: int, content: bytes) -> bool:
-        """Whether the space in front of a piece was not in the text: SentencePiece writes one before its first.
+    def _special(self, token: int) -> list[int] | None:
+        """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for."""
+        own = self._specials.get(token)
+        if own is not None:
+            return [own]
+        name: Any = self.student.tokenizer.convert_ids_to_tokens(token)
+        return None if name is None or token == self.student.unknown else self.teacher.write(name.encode())
 
-        Some of these tokenizers write none before a text that begins with one, so the text without it is tried.
+    def _content(self, plain: bytes, before: int | None, written: Sequence[int], *, is_answer: bool) -> Content:
+        """What the teacher writes for the student's bytes, behind what is `written`."""
+        ours, theirs = self.student.at_first, self.teacher.at_first
+        if before is not None:
+            ours, theirs = self.student.space_behind(before), self.teacher.space_behind(written[-1])
+        elif is_answer:  # what it is an answer to, in the student's tokens, is not known
+            begins = not written or self.teacher.written(written[-1:]) is None
+            ours, theirs = (side.behind_special if begins else Space() for side in (self.student, self.teacher))
+        if ours == theirs:
+            return Content(plain)
+        text = ours.text_of(plain)
+        again = text if ours.written and not plain.startswith(b" ") else theirs.before(text)
+        return Content(again, _before(plain, again, text), _kind(ours.written, theirs.written))
+
+    def _answer(self, plain: bytes, prompt: Sequence[int]) -> Content | None:
+        """What it writes for an answer to a prompt of its template, which begins as that template lets it begin.
+
+        None where it is another prompt. A student that begins in no such way is read as it wrote, unless its prompt
+        may have that already.
         """
-        if start > len(self._beginning) or not content.startswith(b" "):
-            return False
-        return self.student.written(self.student.write(content[1:]) or []) == content
+        ours, theirs = self._leads
+        if ours is None or theirs is None or not theirs.follows(prompt, self.teacher.tokenizer):
+            return None
+        begun, ends_so = plain.startswith(ours.content), list(prompt[-len(theirs.again) :]) == theirs.again
+        if not begun and ours.again and ends_so:  # so have both
+            return Content(plain)
+        first = b"" if not begun and ours.again else ours.content
+        kind = BOUNDARY if first == theirs.content else UNPAIRED
+        if {first, theirs.content} == {b"", b" "}:
+            kind = _kind(bool(first), bool(theirs.content))
+        if not plain.startswith(first):
+            return Content(plain, kind=kind)
+        text = plain.removeprefix(first)
+        again = theirs.content + text
+        return Content(again, _before(plain, again, text), kind, len(theirs.again) if ends_so else 0)
+
+    def _counts(self, ids: Sequence[int], again: Sequence[int], content: Content) -> list[int]:
+        """How many of the teacher's tokens end in each of the student's."""
+        ends, theirs = (
+            [end - skipped for end in accumulate(len(side.bytes[token] or b"") for token in row)]
+            for side, row, skipped in zip((self.student, self.teacher), (ids, again), content.before, strict=True)
+        )
+        counts = [0] * len(ids)
+        for end in theirs:
+            counts[min(bisect_left(ends, end), len(ids) - 1)] += 1
+        return counts
 
     def places(self, ids: Sequence[int], labels: Sequence[int], written: WrittenAgain) -> list[Place]:
         """What is asked for each trained token, in order."""
@@ -139,49 +272,51 @@ class Retokeniser:
                 found.append(self._inside(ids, i, last, written))
             else:
                 found.append(Place())
+            found[-1].teachers_tokens = written.counts[i] if i < len(written.counts) else -1
         return found
 
     def _at_boundary(
         self, ids: Sequence[int], i: int, state: int, backwards: Mapping[int, int], written: WrittenAgain
     ) -> Place:
-        following = (written.boundaries[s] for s in range(i + 1, len(ids) + 1) if s in written.boundaries)
-        place = Place(BOUNDARY, state, teachers_tokens=next(following, state) - state)
+        kind = written.spaced.get(i, BOUNDARY)
+        side, place = self._sides[kind], Place(kind, state)
         began = backwards.get(state - 1)
-        if (
-            began is not None
-            and state > 1
-            and (begun := self.pairs.begun.get(tuple(ids[began:i])))
-            and ENDS in begun[1]
-        ):
-            place.began, place.begun = state - 1, begun
+        if began is not None and state > 1 and kind == BOUNDARY:
+            begun = self._sides[written.spaced.get(began, BOUNDARY)].pairs.begun.get(tuple(ids[began:i]))
+            if begun and ENDS in begun[1]:
+                place.began, place.begun = state - 1, begun
         end = written.boundaries.get(i + 1, 0)
-        if end > state + 1 and self._several[self._outcome[ids[i]]] and self.student.bytes[ids[i]] is not None:
+        if end > state + 1 and side.several[side.outcome[ids[i]]] and self.student.bytes[ids[i]] is not None:
             place.chain = [(at, written.ids[at]) for at in range(state, end)]
         return place
 
     def _inside(self, ids: Sequence[int], i: int, last: int, written: WrittenAgain) -> Place:
         """The teacher's token that began at the boundary `last` has to reach over the student's token before i."""
         state, path = written.boundaries[last], tuple(ids[last:i])
-        begun = self.pairs.begun.get(path)
+        side = self._sides[written.spaced.get(last, BOUNDARY)]
+        begun = side.pairs.begun.get(path)
         if begun is None or not 0 < state < len(written.ids):
             return Place()
-        word, so_far = self.teacher.bytes[written.ids[state]], self.student.written(path)
+        word, so_far = side.teacher.bytes[written.ids[state]], side.student.written(path)
         if word is None or so_far is None or len(word) <= len(so_far):
             return Place()
         return Place(INSIDE, state, state, begun)
 
 
-def _pieces(ids: Sequence[int], start: int, table: Sequence[bytes | None]) -> Iterator[tuple[int, int]]:
-    """Every special token alone, and what is between them together."""
-    begin = start
-    for i in range(start, len(ids)):
-        if ids[i] >= len(table) or table[ids[i]] is None:
-            if begin < i:
-                yield begin, i
-            yield i, i + 1
-            begin = i + 1
-    if begin < len(ids):
-        yield begin, len(ids)
+def _side(student: Spelled, teacher: Spelled, pairs: PairedTokens) -> _Side:
+    several = (pairs.outcomes.student.bincount(minlength=pairs.outcomes.rest + 1) > 1).tolist()
+    return _Side(student, teacher, pairs, pairs.outcomes.student.tolist(), several)
+
+
+def _kind(ours: bool, theirs: bool) -> int:
+    """That of a place at which the student, or the teacher, writes a space that is not in the text."""
+    if ours == theirs:
+        return BOUNDARY
+    return STUDENTS_SPACE if ours else TEACHERS_SPACE
+
+
+def _before(plain: bytes, again: bytes, text: bytes) -> tuple[int, int]:
+    return len(plain) - len(text), len(again) - len(text)
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -205,8 +340,10 @@ def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizer
         }
         for each in (student, teacher)
     ]
+    ends = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
+    ours, theirs = (eos if end is None else end for end, eos in ends)
     pairs: list[tuple[Any, Any]] = [
-        (turn_end(student, []) or student.eos_token_id, turn_end(teacher, []) or teacher.eos_token_id),
+        (ours, theirs),
         (student.eos_token_id, teacher.eos_token_id),
         *((i, names[1][name]) for name, i in names[0].items() if name in names[1]),
     ]

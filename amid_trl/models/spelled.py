@@ -1,9 +1,11 @@
 """A tokenizer by the bytes that it writes: how it writes a word in the middle of a text, or any bytes at all."""
 
+import copy
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.models.spelling import byte_alphabet, token_bytes
@@ -13,8 +15,32 @@ from amid_trl.models.spelling import byte_alphabet, token_bytes
 BEFORE = ("\n", "a", ".", "1")
 
 
+# What no vocabulary has as a token: only bytes can write it, or the unknown token.
+UNHEARD_OF = "\ue000\U000f0000\U0010fffd"
+
+
+class Space(NamedTuple):
+    """The space that SentencePiece writes in front of a text: whether it does, also where the text begins with one."""
+
+    written: bool = False
+    doubled: bool = False
+
+    def before(self, text: bytes) -> bytes:
+        """The text as it is written."""
+        return b" " + text if self.written and (self.doubled or not text.startswith(b" ")) else text
+
+    def text_of(self, content: bytes) -> bytes:
+        """The text that is written so."""
+        is_own = self.written and content.startswith(b" ") and (self.doubled or not content.startswith(b"  "))
+        return content[1:] if is_own else content
+
+
 class Spelled:
     """A tokenizer with the bytes of its tokens.
+
+    Attributes:
+        unknown: the token for what it cannot write; None without one.
+        at_first, behind_special: the space in front of what a row begins with, and of what follows a special token.
 
     Raises:
         ValueError: as `token_bytes`: the tokenizer changes text, or its tokens cannot be read as bytes.
@@ -22,16 +48,53 @@ class Spelled:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.bytes = token_bytes(tokenizer)
+        self.bytes = self._words = token_bytes(tokenizer)
         backend: Any = tokenizer
         self._backend = backend.backend_tokenizer
-        decoder = json.loads(self._backend.to_str())["decoder"]
+        spec = json.loads(self._backend.to_str())
+        self._without_space = _without_space(spec)
+        unknown = spec["model"].get("unk_token")
+        self.unknown: int | None = tokenizer.get_vocab().get(unknown, spec["model"].get("unk_id"))
+        self._spaced = False
+        decoder = spec["decoder"]
         kinds = [part["type"] for part in decoder.get("decoders", [decoder])]
         self._letters = {byte: letter for letter, byte in byte_alphabet().items()} if "ByteLevel" in kinds else None
         self._single: dict[int, int] = {}  # the token of one byte, where there is one
         for i, word in enumerate(self.bytes):
             if word is not None and len(word) == 1:
                 self._single.setdefault(word[0], i)
+        if self.written(self.write_texts(["a"])[0]) not in (b"a", None):
+            raise ValueError(f"{self.name} writes a space in front of a text in a way that is not known here")
+        self._added = tokenizer.added_tokens_decoder
+        special = [token.content for token in self._added.values() if token.special and not token.rstrip]
+        self.at_first = self._space("")
+        self.behind_special = self._space(special[0]) if special else self.at_first
+
+    def _space(self, before: str) -> Space:
+        """The space in front of a text behind `before`, which is a special token or nothing."""
+        made: Any = self.tokenizer([f"{before}a", f"{before} a"], add_special_tokens=False)
+        alone, behind_space = (self.written(ids[bool(before) :]) for ids in made["input_ids"])
+        return Space(alone == b" a", behind_space == b"  a")
+
+    def space_behind(self, token: int) -> Space:
+        """The space in front of what follows a token: what has been added parts a text."""
+        is_apart = self.written([token]) is None or token in self._added
+        return self.behind_special if is_apart else Space()
+
+    @property
+    def loses(self) -> bool:
+        """Whether there is text that it cannot write."""
+        return self.unknown in self.write_texts([UNHEARD_OF])[0]
+
+    def behind_space(self) -> "Spelled":
+        """The same at a place where it writes a space that is not in the text: its tokens have one byte less there.
+
+        What begins without a space is no text there.
+        """
+        other = copy.copy(self)
+        other.bytes = [word[1:] if word is not None and word.startswith(b" ") else None for word in self.bytes]
+        other._spaced = True
+        return other
 
     @property
     def name(self) -> str:
@@ -40,15 +103,15 @@ class Spelled:
 
     def written(self, ids: Sequence[int]) -> bytes | None:
         """The bytes of a row of tokens; None where one of them writes none."""
-        words = [self.bytes[i] if i < len(self.bytes) else None for i in ids]
-        return None if None in words else b"".join(word for word in words if word is not None)
+        words = [self._words[i] if i < len(self._words) else None for i in ids]
+        content = None if None in words else b"".join(word for word in words if word is not None)
+        if content is None or not self._spaced:
+            return content
+        return content[1:] if content.startswith(b" ") else None
 
     def write_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, in which the name of a special token is text."""
-        if not texts:
-            return []
-        made: Any = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
-        return made["input_ids"]
+        """The tokens of each text and no space in front; the name of a special token is text in it."""
+        return [made.ids for made in self._without_space.encode_batch(list(texts), add_special_tokens=False)]
 
     def write(self, content: bytes) -> list[int] | None:
         """The tokens of any bytes: what is no text byte by byte; None where there is no token for such a byte."""
@@ -75,6 +138,10 @@ class Spelled:
                     texts[i] = word.decode()
             except UnicodeDecodeError:
                 spelled[i] = self._fragment(word or b"")
+        if self._spaced:
+            for i, ids in zip(texts, self.write_texts([f" {text}" for text in texts.values()]), strict=True):
+                spelled[i] = tuple(ids) if self.written(ids) == words[i] else None
+            return spelled
         for before in BEFORE:
             tried = list(texts)
             for i, ids in zip(tried, self.write_texts([before + texts[i] for i in tried]), strict=True):
@@ -88,7 +155,8 @@ class Spelled:
         """A part of a character, of which only byte-level merges know how it is written."""
         if self._letters is None:
             return None
-        tokens = self._backend.model.tokenize("".join(self._letters[byte] for byte in word))
+        whole = b" " + word if self._spaced else word
+        tokens = self._backend.model.tokenize("".join(self._letters[byte] for byte in whole))
         ids = tuple(token.id for token in tokens)
         return ids if self.written(ids) == word else None
 
@@ -97,3 +165,18 @@ class Spelled:
             if (self.written(ids[:start]) or b"").lstrip(b" ") == before:
                 return tuple(ids[start:]) if self.written(ids[start:]) == word else None
         return None
+
+
+def _without_space(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json that writes no space in front of a text, and special tokens as text."""
+    made = copy.deepcopy({name: spec[name] for name in ("normalizer", "pre_tokenizer")})
+    normalizer: dict[str, Any] = made["normalizer"] or {"type": "Sequence", "normalizers": []}
+    parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    made["normalizer"] = {"type": "Sequence", "normalizers": [part for part in parts if part["type"] != "Prepend"]}
+    splitter = made["pre_tokenizer"] or {}
+    for part in splitter.get("pretokenizers", [splitter]):
+        part |= {"prepend_scheme": "never"} if "prepend_scheme" in part else {}
+        part |= {"add_prefix_space": False} if "add_prefix_space" in part else {}
+    written = Tokenizer.from_str(json.dumps({**spec, **made, "truncation": None, "padding": None}))
+    written.encode_special_tokens = True
+    return written

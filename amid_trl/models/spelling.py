@@ -61,20 +61,25 @@ class Boundary(NamedTuple):
 
 
 def shared_boundaries(
-    ids_a: Sequence[int], bytes_a: Sequence[bytes | None], ids_b: Sequence[int], bytes_b: Sequence[bytes | None]
+    ids_a: Sequence[int],
+    bytes_a: Sequence[bytes | None],
+    ids_b: Sequence[int],
+    bytes_b: Sequence[bytes | None],
+    before: tuple[int, int] | None = None,
 ) -> list[Boundary]:
     """Where both tokenizations of the same bytes have a boundary, its beginning and its end among them.
 
     `bytes_a` and `bytes_b` are the tables of `token_bytes`. A space that one of them alone has in front, as
-    SentencePiece writes it, is not counted: offsets are those of the other's bytes. Special tokens write nothing and
-    are paired otherwise, so that a row is given without them, piece by piece.
+    SentencePiece writes it, is not counted: offsets are those of the other's bytes. Or `before` says how many bytes of
+    either stand before offset 0 and may differ. Special tokens write nothing and are paired otherwise, so that a row
+    is given without them, piece by piece.
 
     Raises:
         ValueError: the bytes differ, an id is none of its table, or a special token.
     """
     ends_a, text_a = _ends(ids_a, bytes_a)
     ends_b, text_b = _ends(ids_b, bytes_b)
-    space_a, space_b = int(text_a == b" " + text_b), int(text_b == b" " + text_a)
+    space_a, space_b = before or (int(text_a == b" " + text_b), int(text_b == b" " + text_a))
     if text_a[space_a:] != text_b[space_b:]:
         pairs = enumerate(zip(text_a, text_b, strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(text_a), len(text_b)))
@@ -82,11 +87,16 @@ def shared_boundaries(
             f"both rows have to write the same bytes; from byte {same} on it is {text_a[same : same + 20]!r} "
             f"and {text_b[same : same + 20]!r}"
         )
+    first = 0 if before is None else -max(space_a, space_b)
     tokens_a, tokens_b = (
-        {max(0, end - space): count for count, end in enumerate(ends)}
+        {max(first, end - space): count for count, end in enumerate(ends)}
         for ends, space in ((ends_a, space_a), (ends_b, space_b))
     )
-    return [Boundary(offset, count, tokens_b[offset]) for offset, count in tokens_a.items() if offset in tokens_b]
+    return [
+        Boundary(offset, count, tokens_b[offset])
+        for offset, count in tokens_a.items()
+        if offset in tokens_b and text_a[space_a + min(0, offset) :] == text_b[space_b + min(0, offset) :]
+    ]
 
 
 def _ends(ids: Sequence[int], table: Sequence[bytes | None]) -> tuple[list[int], bytes]:
@@ -127,6 +137,12 @@ def _spelling(decoder: dict[str, Any] | None, added: set[str], who: str) -> Call
         raise ValueError(
             f"{who} puts its tokens together in a way that is not known here (decoder {named}): not byte by byte as "
             "GPT-2 does, nor as SentencePiece does"
+        )
+    patterns = [part["pattern"]["Regex"] for part in parts if "Regex" in part.get("pattern", ())]
+    if patterns:
+        raise ValueError(
+            f"{who} puts its tokens together in a way that is not known here (decoder Replace with the regular "
+            f"expression {patterns[0]!r}): it must replace a text"
         )
     replaced = [
         (part["replacement"], " ") if part["type"] == "Metaspace" else (part["pattern"]["String"], part["content"])

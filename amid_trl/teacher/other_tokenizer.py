@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import Batch, pad_rows, unpadded
-from amid_trl.data.rows import UNTRAINED
+from amid_trl.data.rows import UNTRAINED, completion_length
 from amid_trl.maths.linear import Head, States
-from amid_trl.maths.outcomes import BOUNDARY, UNPAIRED, Outcomes
+from amid_trl.maths.outcomes import AT_BOUNDARY, UNPAIRED, Outcomes
 from amid_trl.maths.paired import PairedStates, Queries
 from amid_trl.models.retokenising import Place, Retokeniser, WrittenAgain
 from amid_trl.teacher.in_memory import ModelTeacher
@@ -122,8 +122,10 @@ class OtherTokenizerTeacher:
         for example in dataset:
             row: Any = example
             prefix = "teacher_" if "teacher_input_ids" in row else ""
-            prompt = row["teacher_prompt_ids"] if prefix else None
-            _, places = self._row(row[f"{prefix}input_ids"], row[f"{prefix}labels"], prompt)
+            ids, prompt = row[f"{prefix}input_ids"], None
+            if prefix:
+                prompt = ids[: len(ids) - completion_length(row["prompt_ids"], row["input_ids"])]
+            _, places = self._row(ids, row[f"{prefix}labels"], prompt)
             if any(place.kind != UNPAIRED for place in places):
                 return
             trained += bool(places)
@@ -137,7 +139,7 @@ class OtherTokenizerTeacher:
 
 def _asked(places: Sequence[Place]) -> list[int]:
     """The states of a row that are needed, in order."""
-    states = {place.state for place in places if place.kind == BOUNDARY}
+    states = {place.state for place in places if place.kind in AT_BOUNDARY}
     states |= {place.began for place in places if place.begun[0]}
     states |= {state for place in places for state, _ in place.chain}
     return sorted(states)
@@ -162,7 +164,7 @@ def _paired(states: States, rows: Sequence[Sequence[Place]], asked: Sequence[Seq
     return PairedStates(
         states.hidden,
         states.head,
-        at=tensor([number[place.state] if place.kind == BOUNDARY else 0 for place, number in places]),
+        at=tensor([number[place.state] if place.kind in AT_BOUNDARY else 0 for place, number in places]),
         kind=tensor([place.kind for place, _ in places]),
         start=lengths.cumsum(0) - lengths,
         entries=lengths,

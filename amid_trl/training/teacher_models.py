@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,8 @@ from amid_trl.fields import json_dict
 from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_tokenizer
-from amid_trl.models.pairs import check_text_only, common_positions, common_vocabulary, freeze
+from amid_trl.models.pairs import check_own_tokenizer, check_text_only, common_positions, common_vocabulary, freeze
+from amid_trl.models.spelling import token_bytes
 from amid_trl.models.tokenizers import OtherTokenizer, renamed_tokens
 from amid_trl.run import RenamedTokens, Run
 from amid_trl.teacher.cache import TeacherCache, cache_to_fill, whole_cache
@@ -48,7 +49,7 @@ class LoadedTeacher(NamedTuple):
         """How many tokens the student as it is trained knows, and the teacher, if they are the same for it."""
         if self.model is None or self.tokenizer is None:
             return common_vocabulary(student, self.model, tokenizer)
-        common_vocabulary(self.model, None, self.tokenizer)
+        check_own_tokenizer(self.model, self.tokenizer)
         return common_vocabulary(student, None, tokenizer)
 
 
@@ -98,6 +99,8 @@ def load_checked_teacher(
         return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes), None
     except OtherTokenizer as error:
         check_other_tokenizer(args, error)
+        for each in (tokenizer, teacher_tokenizer):
+            token_bytes(cast(PreTrainedTokenizerBase, each))  # one that cannot be read is refused before any text is
         logger.warning(
             "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
             "both are compared on what they have in common (docs/teacher.md).",

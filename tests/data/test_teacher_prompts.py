@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from small_tokenizers import special_first
 from tiny import QUESTIONS
 from tokenizers.processors import TemplateProcessing
 
@@ -51,6 +52,28 @@ def test_a_row_without_one_has_the_students(tokenizer):
         rows[1]["teacher_input_ids"] == rows[1]["input_ids"] and rows[0]["teacher_input_ids"] != rows[0]["input_ids"]
     )
     assert rows[1]["teacher_prompt_ids"] == rows[1]["prompt_ids"] and rows[1]["teacher_labels"] == rows[1]["labels"]
+
+
+@pytest.mark.parametrize("columns", ["text", "ids"])
+def test_in_tokens_of_the_teachers_own_the_end_is_the_same_text(tokenizer, columns):
+    """Prompt and completion share a token of the student's, which stands in no row of the teacher's."""
+    words = " ".join(text for pair in QUESTIONS for text in pair).split()
+    shared = next(word for word in words if len(tokenizer(" " + word)["input_ids"]) == 1 and len(word) > 1)
+    other = special_first()
+    row = {"prompt": "Q: it is ", "completion": f"{shared} here"}
+    for end, is_same in (("Q: it is ", True), ("Q: it is", False)):
+        whole = other(f"{HINT}{end}")["input_ids"]
+        given = {"teacher_prompt": f"{HINT}{end}"} if columns == "text" else {"teacher_prompt_ids": whole}
+        if is_same:
+            [got] = prepared([{**row, **given}], tokenizer, teacher_tokenizer=other)
+            completion = got["input_ids"][len(got["prompt_ids"]) - 1 :]
+            context = other(f"{HINT}Q: it is")["input_ids"]
+            assert got["teacher_prompt_ids"] == whole and got["teacher_input_ids"] == context + completion
+            read = teachers_view(DistillationCollator(0)([got]))
+            assert read["own_prompt"].tolist() == [len(context)]
+        else:
+            with pytest.raises(ValueError, match=r"it ends in '.*Q: it is', and these tokens in ' '"):
+                prepared([{**row, **given}], tokenizer, teacher_tokenizer=other)
 
 
 def test_text_that_shares_a_token_with_its_prompt_needs_the_same_end(tokenizer):

@@ -1,14 +1,14 @@
 """A teacher with another tokenizer: its row, the boundaries of both, and what is asked at each."""
 
-import json
+from functools import cache
+from typing import Any
 
 import pytest
-from small_tokenizers import BPE, TEXTS, byte_fallback, special_behind, special_first, wrapped
-from tokenizers import Tokenizer, pre_tokenizers
+from small_tokenizers import BPE, TEXTS, byte_fallback, lossy, spaces_by, special_behind, special_first
 
 from amid_trl.maths.outcomes import BOUNDARY, UNPAIRED
 from amid_trl.models.paired_tokens import paired_tokens
-from amid_trl.models.retokenising import Retokeniser
+from amid_trl.models.retokenising import Retokeniser, special_pairs
 from amid_trl.models.spelled import Spelled
 from amid_trl.models.vocabulary import first_tokens
 
@@ -28,12 +28,16 @@ PAIRS = {
 }
 
 
+@cache
+def paired(name: str) -> Retokeniser:
+    return Retokeniser(*(build() for build in PAIRS[name]))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_both_rows_write_the_same_bytes_up_to_every_boundary(name):
-    student, teacher = (build() for build in PAIRS[name])
-    pair = Retokeniser(student, teacher)
+    pair = paired(name)
     for text in TEXTS:
-        row = ids(student, text)
+        row = ids(pair.student.tokenizer, text)
         written = pair.write(row)
         if pair.student.written(row) is None:  # unknown characters
             continue
@@ -44,15 +48,7 @@ def test_both_rows_write_the_same_bytes_up_to_every_boundary(name):
         assert len(row) in written.boundaries
 
 
-def metaspace():
-    """As Llama 2's is read by transformers: no space is written before a text that begins with one."""
-    tokenizer = byte_fallback()
-    tokenizer.backend_tokenizer.normalizer = None
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return tokenizer
-
-
-@pytest.mark.parametrize("build", [byte_fallback, metaspace])
+@pytest.mark.parametrize("build", [byte_fallback, lambda: spaces_by("first")])
 @pytest.mark.parametrize("text", ["wet", "    return x", "\n water"])
 def test_the_spaces_before_a_text_are_those_that_were_written(build, text):
     student, teacher = build(), special_first()
@@ -75,19 +71,9 @@ def test_what_both_write_first_for_a_character_is_one_outcome(pair):
     assert parts > 20
 
 
-def lossy():
-    """Of characters, without bytes: what it does not know is one unknown token."""
-    tokenizer = byte_fallback()
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    spec["model"]["byte_fallback"] = False
-    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if "<0x" not in token}
-    return wrapped(Tokenizer.from_str(json.dumps(spec)), ["<unk>", "<s>", "</s>"])
-
-
 def test_within_a_text_that_a_tokenizer_loses_nothing_is_compared():
-    student, teacher = special_first(), lossy()
-    teacher.unk_token = "<unk>"
-    pair = Retokeniser(student, teacher)
+    student = special_first()
+    pair = Retokeniser(student, lossy())
     for text, is_lost in (("The owl sleeps.", False), ("The ☃ sleeps.", True)):
         row = [student.eos_token_id, *ids(student, text), student.eos_token_id]
         kinds = [place.kind for place in pair.places(row, row, pair.write(row))]
@@ -107,3 +93,46 @@ def test_with_one_tokenizer_every_token_is_an_outcome_of_its_own_and_a_boundary(
         assert written.ids == row
         kinds = {place.kind for place in pair.places(row, row, written)}
         assert kinds == {BOUNDARY}
+
+
+@pytest.mark.parametrize("lost", ["☃", None], ids=["unknown", "an id without a token"])
+def test_behind_what_stands_for_no_text_nothing_is_compared(lost):
+    """Not the name of the unknown token, nor the word None, is what the teacher reads."""
+    student, teacher = lossy(), special_first()
+    pair = Retokeniser(student, teacher)
+    token = student.unk_token_id if lost else max(student.get_vocab().values()) + 3
+    row = [*ids(student, "The owl"), token, *ids(student, "sleeps.")]
+    written = pair.write(row)
+    kinds = [place.kind for place in pair.places(row, row, written)]
+    assert teacher.decode(written.ids) == "The owl" and not any(kinds[row.index(token) - 1 :]) and kinds[0]
+    counted = [place.teachers_tokens for place in pair.places(row, row, written)]
+    assert counted[row.index(token) - 1 :] == [-1] * len(row[row.index(token) :])
+
+
+def test_an_unknown_token_is_the_others_where_both_lose_text():
+    student = lossy()
+    row = ids(student, "The ☃ sleeps.")
+    assert student.unk_token_id in row and Retokeniser(student, lossy()).write(row).ids == row
+
+
+def test_the_end_of_a_turn_may_be_the_first_token():
+    student, teacher = special_first(), special_behind()
+    student.chat_template = student.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    ours, theirs = special_pairs(student, teacher)[0]
+    assert (ours, theirs) == (0, teacher.convert_tokens_to_ids("<|im_end|>"))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("longest", [None, 20])
+def test_the_teachers_tokens_are_those_that_end_in_the_trained_text(name, longest):
+    """However far the teacher reads, and whatever follows that is not trained."""
+    pair = paired(name)
+    student, teacher = pair.student.tokenizer, pair.teacher.tokenizer
+    end: Any = student.eos_token_id
+    for answer in ("Is water wet? Yes, water is wet.", "There are 12 apples, 345 owls."):
+        asked, text = ids(student, "What does the owl read?"), ids(student, answer)
+        row = [*asked, end, *text, end, *ids(student, "\n")]
+        labels = [-100] * (len(asked) + 1) + [*text, end] + [-100] * (len(row) - len(asked) - len(text) - 2)
+        written = pair.write(row, longest=longest)
+        counted = sum(place.teachers_tokens for place in pair.places(row, labels, written))
+        assert counted == len(ids(teacher, answer)) + 1

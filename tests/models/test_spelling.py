@@ -4,7 +4,7 @@ import random
 
 import pytest
 from small_tokenizers import BPE, TEXTS, byte_fallback, byte_level, special_behind, special_first, trained, wrapped
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from amid_trl.models.spelling import TRIALS, shared_boundaries, token_bytes
@@ -173,6 +173,12 @@ def ends_of_words(decoder) -> PreTrainedTokenizerFast:
     return wrapped(backend)
 
 
+def replaced_by(pattern) -> PreTrainedTokenizerFast:
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace(pattern, " "), decoders.ByteFallback()])
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -180,6 +186,10 @@ def ends_of_words(decoder) -> PreTrainedTokenizerFast:
         (lambda: ends_of_words(decoders.BPEDecoder("</w>")), r"is not known here \(decoder BPEDecoder\)"),
         (lambda: ends_of_words(decoders.ByteLevel()), r"'Hello, World!' becomes '[^']*</w>"),
         (lambda: ends_of_words(None), r"is not known here \(decoder none\)"),
+        (
+            lambda: replaced_by(Regex("▁")),
+            r"decoder Replace with the regular expression '▁'\): it must replace a text",
+        ),
         (ByT5Tokenizer, "is a ByT5Tokenizer, whose tokens cannot be read as bytes"),
     ],
 )
@@ -229,6 +239,15 @@ def test_boundaries_are_where_both_have_one(row_a, row_b, expected):
 def test_rows_that_cannot_be_compared_are_told_where(row_a, row_b, message):
     with pytest.raises(ValueError, match=message):
         shared_boundaries(row_a, TABLE, row_b, TABLE)
+
+
+def test_bytes_that_stand_in_front_are_not_compared():
+    """Where they are the same from some place on, that is a boundary too."""
+    assert shared_boundaries([AB, A], TABLE, [SPACE_AB, A], TABLE, (0, 1)) == [(2, 1, 1), (3, 2, 2)]
+    assert shared_boundaries([SPACE, A, BA], TABLE, [B, SPACE, AB, A], TABLE, (1, 2)) == [
+        *((-1, 0, 1), (0, 1, 2), (3, 3, 4)),
+    ]
+    assert shared_boundaries([B, A], TABLE, [A, A], TABLE, (1, 1)) == [(0, 1, 1), (1, 2, 2)]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -139,6 +139,24 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def spaces_by(scheme: str) -> PreTrainedTokenizerFast:
+    """The same tokens; a space is written before a text that begins with none: the "first" of a row, or "always"."""
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
+def lossy() -> PreTrainedTokenizerFast:
+    """Of characters, without bytes: what it does not know is one unknown token."""
+    spec = json.loads(byte_fallback().backend_tokenizer.to_str())
+    spec["model"]["byte_fallback"] = False
+    spec["model"]["vocab"] = {token: i for token, i in spec["model"]["vocab"].items() if "<0x" not in token}
+    tokenizer = wrapped(Tokenizer.from_str(json.dumps(spec)), ["<unk>", "<s>", "</s>"])
+    tokenizer.unk_token = "<unk>"
+    return tokenizer
+
+
 BPE: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     builder.__name__: builder for builder in (special_first, special_behind, other_order, every_split, byte_fallback)
 }

@@ -1,13 +1,17 @@
 """A teacher with another tokenizer, in the trainer."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from observe import logged
-from small_tokenizers import byte_level, other_order, special_first, trained, wrapped
+from small_tokenizers import byte_fallback, byte_level, lossy, other_order, spaces_by, special_first, trained, wrapped
 from tiny import (
+    CHATML,
+    QUESTIONS,
     messages_dataset,
     multi_turn_dataset,
     pretokenised_dataset,
@@ -17,8 +21,9 @@ from tiny import (
     text_dataset,
     tiny_llama,
 )
-from tokenizers import models, normalizers
+from tokenizers import Tokenizer, models, normalizers
 
+from amid_trl.maths.outcomes import UNPAIRED
 from amid_trl.models.vocabulary import first_tokens
 
 
@@ -94,6 +99,157 @@ def test_the_same_tokens_with_other_numbers_give_the_dense_loss(train, folder, d
         assert other[name] == pytest.approx(dense[name], abs=1e-5)
     assert others == pytest.approx(losses, abs=1e-5)
     torch.testing.assert_close(weight_of_other, weight, atol=1e-5, rtol=1e-4)
+
+
+# A chat whose turns are special tokens, which stand in the middle of every row.
+TURNS = (
+    "{%- for message in messages %}{{ '<s>' + message['content'] + '</s>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<s>' }}{%- endif %}"
+)
+SENTENCEPIECE = {"prepend": byte_fallback, "first": lambda: spaces_by("first"), "always": lambda: spaces_by("always")}
+
+
+def backwards(tokenizer):
+    """The same tokenizer, its tokens but the special ones numbered the other way round."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, special = spec["model"]["vocab"], [token["content"] for token in spec["added_tokens"]]
+    spec["model"]["vocab"] = {
+        token: i if token in special else len(vocabulary) + len(special) - 1 - i for token, i in vocabulary.items()
+    }
+    other = wrapped(Tokenizer.from_str(json.dumps(spec)), special)
+    other.bos_token, other.chat_template = tokenizer.bos_token, tokenizer.chat_template
+    return other
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "template"),
+    [
+        *(
+            (name, prompts, TURNS)
+            for name in ("prepend", "first")
+            for prompts in ("its own", "teacher_prompt", "the row")
+        ),
+        ("always", "its own", TURNS),
+        ("prepend", "teacher_prompt", CHATML),
+    ],
+    ids=lambda value: "chatml" if value == CHATML else None,
+)
+def test_two_equal_sentencepiece_tokenizers_give_the_dense_loss(train, tmp_path, name, prompts, template):
+    """With special tokens in the row, whatever the teacher reads before an answer."""
+    tokenizer = SENTENCEPIECE[name]()
+    tokenizer.chat_template = template
+    other = backwards(tokenizer)
+    teacher = tiny_llama(tokenizer, seed=1)
+    save_tiny(tmp_path / "same", teacher, tokenizer)
+    turned = renumbered(teacher, tokenizer, other)
+    rows = messages_dataset(4)
+    if prompts == "the row":
+        other.chat_template = None
+    elif prompts == "teacher_prompt":
+        hints = [[{"role": "user", "content": f"A hint: {row['messages'][0]['content'].lower()}"}] for row in rows]
+        rows = rows.add_column("teacher_prompt", hints)
+    save_tiny(tmp_path / "other", turned, other)
+    found = []
+    for kind in ("same", "other"):
+        student = tiny_llama(tokenizer, seed=0)
+        given = {"model": student, "teacher_model": str(tmp_path / kind), "processing_class": tokenizer}
+        trainer = train(**given, train_dataset=rows, max_steps=1)
+        trainer.train()
+        found.append((logged(trainer, "loss"), student.lm_head.weight.detach()))
+    assert logged(trainer, "aligned") == [1] and logged(trainer, "teacher_rest_mass")[0] < 1e-6
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_chat_of_which_prompt_and_answer_share_a_token_gives_the_dense_loss(train, folder, tmp_path):
+    """The prompt ends in a space, which is the first token's of an answer."""
+    tokenizer, other = in_order(), other_order()
+    template = CHATML.replace("assistant\n'", "assistant '").replace("'\n' + message", "' ' + message")
+    tokenizer.chat_template = other.chat_template = template
+    rows = answers_of("water is wet.", "数 is the water.")
+    assert (
+        tokenizer("assistant water")["input_ids"][: len(tokenizer("assistant ")["input_ids"])]
+        != (tokenizer("assistant ")["input_ids"])
+    )
+    found = []
+    for kind, its in (("same", tokenizer), ("other", other)):
+        shutil.copytree(folder / kind, tmp_path / kind)
+        its.save_pretrained(tmp_path / kind)
+        student = tiny_llama(tokenizer, seed=0)
+        given = {"model": student, "teacher_model": str(tmp_path / kind), "processing_class": tokenizer}
+        trainer = train(**given, train_dataset=rows, max_steps=1)
+        trainer.train()
+        found.append((logged(trainer, "loss"), student.lm_head.weight.detach()))
+    assert logged(trainer, "aligned") == [1]
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+
+
+def answers_of(*answers: str) -> Dataset:
+    asked = {"role": "user", "content": "Is it wet?"}
+    return Dataset.from_list([{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers])
+
+
+# As Llama 2's: the text of an answer stands behind a space.
+INST = (
+    "{%- for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("builds", "positions"),
+    [
+        ((in_order, special_first), 512),
+        ((in_order, special_first), 40),
+        ((special_first, byte_fallback), 512),
+        ((byte_fallback, special_first), 512),
+    ],
+)
+def test_tokens_and_bytes_are_those_of_the_trained_text(train, tmp_path, builds, positions):
+    """Also where the teacher reads a part of it; the first token of an answer is one of those that are compared."""
+    student, teacher = (build() for build in builds)
+    for tokenizer in (student, teacher):
+        if tokenizer.bos_token:
+            tokenizer.chat_template = INST
+    model = tiny_llama(teacher, seed=1, max_position_embeddings=positions)
+    save_tiny(tmp_path / "teacher", model, teacher)
+    given = {"model": tiny_llama(student, seed=0), "teacher_model": str(tmp_path / "teacher")}
+    trainer = train(**given, processing_class=student, eval_dataset=messages_dataset(8))
+    figures, answers = trainer.evaluate(), [answer for _, answer in QUESTIONS]
+    size = sum(len(answer.encode()) for answer in answers)
+    for name, tokenizer in (("student", student), ("teacher", teacher)):
+        tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in answers)
+        assert figures[f"eval_{name}_tokens_per_byte"] == pytest.approx(tokens / size, rel=1e-6)
+    if positions == 512:
+        columns = ("teacher_input_ids", "teacher_labels", "teacher_prompt_ids")
+        asked = [trainer.teacher._row(*(row[name] for name in columns))[1] for row in trainer.train_dataset]
+        assert figures["eval_aligned"] > 0.9 and all(places[0].kind != UNPAIRED for places in asked)
+
+
+def test_a_row_of_text_that_the_student_cannot_write_is_counted(train, tmp_path):
+    """Behind what it has not read the teacher says nothing."""
+    tokenizer, teacher = lossy(), special_first()
+    teacher.chat_template = None
+    save_tiny(tmp_path / "teacher", tiny_llama(teacher, seed=1), teacher)
+    rows = Dataset.from_list(
+        [{"prompt": prompt, "completion": " Yes, water is wet."} for prompt in ("Is water wet?", "Is ☃ wet?")]
+    )
+    model = tiny_llama(tokenizer, seed=0, vocab_size=max(tokenizer.get_vocab().values()) + 1)
+    given = {"model": model, "teacher_model": str(tmp_path / "teacher"), "processing_class": tokenizer}
+    trainer = train(**given, train_dataset=rows, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "unaligned_rows") == [1] and logged(trainer, "aligned")[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_teacher_whose_tokenizer_has_more_tokens_than_it_is_named(train, tmp_path):
+    other = special_first()
+    save_tiny(tmp_path / "cut", tiny_llama(other, seed=1, vocab_size=len(other) - 5), other)
+    tokenizer = in_order()
+    given = {"model": tiny_llama(tokenizer, seed=0), "processing_class": tokenizer}
+    named = r"the teacher's tokenizer .*cut has token ids up to 482 but the teacher's vocab_size is 478; resize the "
+    with pytest.raises(ValueError, match=named + "teacher's embeddings, or give teacher_tokenizer_name_or_path"):
+        train(**given, teacher_model=str(tmp_path / "cut"))
 
 
 def settings(folder, **others):
@@ -226,8 +382,9 @@ def test_a_tokenizer_that_changes_text_is_refused_by_name(train, folder, tmp_pat
     lower = special_first()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     save_tiny(tmp_path / "lower", tiny_llama(lower, seed=1), lower)
+    unread = Dataset.from_list([{"no": "text"}])  # it is refused before a text is looked at
     with pytest.raises(ValueError, match=r"lower changes text"):
-        train(**settings(folder) | {"teacher_model": str(tmp_path / "lower")})
+        train(**settings(folder) | {"teacher_model": str(tmp_path / "lower"), "train_dataset": unread})
 
 
 def test_a_teacher_in_memory_has_it_by_name(train, folder):
