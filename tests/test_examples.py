@@ -190,7 +190,8 @@ def test_the_notebook_is_stored_with_what_a_run_has_shown(request):
     of_training = ("stopped in step", "Top-1 agreement", "student after", "nats a token before")
     for expected in ("has the gradient with the largest", *of_training, "run: report.html", "<iframe"):
         assert expected in shown, expected
-    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    pictures = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3  # the landscape, and the plot of a run that was stopped and went on
     assert "/home/" not in shown and "site-packages" not in shown  # neither paths nor warnings of somebody's machine
 
 
