@@ -191,23 +191,6 @@ def check_choice(config: Any, name: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be {', '.join(others)} or {last}; got {getattr(config, name)!r}")
 
 
-def check_url(config: Any, name: str) -> None:
-    """Refuse what is no server's address."""
-    from urllib3.util import parse_url
-
-    url = getattr(config, name)
-    try:
-        parsed = parse_url(url)
-        ends = parsed.query is None and parsed.fragment is None  # what is asked for is written behind it
-        is_address = parsed.scheme in ("http", "https") and parsed.host and ends
-    except (AttributeError, TypeError, ValueError):
-        is_address = False
-    if not is_address or url != url.strip():
-        raise ValueError(
-            f"{name} must be http:// or https:// and a host, as http://there:8000 or https://there/path; got {url!r}"
-        )
-
-
 def build_schedule(config: Any, name: str) -> Schedule | TaidLambda:
     """How the number in the field `name` moves: as the field `<name>_schedule` says, else not at all."""
     field = f"{name}_schedule"

@@ -55,7 +55,7 @@ class Spelled:
         self._without_space = _without_space(spec)
         unknown = spec["model"].get("unk_token")
         self.unknown: int | None = tokenizer.get_vocab().get(unknown, spec["model"].get("unk_id"))
-        self._spaced = False
+        self.is_behind_space = False
         decoder = spec["decoder"]
         kinds = [part["type"] for part in decoder.get("decoders", [decoder])]
         self._letters = {byte: letter for letter, byte in byte_alphabet().items()} if "ByteLevel" in kinds else None
@@ -93,7 +93,7 @@ class Spelled:
         """
         other = copy.copy(self)
         other.bytes = [word[1:] if word is not None and word.startswith(b" ") else None for word in self.bytes]
-        other._spaced = True
+        other.is_behind_space = True
         return other
 
     @property
@@ -105,7 +105,7 @@ class Spelled:
         """The bytes of a row of tokens; None where one of them writes none."""
         words = [self._words[i] if i < len(self._words) else None for i in ids]
         content = None if None in words else b"".join(word for word in words if word is not None)
-        if content is None or not self._spaced:
+        if content is None or not self.is_behind_space:
             return content
         return content[1:] if content.startswith(b" ") else None
 
@@ -138,7 +138,7 @@ class Spelled:
                     texts[i] = word.decode()
             except UnicodeDecodeError:
                 spelled[i] = self._fragment(word or b"")
-        if self._spaced:
+        if self.is_behind_space:
             for i, ids in zip(texts, self.write_texts([f" {text}" for text in texts.values()]), strict=True):
                 spelled[i] = tuple(ids) if self.written(ids) == words[i] else None
             return spelled
@@ -155,7 +155,7 @@ class Spelled:
         """A part of a character, of which only byte-level merges know how it is written."""
         if self._letters is None:
             return None
-        whole = b" " + word if self._spaced else word
+        whole = b" " + word if self.is_behind_space else word
         tokens = self._backend.model.tokenize("".join(self._letters[byte] for byte in whole))
         ids = tuple(token.id for token in tokens)
         return ids if self.written(ids) == word else None

@@ -10,7 +10,6 @@ from amid_trl.fields import (
     check_choice,
     check_file,
     check_shares,
-    check_url,
     check_weights,
     option,
     without_effect,
@@ -202,3 +201,20 @@ class TeacherFields(Fields):
                 )
         if self.teacher_cache_dtype is not None:
             check_choice(self, "teacher_cache_dtype", allowed)
+
+
+def check_url(config: Any, name: str) -> None:
+    """Refuse what is no server's address."""
+    from urllib3.util import parse_url
+
+    url = getattr(config, name)
+    try:
+        parsed = parse_url(url)
+        ends = parsed.query is None and parsed.fragment is None  # what is asked for is written behind it
+        is_address = parsed.scheme in ("http", "https") and parsed.host and ends
+    except (AttributeError, TypeError, ValueError):
+        is_address = False
+    if not is_address or url != url.strip():
+        raise ValueError(
+            f"{name} must be http:// or https:// and a host, as http://there:8000 or https://there/path; got {url!r}"
+        )
