@@ -134,8 +134,15 @@ def open_teachers(
     opened = {}
     for name, (run, model) in teachers.items():
         with naming_teacher(name):
-            bounds: Any = {"generates": run.args.generates, "longest_row": run.args.longest_row}
-            opened[name] = open_teacher(run, model, student, wrapped_student, datasets, **bounds)
+            opened[name] = open_teacher(
+                run,
+                model,
+                student,
+                wrapped_student,
+                datasets,
+                generates=run.args.generates,
+                longest_row=run.args.longest_row,
+            )
     return Teachers(opened, accelerator)
 
 
