@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -29,20 +31,30 @@ def write_whole(file: Path, content: str | bytes | Callable[[Path], object]) -> 
 
 
 @contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
-    """Make the folder if there is none; wait for a process that works in it, such as one whose parent was killed."""
+def sole_use(folder: Path, patience: float = math.inf) -> Iterator[None]:
+    """Make the folder if there is none; wait for a process that works in it, such as one whose parent was killed.
+
+    After `patience` seconds it goes on all the same: for folders in which two at a time only do the same work twice.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if find_spec("fcntl") is None:  # Windows, where nobody waits
         yield
         return
     import fcntl
 
-    with open(folder / ".lock", "w") as file:
+    def is_ours() -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        return True
+
+    until = time.monotonic() + patience
+    with open(folder / ".lock", "w") as file:
+        if not is_ours():
             logger.warning("%s: waiting for another process that works there", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while time.monotonic() < until and not is_ours():
+                time.sleep(0.1)
         yield
 
 

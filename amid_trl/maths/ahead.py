@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import count
@@ -43,6 +44,10 @@ FOLDER = "~/.cache/amid_trl/kernels"
 # The processor says which instructions it has. Without this the compiler would be tried with each set of them first,
 # which takes half as long again; if it does not know them the compilation fails.
 INDUCTOR = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
+
+# Seconds for which a process waits, in all, for others that compile to the same folder. One of them may have been
+# stopped with what it holds, and nobody sees this one wait.
+PATIENCE = 120.0
 
 # Run by the process that compiles, whichever way this one has found the package.
 COMPILER = """
@@ -222,8 +227,9 @@ def from_json(value: Any) -> Any:
 
 def work(jobs: list[Any]) -> None:
     """Compile the jobs, each unless its file is there by then."""
+    until = time.monotonic() + PATIENCE
     for job in from_json(jobs):
-        with sole_use(job.file.parent):
+        with sole_use(job.file.parent, until - time.monotonic()):
             if not job.file.exists():
                 _compile(job)
 

@@ -93,8 +93,8 @@ class Objective:
 
     @property
     def is_constant(self) -> bool:
-        """Whether every weight is a number; a function may answer differently the next time."""
-        return not any(callable(term.weight) for term in self.terms)
+        """Whether every weight is a number or one of ours; another function may answer differently the next time."""
+        return not any(callable(term.weight) and not isinstance(term.weight, CONSTANT) for term in self.terms)
 
     def __call__(
         self, student_logits: Float[Tensor, "*tokens vocab"], teacher_logits: Float[Tensor, "*tokens vocab"]
@@ -234,6 +234,10 @@ class EntropyGate:
         """The weight of each token."""
         teacher = entropy(log_p)
         return self.weight * (teacher > self.threshold).to(teacher.dtype)
+
+
+# Weights that read nothing but log p, log q and their own fields.
+CONSTANT = (HeadShare, EntropyWeight, EntropyGate)
 
 
 def entropy(log_x: Float[Tensor, "*tokens vocab"]) -> Float[Tensor, "*tokens"]:

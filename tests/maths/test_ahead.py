@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from amid_trl.maths import ahead, kernel
 from amid_trl.maths.kernel import Finish, RowKernel
 from amid_trl.maths.selection import Selection
 from amid_trl.maths.token_loss import DistillationTokenLoss
+from amid_trl.outputs import sole_use
 
 
 VOCAB = 53
@@ -60,6 +62,19 @@ def test_what_the_compiler_is_given_is_the_plain_kernel(each, tmp_path):
         expected = [tensor for tensor in each.plain(*rows(count)) if tensor is not None]
         for mine, plain in zip(given(*tensors), expected, strict=True):
             torch.testing.assert_close(mine, plain)
+
+
+def test_one_that_holds_the_folder_and_does_nothing_is_not_waited_for_for_ever(monkeypatch):
+    """Such as a process that was stopped while it compiled."""
+    monkeypatch.setattr(ahead, "PATIENCE", 0.3)
+    done = []
+    monkeypatch.setattr(ahead, "_compile", done.append)
+    file = file_of(row_kernel())
+    jobs = [ahead.Job(*wanted(row_kernel())[0], 1, file.with_name(name)) for name in ("one.pt2", "two.pt2")]
+    with sole_use(file.parent):
+        begun = time.monotonic()
+        ahead.work(ahead.as_json(jobs))
+    assert done == jobs and 0.3 <= time.monotonic() - begun < 10
 
 
 @pytest.mark.slow
@@ -115,9 +130,9 @@ def test_what_fails_ahead_is_compiled_when_it_is_needed(monkeypatch, caplog):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_another_process_is_told_of_the_same_kernel(name):
     token_loss = DistillationTokenLoss(OBJECTIVES[name](), 0.5, selection=Selection("prefix", count=3))
-    if token_loss.compiles:
-        each = RowKernel(token_loss, Finish(0.5, 30.0), Finish(), True)
-        assert ahead.from_json(json.loads(json.dumps(ahead.as_json(each)))) == each
+    assert token_loss.compiles
+    each = RowKernel(token_loss, Finish(0.5, 30.0), Finish(), True)
+    assert ahead.from_json(json.loads(json.dumps(ahead.as_json(each)))) == each
 
 
 def test_nothing_but_the_maths_is_made_of_what_is_told():

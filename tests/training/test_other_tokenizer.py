@@ -237,9 +237,12 @@ def test_a_row_of_text_that_the_student_cannot_write_is_counted(train, tmp_path)
     )
     model = tiny_llama(tokenizer, seed=0, vocab_size=max(tokenizer.get_vocab().values()) + 1)
     given = {"model": model, "teacher_model": str(tmp_path / "teacher"), "processing_class": tokenizer}
-    trainer = train(**given, train_dataset=rows, max_steps=1)
+    trainer = train(**given, train_dataset=rows, eval_dataset={"all": rows, "read": rows.select([0])}, max_steps=1)
     trainer.train()
     assert logged(trainer, "unaligned_rows") == [1] and logged(trainer, "aligned")[0] == pytest.approx(0.5, abs=0.1)
+    figures = trainer.evaluate()
+    of_both, of_read = (figures[f"eval_{name}_teacher_tokens_per_byte"] for name in ("all", "read"))
+    assert of_both == pytest.approx(of_read), "of the bytes that the teacher has read"
 
 
 def test_a_teacher_whose_tokenizer_has_more_tokens_than_it_is_named(train, tmp_path):
