@@ -3,6 +3,7 @@
 Shared by outcomes_bias.py and its test.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.maths.outcomes import BOUNDARY, ENDS, NOT_SPLIT, Begun, Outcomes, Places
+from amid_trl.maths.outcomes import BOUNDARY, ENDS, KEPT, NOT_SPLIT, Begun, Outcomes, Places
 from amid_trl.models.retokenising import Retokeniser
 
 
@@ -117,6 +118,9 @@ class CaseBuilder:
                     "state": number(place.state) if place.kind == BOUNDARY else 0,
                     "began": number(place.began or place.state) if place.begun[0] else 0,
                     "own_chain": [(number(state), token) for state, token in place.chain],
+                    "longer": [(number(place.longer[0]), token) for token in place.longer[1]],
+                    "within": [(number(place.state), token) for token in place.within],
+                    "unlikely": [(number(place.state), token) for token in place.unlikely],
                     "spans": [(number(state), written.ids[state]) for state in spans],
                 }
             )
@@ -147,6 +151,17 @@ class CaseBuilder:
         def chain(factors: list[tuple[int, int]]) -> float:
             return sum(float(logs[state, their_column[token]]) for state, token in factors) if factors else NOT_SPLIT
 
+        def mass(queries: list[tuple[int, int]]) -> float:
+            known = [(state, their_column[token]) for state, token in queries if token in their_column]
+            return sum(math.exp(float(logs[query])) for query in known)
+
+        def own_token(row: Record) -> float:
+            if not row["own_chain"]:
+                return NOT_SPLIT
+            ends, follows = (1 - (1 - KEPT) * mass(row[name]) for name in ("longer", "unlikely"))
+            own = (math.exp(chain(row["own_chain"])) * ends + mass(row["within"])) / follows
+            return min(0.0, max(LOWEST, math.log(own + 1e-300)))
+
         entries = [
             [
                 (column[s], their_column[t], row["began"])
@@ -156,12 +171,17 @@ class CaseBuilder:
             for row in self.rows
         ]
         flat = [entry for of_row in entries for entry in of_row]
+        unlikely = [
+            [their_column[token] for _, token in row["unlikely"] if token in their_column] for row in self.rows
+        ]
         lengths = torch.tensor([len(of_row) for of_row in entries])
         begun = Begun(
             torch.tensor([s for s, _, _ in flat], dtype=torch.long),
             logs[[state for _, _, state in flat], [t for _, t, _ in flat]],
+            torch.tensor([token for of_row in unlikely for token in of_row], dtype=torch.long),
         )
-        own = torch.tensor([chain(row["own_chain"]) for row in self.rows], dtype=torch.float64)
+        counts = torch.tensor([len(of_row) for of_row in unlikely])
+        own = torch.tensor([own_token(row) for row in self.rows], dtype=torch.float64)
         kinds = torch.tensor([place.kind for place in places])
         return Case(
             weights=torch.tensor([row["weight"] for row in self.rows], dtype=torch.float64),
@@ -177,7 +197,7 @@ class CaseBuilder:
                 numbers[rest],
                 torch.zeros(len(students), dtype=torch.long),
             ),
-            places=Places(kinds, own, lengths.cumsum(0) - lengths, lengths),
+            places=Places(kinds, own, lengths.cumsum(0) - lengths, lengths, counts.cumsum(0) - counts, counts),
             begun=begun,
             words=_same_bytes(pair, students, teachers, self.ends),
             first_tokens=_first_tokens(pair, students, teachers, self.ends),

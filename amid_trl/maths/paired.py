@@ -1,5 +1,6 @@
 """The loss of two models with different vocabularies, from hidden states: neither model's logits are held."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from amid_trl.maths.linear import Head, States, linear_token_loss, log_probs_at
-from amid_trl.maths.outcomes import NOT_SPLIT, Begun, OutcomeTokenLoss
+from amid_trl.maths.outcomes import KEPT, NOT_SPLIT, Begun, OutcomeTokenLoss
 
 
 class Queries(NamedTuple):
@@ -17,16 +18,27 @@ class Queries(NamedTuple):
     tokens: Int[Tensor, " queries"]
 
 
+class QueriesOf(NamedTuple):
+    """The same, each for one of the student's trained tokens."""
+
+    states: Int[Tensor, " queries"]
+    tokens: Int[Tensor, " queries"]
+    of: Int[Tensor, " queries"]
+
+
 class PairedStates(NamedTuple):
     """The teacher's hidden states in its own tokens, and what each of the student's trained tokens takes from them.
 
     Attributes:
         hidden, head: as in `States`, at the places that are asked about.
         at: for each of the student's tokens the state that predicts what follows; any where it is not at a boundary.
-        kind, start, entries: as in `Places`.
+        kind, start, entries, unlikely_start, unlikely_count: as in `Places`.
         student: the student's tokens of `Begun`; `begun` are the teacher's, at the states where they began.
         teachers_tokens: how many of the teacher's tokens end in it; -1 where that is not known.
-        chain, chain_of: the teacher's tokens that one of the student's consists of, and which of the student's it is.
+        chain: the teacher's tokens that one of the student's consists of.
+        longer: those behind them with which the student's would have been a longer one.
+        within: those that begin with all of the student's and are longer.
+        unlikely: those that hardly follow the student's last token, which would have been a longer one.
     """
 
     hidden: Float[Tensor, "states dim"]
@@ -37,8 +49,12 @@ class PairedStates(NamedTuple):
     entries: Int[Tensor, " tokens"]
     student: Int[Tensor, " entries_of_all"]
     begun: Queries
-    chain: Queries
-    chain_of: Int[Tensor, " factors"]
+    chain: QueriesOf
+    longer: QueriesOf
+    within: QueriesOf
+    unlikely: QueriesOf
+    unlikely_start: Int[Tensor, " tokens"]
+    unlikely_count: Int[Tensor, " tokens"]
     teachers_tokens: Int[Tensor, " tokens"]
 
 
@@ -53,12 +69,31 @@ def paired_token_loss(
     assert token_loss.outcomes is not None
     head = teacher.head.cut(len(token_loss.outcomes.teacher))
     states = States(teacher.hidden, head)
-    begun = Begun(teacher.student, log_probs_at(states, *teacher.begun, chunk_size))
-    factors = log_probs_at(states, *teacher.chain, chunk_size)
-    chain = factors.new_zeros(len(labels)).index_add(0, teacher.chain_of, factors)
-    split = torch.zeros_like(labels, dtype=torch.bool).index_fill(0, teacher.chain_of, True)
-    columns = (labels, teacher.kind, torch.where(split, chain, NOT_SPLIT), teacher.start, teacher.entries)
-    columns += (teacher.teachers_tokens,)
+    queries = (teacher.begun, teacher.chain, teacher.longer, teacher.within, teacher.unlikely)
+    where, which = torch.cat([each.states for each in queries]), torch.cat([each.tokens for each in queries])
+    sizes = [len(each.states) for each in queries]
+    begun, *others = torch.split(log_probs_at(states, where, which, chunk_size), sizes)
+    begun, own = Begun(teacher.student, begun, teacher.unlikely.tokens), log_own(others, teacher, len(labels))
+    columns = (labels, teacher.kind, own, teacher.start, teacher.entries, teacher.unlikely_start)
+    columns = (*columns, teacher.unlikely_count, teacher.teachers_tokens)
     none_asked = teacher.hidden.new_zeros(len(labels), head.weight.shape[1])
     asked = teacher.hidden[teacher.at] if len(teacher.hidden) else none_asked
     return linear_token_loss(student, States(asked, head), token_loss.of(begun), columns, chunk_size)
+
+
+def log_own(found: Sequence[Tensor], teacher: PairedStates, tokens: int) -> Float[Tensor, " tokens"]:
+    """log p of the student's own tokens, or NOT_SPLIT, of log p of all in chain, longer, within and unlikely.
+
+    (Π chain · (1 - c Σ longer) + Σ within) / (1 - c Σ unlikely), where c = 1 - KEPT
+    """
+    chain, longer, within, unlikely = found
+    none = chain.new_zeros(tokens)
+
+    def left(queries: QueriesOf, found: Tensor) -> Tensor:
+        return torch.log1p(-(1 - KEPT) * none.index_add(0, queries.of, found.exp()))
+
+    own = none.index_add(0, teacher.chain.of, chain) + left(teacher.longer, longer)
+    more = none.index_add(0, teacher.within.of, within.exp())
+    own = torch.where(more > 0, torch.logaddexp(own, more.log()), own) - left(teacher.unlikely, unlikely)
+    split = torch.zeros_like(none, dtype=torch.bool).index_fill(0, teacher.chain.of, True)
+    return torch.where(split, own.clamp(max=0), NOT_SPLIT)

@@ -27,10 +27,16 @@ class PairedTokens(NamedTuple):
 
     `begun` has what the student may have written of a longer token of the teacher's, its own tokens since the last
     shared boundary: the teacher's tokens that begin with them, and what goes on in each, as `Begun` has it.
+
+    `longer` has the same of the other side: if the teacher's tokens are one of the student's, those of the teacher's
+    with which that would have been a longer token. `within` are the teacher's tokens that begin with a whole token of
+    the student's.
     """
 
     outcomes: Outcomes
     begun: Mapping[Path, tuple[list[int], list[int]]]
+    longer: Mapping[Path, list[int]]
+    within: Mapping[int, list[int]]
 
 
 def paired_tokens(
@@ -44,14 +50,13 @@ def paired_tokens(
     lengths = torch.tensor([len(word or b"") for word in student.bytes])
     if behind is not None:  # what is no text at this place is counted as anywhere
         lengths = torch.where(torch.tensor([word is None for word in student.bytes]), behind.bytes, lengths)
-    tokens = iter(found["paths"].tolist())
-    paths = [tuple(islice(tokens, length)) for length in found["path_lengths"].tolist()]
+    paths, theirs = (_rows(found[name], found[f"{name}_lengths"]) for name in ("paths", "teachers_paths"))
     outcomes = Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths)
-    return PairedTokens(outcomes, _begun(paths, behind or outcomes))
+    return PairedTokens(outcomes, _begun(paths, behind or outcomes), _longer(theirs), _within(paths))
 
 
 def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """The outcome of every token, and the student's tokens for each of the teacher's, one row after the other."""
+    """The outcome of every token, and the tokens of either for each of the other's, one row after the other."""
     same = list(same_words(student, teacher))
     students, teachers = ({pair[side] for pair in same} for side in (0, 1))
     in_student = student.words([None if t in teachers else word for t, word in enumerate(teacher.bytes)])
@@ -62,15 +67,17 @@ def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) 
     pairs += parts_of_characters(student, teacher)
     of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
     for s, t in same:
-        in_student[t] = (s,)
-    columns = {
-        "student": of_student,
-        "teacher": of_teacher,
-        "rest": count,
-        "paths": [token for path in in_student for token in path or ()],
-        "path_lengths": [len(path or ()) for path in in_student],
-    }
+        in_student[t], in_teacher[s] = (s,), (t,)
+    columns = {"student": of_student, "teacher": of_teacher, "rest": count}
+    for name, paths in {"paths": in_student, "teachers_paths": in_teacher}.items():
+        columns[name] = [token for path in paths for token in path or ()]
+        columns[f"{name}_lengths"] = [len(path or ()) for path in paths]
     return {name: torch.tensor(values, dtype=torch.long) for name, values in columns.items()}
+
+
+def _rows(tokens: torch.Tensor, lengths: torch.Tensor) -> list[Path]:
+    flat = iter(tokens.tolist())
+    return [tuple(islice(flat, length)) for length in lengths.tolist()]
 
 
 def same_words(student: Spelled, teacher: Spelled) -> Iterable[tuple[int, int]]:
@@ -171,3 +178,21 @@ def _begun(paths: Sequence[Path], outcomes: Outcomes) -> dict[Path, tuple[list[i
                 is_last = length == len(path) - 1
                 found[1].append(vocab + of_student[token] if is_last and members[of_student[token]] > 1 else token)
     return begun
+
+
+def _longer(paths: Sequence[Path]) -> dict[Path, list[int]]:
+    """From the teacher's tokens for each of the student's."""
+    found: dict[Path, set[int]] = {}
+    for path in paths:
+        if len(path) > 1:
+            found.setdefault(path[:-1], set()).add(path[-1])
+    return {path: sorted(tokens) for path, tokens in found.items()}
+
+
+def _within(paths: Sequence[Path]) -> dict[int, list[int]]:
+    """From the student's tokens for each of the teacher's."""
+    found: dict[int, list[int]] = {}
+    for t, path in enumerate(paths):
+        if len(path) > 1:
+            found.setdefault(path[0], []).append(t)
+    return found

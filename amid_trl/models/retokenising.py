@@ -71,7 +71,11 @@ class Place:
         began: the state where the teacher's token began of which `begun` are those that begin alike.
         begun: the teacher's tokens, and what of the student's goes on in each, as `Begun` has it.
         teachers_tokens: how many of the teacher's tokens end in the student's; -1 where it could not be written.
-        chain: states, and the teacher's tokens there, of which the student's consists.
+        chain: states, and the teacher's tokens there, of which the student's consists; none where it is not told apart
+            from the others of its outcome.
+        longer: the state behind them, and the teacher's tokens with which the student's would have been a longer one.
+        within: the teacher's tokens at `state` that begin with the student's and are longer.
+        unlikely: those at `state` with which the student's last token would have been a longer one.
     """
 
     kind: int = UNPAIRED
@@ -79,6 +83,9 @@ class Place:
     began: int = 0
     begun: tuple[list[int], list[int]] = ([], [])
     chain: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    longer: tuple[int, list[int]] = (0, [])
+    within: list[int] = field(default_factory=list[int])
+    unlikely: list[int] = field(default_factory=list[int])
     teachers_tokens: int = 0
 
 
@@ -285,10 +292,21 @@ class Retokeniser:
             begun = self._sides[written.spaced.get(began, BOUNDARY)].pairs.begun.get(tuple(ids[began:i]))
             if begun and ENDS in begun[1]:
                 place.began, place.begun = state - 1, begun
-        end = written.boundaries.get(i + 1, 0)
-        if end > state + 1 and side.several[side.outcome[ids[i]]] and self.student.bytes[ids[i]] is not None:
-            place.chain = [(at, written.ids[at]) for at in range(state, end)]
+        last = written.boundaries.get(i - 1, state)
+        unlikely = self._longer(i - 1, tuple(written.ids[last:state]), written)
+        if written.ids[state] not in unlikely:  # else the student has written it in its own way
+            place.unlikely = unlikely
+        token, end = ids[i], written.boundaries.get(i + 1, 0)
+        if end > state and side.several[side.outcome[token]] and self.student.bytes[token] is not None:
+            longer = self._longer(i, tuple(written.ids[state:end]), written) if end < len(written.ids) else []
+            if longer or end > state + 1:
+                place.chain = [(at, written.ids[at]) for at in range(state, end)]
+                place.longer, place.within = (end, longer), side.pairs.within.get(token, [])
         return place
+
+    def _longer(self, i: int, path: tuple[int, ...], written: WrittenAgain) -> list[int]:
+        """The teacher's tokens with which the student's token i, which is `path`, would have been a longer one."""
+        return self._sides[written.spaced.get(i, BOUNDARY)].pairs.longer.get(path, [])
 
     def _inside(self, ids: Sequence[int], i: int, last: int, written: WrittenAgain) -> Place:
         """The teacher's token that began at the boundary `last` has to reach over the student's token before i."""

@@ -1,7 +1,8 @@
 """A teacher in memory with another tokenizer than the student's: it reads the text in its own tokens."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from amid_trl.data.batches import Batch, pad_rows, unpadded
 from amid_trl.data.rows import UNTRAINED, completion_length
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.outcomes import AT_BOUNDARY, UNPAIRED, Outcomes
-from amid_trl.maths.paired import PairedStates, Queries
+from amid_trl.maths.paired import PairedStates, Queries, QueriesOf
 from amid_trl.models.retokenising import Place, Retokeniser, WrittenAgain
 from amid_trl.teacher.in_memory import ModelTeacher
 
@@ -142,6 +143,7 @@ def _asked(places: Sequence[Place]) -> list[int]:
     states = {place.state for place in places if place.kind in AT_BOUNDARY}
     states |= {place.began for place in places if place.begun[0]}
     states |= {state for place in places for state, _ in place.chain}
+    states |= {place.longer[0] for place in places if place.longer[1]}
     return sorted(states)
 
 
@@ -158,9 +160,14 @@ def _paired(states: States, rows: Sequence[Sequence[Place]], asked: Sequence[Seq
         return torch.tensor(values, dtype=torch.long, device=device)
 
     entries = [len(place.begun[0]) for place, _ in places]
-    lengths = tensor(entries)
+    lengths, unlikely = tensor(entries), tensor([len(place.unlikely) for place, _ in places])
     began = tensor([number.get(place.began, 0) for place, number in places])
-    chains = [(token, number[state], at) for at, (place, number) in enumerate(places) for state, token in place.chain]
+
+    def asked_for(found: Callable[[Place], Iterable[tuple[int, int]]]) -> QueriesOf:
+        """Of (state, token) of every place."""
+        queries = [(number[state], t, at) for at, (place, number) in enumerate(places) for state, t in found(place)]
+        return QueriesOf(*(tensor([query[column] for query in queries]) for column in range(3)))
+
     return PairedStates(
         states.hidden,
         states.head,
@@ -168,9 +175,13 @@ def _paired(states: States, rows: Sequence[Sequence[Place]], asked: Sequence[Seq
         kind=tensor([place.kind for place, _ in places]),
         start=lengths.cumsum(0) - lengths,
         entries=lengths,
+        unlikely_start=unlikely.cumsum(0) - unlikely,
+        unlikely_count=unlikely,
         student=tensor([token for place, _ in places for token in place.begun[1]]),
         begun=Queries(began.repeat_interleave(lengths), tensor([t for place, _ in places for t in place.begun[0]])),
-        chain=Queries(tensor([state for _, state, _ in chains]), tensor([token for token, _, _ in chains])),
-        chain_of=tensor([at for _, _, at in chains]),
+        chain=asked_for(lambda place: place.chain),
+        longer=asked_for(lambda place: product([place.longer[0]], place.longer[1])),
+        within=asked_for(lambda place: product([place.state], place.within)),
+        unlikely=asked_for(lambda place: product([place.state], place.unlikely)),
         teachers_tokens=tensor([place.teachers_tokens for place, _ in places]),
     )

@@ -19,12 +19,13 @@ from amid_trl.maths.outcomes import (
     Outcomes,
     OutcomeTokenLoss,
 )
-from amid_trl.maths.paired import PairedStates, Queries, paired_token_loss
+from amid_trl.maths.paired import PairedStates, Queries, QueriesOf, paired_token_loss
 from amid_trl.maths.published import kd, rkl
 from amid_trl.maths.token_loss import DistillationTokenLoss
 
 
-NOTHING_BEGUN = Begun(torch.zeros(0, dtype=torch.long), torch.zeros(0))
+NONE = torch.zeros(0, dtype=torch.long)
+NOTHING_BEGUN = Begun(NONE, torch.zeros(0), NONE)
 OBJECTIVES = {"amid": Objective(), "kd": kd(), "rkl": rkl(), "mixture": Objective("kl", "qr", alpha=3.0, lam=0.4)}
 
 
@@ -39,7 +40,7 @@ def ints(*values: int) -> Tensor:
 def boundaries(tokens: int) -> tuple[Tensor, ...]:
     """Columns of tokens that begin at shared boundaries, and of which no more is known."""
     zeros = torch.zeros(tokens, dtype=torch.long)
-    return torch.full((tokens,), BOUNDARY), torch.full((tokens,), NOT_SPLIT), zeros, zeros, zeros
+    return torch.full((tokens,), BOUNDARY), torch.full((tokens,), NOT_SPLIT), *(zeros,) * 5
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -78,7 +79,10 @@ def by_hand(p: Tensor, q: Tensor, row: int) -> tuple[list[Tensor], list[Tensor]]
     student = [sum(q[s] for s in range(6) if STUDENT_OUTCOMES[s] == o) for o in range(4)]
     if row == 0:
         return teacher, student
-    # Row 1: its label is 2 of outcome 1, of which the teacher has written two tokens, with log p -4 together.
+    # Row 1: the teacher's token 3, of outcome 1, hardly follows; the label is 2 of outcome 1, of which the teacher has
+    # written two tokens, with log p -4 together.
+    left_out = 0.95 * p[3]
+    teacher = [x / (1 - left_out) for x in (teacher[0], teacher[1] - left_out, *teacher[2:])]
     own = min(math.exp(-4.0), float(teacher[1]))
     teacher = [goes_on[ENDS] * x for x in (teacher[0], teacher[1] - own, teacher[2], own, teacher[3])]
     teacher[3] += goes_on[2]
@@ -96,10 +100,12 @@ def test_it_is_what_probabilities_added_up_say(name):
         torch.tensor([NOT_SPLIT, -4.0, NOT_SPLIT, NOT_SPLIT]),
         ints(0, 0, 0, 0),
         ints(0, 5, 5, 0),
+        ints(0, 0, 0, 0),
+        ints(0, 1, 0, 0),
         ints(1, 2, 0, 0),
     )
     outcomes = Outcomes(torch.tensor(STUDENT_OUTCOMES), torch.tensor(TEACHER_OUTCOMES), 3, torch.ones(6))
-    begun = Begun(ints(*(s for s, _ in BEGUN)), torch.tensor([log_p for _, log_p in BEGUN]))
+    begun = Begun(ints(*(s for s, _ in BEGUN)), torch.tensor([log_p for _, log_p in BEGUN]), ints(3))
     token_loss = OutcomeTokenLoss(OBJECTIVES[name], outcomes=outcomes, begun=begun)
     losses, figures = token_loss(student, teacher, ints(1, 2, 3, 4), *columns)
     expected = []
@@ -119,8 +125,8 @@ def test_what_the_teacher_has_no_token_for_is_not_impossible(objective):
     """The student's last token is in the rest, in which the teacher has none; inside a token nothing ends."""
     student = normal(2, 4).requires_grad_()
     outcomes = Outcomes(ints(0, 1, 2, 3), ints(0, 1, 2), 3, torch.ones(4))
-    begun = Begun(ints(1, 2), torch.tensor([-1.0, -1.0]))
-    columns = (ints(BOUNDARY, INSIDE), torch.full((2,), NOT_SPLIT), ints(0, 0), ints(0, 2), ints(0, 0))
+    begun = Begun(ints(1, 2), torch.tensor([-1.0, -1.0]), NONE)
+    columns = (ints(BOUNDARY, INSIDE), torch.full((2,), NOT_SPLIT), ints(0, 0), ints(0, 2), *(ints(0, 0),) * 3)
     token_loss = OutcomeTokenLoss(objective, outcomes=outcomes, begun=begun)
     losses, figures = token_loss(student, normal(2, 3, seed=1), ints(0, 1), *columns)
     [gradient] = torch.autograd.grad(losses.sum(), student)
@@ -143,8 +149,12 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
         *(teacher, Head(head), ints(0, 1, 1, 2, 3, 4), ints(BOUNDARY, BOUNDARY, INSIDE, UNPAIRED, BOUNDARY, BOUNDARY)),
         *(ints(0, 0, 3, 6, 6, 6), ints(0, 3, 3, 0, 0, 0), ints(2, 3, ENDS, 1, 3, ENDS)),
         begun=Queries(ints(0, 0, 0, 1, 1, 1), ints(0, 1, 2, 1, 2, 3)),
-        chain=Queries(ints(3, 4), ints(0, 2)),
-        chain_of=ints(4, 4),
+        chain=QueriesOf(ints(3, 4, 1), ints(0, 2, 3), ints(4, 4, 1)),
+        longer=QueriesOf(ints(0, 0), ints(1, 3), ints(4, 4)),
+        within=QueriesOf(ints(3), ints(4), ints(4)),
+        unlikely=QueriesOf(ints(1, 3), ints(4, 1), ints(1, 4)),
+        unlikely_start=ints(0, 0, 1, 1, 1, 2),
+        unlikely_count=ints(0, 1, 0, 0, 1, 0),
         teachers_tokens=ints(1, 1, 0, 0, 2, 1),
     )
     labels = ints(0, 3, 1, 4, 2, 1)
@@ -153,9 +163,15 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
     torch.testing.assert_close(
         log_probs_at(States(teacher, Head(head)), ints(3, 0, 3), ints(0, 2, 4), 1), log_p[[3, 0, 3], [0, 2, 4]]
     )
-    begun = Begun(paired.student, log_p[paired.begun.states, paired.begun.tokens])
-    chain = torch.tensor([math.inf] * 4 + [float(log_p[3, 0] + log_p[4, 2])] + [math.inf])
-    columns = (paired.kind, chain, paired.start, paired.entries, paired.teachers_tokens)
+    begun = Begun(paired.student, log_p[paired.begun.states, paired.begun.tokens], paired.unlikely.tokens)
+    p = log_p.exp()
+    own = [math.inf] * 6
+    own[1] = float((p[1, 3] / (1 - 0.95 * p[1, 4])).log())
+    ends = 1 - 0.95 * (p[0, 1] + p[0, 3])
+    own[4] = float(((p[3, 0] * p[4, 2] * ends + p[3, 4]) / (1 - 0.95 * p[3, 1])).log())
+    chain = torch.tensor(own)
+    columns = (paired.kind, chain, paired.start, paired.entries, paired.unlikely_start, paired.unlikely_count)
+    columns += (paired.teachers_tokens,)
     plain, figures = token_loss.of(begun)(hidden @ weight.T, teacher[paired.at] @ head.T, labels, *columns)
     expected = torch.autograd.grad(plain.sum(), (hidden, weight))
     for chunk_size in (1, 2, 4, None):

@@ -1,5 +1,7 @@
 """What a teacher says in the student's tokens, against what is true: of short texts all can be added up."""
 
+import math
+
 import pytest
 import torch
 from every_text import PAIRS, bpe, conditionals, texts
@@ -20,10 +22,10 @@ from amid_trl.models.retokenising import Retokeniser
 # How far off, in nats, what the teacher says may be, and how much farther the same bytes alone are.
 ALLOWED = {
     "the teacher has more merges": (1e-9, 10),
-    "the student has more merges": (0.03, 5),
+    "the student has more merges": (0.01, 40),
     "merges of their own": (0.05, 20),
     "the student writes digits": (0.4, 3),
-    "the teacher writes digits": (0.3, 3),
+    "the teacher writes digits": (0.1, 10),
 }
 
 
@@ -65,9 +67,9 @@ def test_the_teachers_outcomes_are_those_of_all_texts(name):
             begun = Begun(
                 torch.tensor(place.begun[1], dtype=torch.long),
                 log_p[max(1, place.began)][torch.tensor(place.begun[0]).long()],
+                torch.tensor(place.unlikely).long(),
             )
-            chain = sum((log_p[state][token] for state, token in place.chain), torch.tensor(0.0))
-            columns = (place.kind, float(chain) if place.chain else NOT_SPLIT, 0, len(begun.student))
+            columns = (place.kind, own(place, log_p), 0, len(begun.student), 0, len(place.unlikely))
             places = Places(*(torch.tensor([value]) for value in columns))
             if place.kind == BOUNDARY:
                 label = torch.tensor([ids[i]])
@@ -81,6 +83,18 @@ def test_the_teachers_outcomes_are_those_of_all_texts(name):
                 by_bytes += p * divergence(*logs)
     assert aligned / weight > 0.9
     assert bias / aligned < allowed and farther * bias < by_bytes
+
+
+def own(place, log_p) -> float:
+    """The teacher's log-probability of the student's own token, where it is told apart."""
+    if not place.chain:
+        return NOT_SPLIT
+    product = float(sum(log_p[state][token] for state, token in place.chain))
+    state, longer = place.longer
+    stays = 1 - 0.95 * sum(float(log_p[state][token].exp()) for token in longer)
+    within = sum(float(log_p[place.state][token].exp()) for token in place.within)
+    follows = 1 - 0.95 * sum(float(log_p[place.state][token].exp()) for token in place.unlikely)
+    return min(0.0, math.log((math.exp(product) * stays + within + 1e-300) / follows))
 
 
 def divergence(truth, said) -> float:
