@@ -41,9 +41,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of a test with the mark `sampled(n)` one in n stays quick, and the others are slow."""
+    """Of the cases of a test with the mark `sampled(n)` one in n stays quick, and the others are slow.
+
+    What has the mark `gpu` is skipped without one.
+    """
     seen: Counter[str] = Counter()
     for item in items:
+        if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if (mark := item.get_closest_marker("sampled")) is not None:
             name = item.nodeid.partition("[")[0]
             if seen[name] % mark.args[0]:

@@ -84,7 +84,7 @@ def test_all_of_it_on_tiny_models(second, spec, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["second.py", str(out), "--spec", str(file)])
     second.main()
     found = json.loads((out / "compare" / "comparison.json").read_text())
-    assert list(found["runs"]) == list(runs) and found["missing"] == []
+    assert found["runs"].keys() == runs.keys() and found["missing"] == []
     for name in runs:
         best = json.loads((out / "sweeps" / name / "sweep.json").read_text())["best"]["settings"]
         settings = json.loads((out / "compare" / name / "seed-0" / "settings.json").read_text())["config"]

@@ -66,7 +66,7 @@ def completions_of(window) -> list[list[int]]:
 SAID = re.compile(
     r"\s*$|\s*\d+%\||(Loading weights|Generating \w+ split|Tokenizing \w+ dataset|Writing model shards|Teacher"
     r"|references|completions|Filter|Map): "  # bars
-    r"|amid-trl \w+: the settings are read; loading "  # the first line of a training
+    r"|amid-trl [\w-]+: the settings are read; loading "  # the first line of a training
     r"|\{'|Memory per process|  .+ [MG]iB  |✅ Training completed|💾 Model saved to "  # a training
     r"|Stopping: |Stopped at step |amid-trl \w+: stopped"  # its end by a signal
     r"|W\d{4} .+ torch/distributed/elastic/.+ (SIGTERM|death signal)"  # what torch says of it
