@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from every_text import bpe
 from small_tokenizers import BPE, TEXTS, byte_fallback, lossy, spaces_by, special_behind, special_first
 
 from amid_trl.maths.outcomes import BOUNDARY, UNPAIRED
@@ -69,6 +70,29 @@ def test_what_both_write_first_for_a_character_is_one_outcome(pair):
                 assert outcomes.student[ours[0]] == outcomes.teacher[theirs[0]] != outcomes.rest
                 parts += (student.bytes[ours[0]] != text.encode()) or (teacher.bytes[theirs[0]] != text.encode())
     assert parts > 20
+
+
+def test_a_student_of_longer_tokens_is_told_where_its_own_ends():
+    student, teacher = bpe("12x", [("1", "2")]), bpe("12x", [])
+    pair = Retokeniser(student, teacher)
+    row = [student.eos_token_id, *ids(student, "x1x12x"), student.eos_token_id]
+    written = pair.write(row)
+    assert teacher.decode(written.ids[1:-1]) == "x1x12x"
+    one, two = (teacher.get_vocab()[digit] for digit in "12")
+    first_x, single, second_x, both, *_ = pair.places(row, row, written)
+    assert single.chain == [(single.state, one)] and single.longer == (single.state + 1, [two])
+    assert second_x.unlikely == [two] and second_x.chain == []  # no token of the student's begins with x but x
+    assert both.chain == [(both.state, one), (both.state + 1, two)] and both.longer[1] == []
+    assert not (first_x.unlikely or single.unlikely or both.unlikely)
+
+
+def test_what_a_student_wrote_in_its_own_way_is_not_unlikely():
+    """Tokens 1 and 2, which its tokenizer would have written as 12."""
+    student, teacher = bpe("12x", [("1", "2")]), bpe("12x", [])
+    one, two = (student.get_vocab()[digit] for digit in "12")
+    row = [student.eos_token_id, one, two, student.eos_token_id]
+    pair = Retokeniser(student, teacher)
+    assert not any(place.unlikely for place in pair.places(row, row, pair.write(row)))
 
 
 def test_within_a_text_that_a_tokenizer_loses_nothing_is_compared():
