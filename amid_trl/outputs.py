@@ -25,9 +25,23 @@ def write_whole(file: Path, content: str | bytes | Callable[[Path], object]) -> 
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     if callable(content):
         content(beside)
+        beside.chmod(usual_mode())
     else:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, file)
+
+
+def usual_mode() -> int:
+    """That of a new file; safetensors 0.8 keeps what it writes for its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def let_others_read(folder: str) -> None:
+    """Give weights that were saved there the mode of any new file."""
+    for file in Path(folder).rglob("*.safetensors"):
+        file.chmod(usual_mode())
 
 
 @contextmanager

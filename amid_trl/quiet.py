@@ -12,8 +12,12 @@ LINES = {
     # At each import on a machine without a GPU, whether DeepSpeed is used or not.
     "DeepSpeed": "Setting accelerator to CPU.",
 }
-# TRL 1.16 and PEFT 0.21 call what transformers 5.23 calls activation_checkpointing by its old name.
-OLD_NAMES = r"`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated"
+OLD_NAMES = (
+    # TRL 1.16 and PEFT 0.21 call what transformers 5.23 calls activation_checkpointing by its old name.
+    r"`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated",
+    # DeepSpeed 0.19 calls these of torch 2.13, several times in each step under ZeRO.
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+)
 
 
 def hide_lines() -> None:
@@ -24,5 +28,6 @@ def hide_lines() -> None:
 
 @cache
 def hide_old_names() -> None:
-    """Once, before TRL and PEFT call them: a filter set again and again would show other warnings again and again."""
-    warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)
+    """Once, before others call them: a filter set again and again would show other warnings again and again."""
+    for message in OLD_NAMES:
+        warnings.filterwarnings("ignore", message, FutureWarning)

@@ -31,6 +31,7 @@ count from 0; a streaming dataset reports the first case of each reason.
 
 import logging
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -66,6 +67,8 @@ WITH_TEACHERS = Features({**FEATURES, **dict.fromkeys(TEACHER_COLUMNS, IDS)})
 
 Format = Literal["tokens", "messages", "prompt", "text"]
 
+
+OPTIONAL = {"completion", "teacher_prompt", TEACHER}
 
 # A stream has no end to look for: one of so many rows must be usable.
 STREAM_ROWS_TRIED = 1000
@@ -103,6 +106,7 @@ def prepare_dataset(
         _warn_if_random(dataset, name)
     columns = columns_of(plain)
     format = _format(columns, settings, name)
+    _warn_if_misspelt(columns, name)
     _check_prompts(columns, format, settings, name)
     if format == "prompt" and "completion" not in columns and settings.without_answers is not None:
         settings = settings.without_answers
@@ -201,6 +205,13 @@ def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
         f"the {name} dataset has the columns {', '.join(map(repr, columns))}; needed are {ACCEPTED_FORMATS} "
         f"({settings.text_field!r}){preferred}"
     )
+
+
+def _warn_if_misspelt(columns: list[str], name: str) -> None:
+    """Of a column that changes what is trained and need not be there."""
+    for meant in OPTIONAL.difference(columns):
+        for column in get_close_matches(meant, columns, cutoff=0.9):
+            logger.warning("The column %r of the %s dataset is not read: did you mean %r?", column, name, meant)
 
 
 def _check_prompts(columns: list[str], format: Format, settings: DataSettings, name: str) -> None:

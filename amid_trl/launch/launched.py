@@ -50,9 +50,24 @@ def _started(command: str, module: str, argv: list[str]) -> int:
         # Parsed here once, so that other mistakes are one line too; what the parser does not know is for accelerate.
         *_, from_config, from_flags = script.parse_with(script.make_parser(prog=f"amid-trl {command}"), argv)
         launch_args = accelerate_configs.resolve([*from_config, *from_flags])
-        return _launched(launch_args, module, _without(argv, from_flags))
+        status = _launched(launch_args, module, _without(argv, from_flags))
     except (ValueError, OSError, ImportError) as error:
         return _refuse(command, error)
+    if status < 0 and command == "train" and config is not None:
+        _say_how_to_go_on(command, -status, config.output_dir)
+    return status
+
+
+def _say_how_to_go_on(command: str, signal_number: int, output_dir: str) -> None:
+    from amid_trl.training.checkpoints import newest_complete
+
+    checkpoint = newest_complete(output_dir)
+    if checkpoint is not None:
+        print(
+            f"amid-trl {command}: a process was killed (signal {signal_number}). {checkpoint} is whole: the same "
+            "command goes on from it with --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
 
 
 def _launched(launch_args: list[str], module: str, script_args: list[str]) -> int:

@@ -79,7 +79,8 @@ class RowKernel:
 
     def compiles(self, vocabulary: int) -> bool:
         """Whether it is worth a compilation, and may have one."""
-        return vocabulary >= COMPILE_FROM_VOCAB and getattr(self.token_loss, "compiles", False)
+        allowed = os.environ.get("TORCH_COMPILE_DISABLE", "0") != "1"
+        return allowed and vocabulary >= COMPILE_FROM_VOCAB and getattr(self.token_loss, "compiles", False)
 
     def ahead(self, student: Tensor, *others: Tensor) -> tuple[Any, str, RowTypes]:
         """What `ahead.begin` is told of it; of tensors like those that it will be called with, also on no device."""

@@ -155,6 +155,12 @@ def op_names() -> list[str]:
     return list(ALL_OPS)
 
 
+def newest_engine_folder(checkpoint: Path) -> str | None:
+    """The name of the folder in it that an engine wrote last; None without one."""
+    named = [path.name for path in checkpoint.glob("global_step*") if ENGINE_FOLDER.fullmatch(path.name)]
+    return max(named, key=lambda name: int(name.removeprefix("global_step")), default=None)
+
+
 def check_engine_file(file: Path) -> None:
     """Refuse a file of a checkpoint that asks for objects which DeepSpeed does not write: it would load any."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -120,11 +120,15 @@ class Connection:
             if silent + pause > self._patience:
                 raise ConnectionError(
                     f"the teacher at {url} did not answer in {attempts} attempts, and was silent for {silent:.0f} s "
-                    f"({reason}). A run's last checkpoint is intact: resume from it when the server is back, or let "
-                    "it wait longer with teacher_server_patience"
+                    f"({reason}). Is the address right, and does a server run there? The last checkpoint of a run "
+                    "that has one is intact: resume from it when the server is back, or let it wait longer with "
+                    "teacher_server_patience"
                 )
             if attempts == 2:
-                logger.warning("The teacher at %s does not answer (%s); it is asked again.", url, reason)
+                logger.warning(
+                    "The teacher at %s does not answer (%s); it is asked again, for up to %g s.",
+                    *(url, reason, self._patience),
+                )
             if unwanted is None:
                 time.sleep(pause)
             elif unwanted.wait(pause):

@@ -54,6 +54,10 @@ COMPANY = 1e-3
 EXCESS = 1e-3
 
 
+# What is answered where there is no such path, or none of this method.
+NO_SUCH_PATH = (404, 405, 501)
+
+
 class TeacherServer:
     """Log-probabilities of the teacher's `top_k` likeliest tokens, for rows of token ids.
 
@@ -163,8 +167,10 @@ class TeacherServer:
     def _ask(self, method: str, path: str, question: Mapping[str, Any] | None = None) -> dict[str, Any]:
         response = self._connection.request(method, path, json=question)
         if response.status != 200:
+            if response.status in NO_SUCH_PATH:
+                raise ValueError(_no_such_server(self.url, f"to {path} it answers {response.status}"))
             text = response.data.decode(errors="replace")
-            raise ValueError(f"the teacher at {self.url}/{path} refuses ({response.status}): {text}")
+            raise ValueError(f"the teacher at {self.url}/{path} refuses ({response.status}): {text:.500}")
         try:
             answer = response.json()
         except ValueError as error:
@@ -176,8 +182,8 @@ class TeacherServer:
 
 def _no_such_server(url: str, why: str) -> str:
     return (
-        f"{url} is not a server of the kind that is needed, {why}: the log-probabilities of a prompt's tokens, "
-        "prompt_logprobs, are vLLM's. llama.cpp's server, for one, has none"
+        f"{url} is neither amid-trl serve-teacher nor a server of the other kind that is needed, {why}: the "
+        "log-probabilities of a prompt's tokens, prompt_logprobs, are vLLM's. llama.cpp's server, for one, has none"
     )
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 
 from amid_trl._trl import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file
+from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file, newest_engine_folder
 from amid_trl.run import Stateful
 from amid_trl.teacher.served import SERVED
 
@@ -79,7 +79,44 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator:
         if Path(checkpoint, UNFINISHED).exists():
             raise ValueError(f"{checkpoint} was being written when its run ended; resume from an earlier checkpoint")
         check_files(checkpoint)
+        if Path(checkpoint).is_dir():
+            check_engine(Path(checkpoint), accelerator)
     return checkpoint
+
+
+def check_engine(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Refuse a checkpoint whose optimizer's state another engine holds, or another number of processes under ZeRO.
+
+    transformers leaves a state that it does not find where it looks, and begins with a new one.
+    """
+    as_it_was = (
+        "; resume it as it was started (--accelerate_config, --num_processes), or start a new run from its weights"
+    )
+    saved, here = saved_under(checkpoint), runs_under(accelerator)
+    if saved != here and (saved is not None or here != "no engine"):
+        held = "holds weights alone" if saved is None else f"was saved under {saved}"
+        raise ValueError(f"{checkpoint} {held}, and this run is under {here}{as_it_was}")
+    plugin, world = accelerator.state.deepspeed_plugin, accelerator.num_processes
+    if plugin is not None and not plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
+        parts = len(list(checkpoint.glob(f"{newest_engine_folder(checkpoint)}/*zero_pp_rank_*_optim_states.pt")))
+        if parts not in (0, world):
+            raise ValueError(f"{checkpoint} was saved by {parts} processes under ZeRO, not by {world}{as_it_was}")
+
+
+def saved_under(checkpoint: Path) -> str | None:
+    """Under what its optimizer's state was saved; None if it holds none."""
+    if newest_engine_folder(checkpoint) is not None:
+        return "DeepSpeed"
+    if (checkpoint / "optimizer_0").exists() or (checkpoint / "optimizer.bin").exists():
+        return "FSDP"
+    return "no engine" if (checkpoint / "optimizer.pt").exists() else None
+
+
+def runs_under(accelerator: Accelerator) -> str:
+    """The engine of this run, as `saved_under` names it."""
+    if accelerator.state.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    return "FSDP" if accelerator.is_fsdp2 else "no engine"
 
 
 def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str | None:
@@ -95,6 +132,11 @@ def last_complete_checkpoint(output_dir: str, accelerator: Accelerator) -> str |
             folder.rename(aside)
             logger.warning("%s was being written when its run ended; it is set aside as %s", folder, aside.name)
     return next((str(folder) for folder in newest_first if folder not in torn), None)
+
+
+def newest_complete(output_dir: str) -> Path | None:
+    """The newest whole checkpoint; nothing is set aside."""
+    return max(filter(is_complete, _checkpoints(Path(output_dir))), key=_step, default=None)
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -32,6 +32,7 @@ from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
 from amid_trl.models.quantised import record_base
+from amid_trl.outputs import let_others_read
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
 from amid_trl.teacher.adapter import student_alone
@@ -309,9 +310,11 @@ class AMiDTrainer(GKDTrainer):
                 self.create_model_card()
 
     def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        folder = output_dir or str(self.args.output_dir)
         with student_alone(self.model):
             super()._save(output_dir, *args, **kwargs)
-        record_base(self.model, output_dir or str(self.args.output_dir))
+        let_others_read(folder)
+        record_base(self.model, folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = self._get_output_dir(trial=trial)

@@ -1,5 +1,6 @@
 """Every format gives its prompt and trains its answer; a dataset that cannot be used is refused by name."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -247,6 +248,19 @@ def test_columns_that_are_kept_stay_beside_the_rows(tokenizer):
 
 
 # ---- Errors ----
+
+
+@pytest.mark.parametrize(("column", "meant"), [("teachers_prompt", "teacher_prompt"), ("completions", "completion")])
+def test_a_misspelt_column_that_need_not_be_there_is_reported(tokenizer, caplog, column, meant):
+    prepared([{"prompt": "Is water wet?", "completion": " Yes."}], tokenizer)
+    assert not warnings_of(caplog)
+    row = {"prompt": "Is water wet?", "completion": " Yes.", column: "Is it?"}
+    if meant == "completion":
+        del row["completion"]
+    with contextlib.suppress(ValueError):  # a prompt alone teaches nothing
+        prepared([row], tokenizer)
+    said = f"The column {column!r} of the train dataset is not read: did you mean {meant!r}?"
+    assert said in warnings_of(caplog)
 
 
 def test_preferences_without_prompts_come_with_what_to_do(tokenizer):

@@ -77,7 +77,7 @@ def test_a_limit_takes_the_first_rows(tmp_path, models, rows_file):
     ("rows", "message"),
     [
         ([], "has no rows"),
-        ([{"prompt": "a"}], "line 1: no reference"),
+        ([{"prompt": "a", "completion": "b"}], "line 1: no reference to compare with; needed is a 'reference'"),
         ([{"prompt": "a", "reference": "b"}, {"prompt": "a", "references": []}], "line 2: no reference"),
         ([{"prompt": "a", "references": [""]}], "line 1: no reference"),
         ([{"question": "a", "reference": "b"}], "line 1: the prompt must be text or a list of messages; got None"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,18 @@ def test_the_first_ctrl_c_saves_a_checkpoint(tmp_path, tiny_dir, data_dir, launc
     assert (tmp_path / f"checkpoint-{last}" / "trainer_state.json").exists()
     assert f"Stopped at step {last}; resume with --resume_from_checkpoint true" in said
     assert "Traceback" not in said and said.endswith("\namid-trl train: stopped\n")
+
+
+@pytest.mark.slow
+def test_after_a_process_was_killed_it_says_how_to_go_on(tmp_path, tiny_dir, data_dir):
+    process, training = started(training_command(TWO, tmp_path, tiny_dir, data_dir), tmp_path / "checkpoint-5")
+    trains = [each for each in training if "--local-rank" in str(each.cmdline()) or "LOCAL_RANK" in each.environ()]
+    trains[-1].kill()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and are_gone(training)
+    last = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    assert "a process was killed (signal 9)" in said
+    assert re.search(rf"checkpoint-({last}|{last - 5}) is whole: the same command goes on from it with --resume", said)
 
 
 @pytest.mark.slow

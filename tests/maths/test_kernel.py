@@ -118,6 +118,13 @@ def test_below_the_vocabulary_that_pays_it_is_not_compiled(monkeypatch):
     assert losses.shape == (4,) and figures.shape == (4, len(DistillationTokenLoss.figures)) and gradient is None
 
 
+def test_where_compiling_is_switched_off_nothing_says_that_it_compiles(monkeypatch):
+    kernel = RowKernel(DistillationTokenLoss(Objective()), Finish(), Finish(), False)
+    assert kernel.compiles(50_000)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert not kernel.compiles(50_000)
+
+
 @dataclass(frozen=True)
 class Interrupted:
     """A token loss that fails while it is traced."""

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.teacher.filling import FillingTeacher
+from amid_trl.training.checkpoints import runs_under
 from amid_trl.training.fill_cache import cache_teacher
 
 
@@ -147,6 +148,7 @@ def run(
         "bytes": resident,
         "parts": [parts(model) for model in models_held],
         "logits": logits(trainer.model.eval()),
+        "runs under": runs_under(trainer.accelerator),
     }
 
 

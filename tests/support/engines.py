@@ -14,6 +14,7 @@ from processes import run_ranks
 
 from amid_trl.cli import main
 from amid_trl.models.loading import load_causal_lm
+from amid_trl.training.checkpoints import saved_under
 
 
 ENVIRONMENT = {
@@ -318,6 +319,7 @@ def assert_saved_is_what_was_trained(two: Runs, case: str, folder: Path) -> None
 
 
 def assert_resumed_like_uninterrupted(two: Runs, whole: str, resumed: str) -> None:
+    assert saved_under(two.folder / whole / "checkpoint-2") == two.ranks[whole][0]["runs under"]
     for before, after in zip(two.ranks[whole], two.ranks[resumed], strict=True):
         assert len(before["sources"]) == 4 and "student" in before["sources"]
         assert after["completions"] == before["completions"][2:]  # the first two steps are not made again

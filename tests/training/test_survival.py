@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from amid_trl.training.checkpoints import (
     UNFINISHED,
+    check_engine,
     check_files,
     is_complete,
     last_complete_checkpoint,
@@ -262,6 +263,51 @@ def test_a_damaged_file_is_named(tmp_path, file):
         damaged.write_bytes(broken)
         with pytest.raises(ValueError, match=f"{file} is damaged .*; resume from an earlier checkpoint"):
             survival_worker.run(str(tmp_path), resume=True, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("put_in_its_place", "said"),
+    [
+        (
+            lambda folder: (folder / "global_step2").mkdir(),
+            "was saved under DeepSpeed, and this run is under no engine",
+        ),
+        (lambda folder: (folder / "optimizer_0").mkdir(), "was saved under FSDP, and this run is under no engine"),
+    ],
+)
+def test_a_checkpoint_that_another_engine_has_saved_is_refused(tmp_path, put_in_its_place, said):
+    """transformers would begin with a new optimizer without a word."""
+    survival_worker.run(str(tmp_path), max_steps=2)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    put_in_its_place(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=f"checkpoint-2 {said}; resume it as it was started"):
+        survival_worker.run(str(tmp_path), resume=True, max_steps=4)
+
+
+def test_an_engine_does_not_resume_what_it_has_not_saved(tmp_path):
+    plugin = SimpleNamespace(deepspeed_config={})
+    under_zero = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
+    with pytest.raises(ValueError, match="holds weights alone, and this run is under DeepSpeed"):
+        check_engine(tmp_path, under_zero)
+    (tmp_path / "optimizer.pt").touch()
+    with pytest.raises(ValueError, match="was saved under no engine, and this run is under DeepSpeed"):
+        check_engine(tmp_path, under_zero)
+    (tmp_path / "global_step4").mkdir()
+    for rank in range(4):
+        (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(ValueError, match="was saved by 4 processes under ZeRO, not by 2"):
+        check_engine(tmp_path, under_zero)
+    plugin.deepspeed_config = {"checkpoint": {"load_universal": True}}
+    check_engine(tmp_path, under_zero)
+
+
+def test_others_may_read_what_is_saved(tmp_path):
+    """safetensors 0.8 writes for the owner alone."""
+    survival_worker.run(str(tmp_path), max_steps=1)
+    before = os.umask(0o022)
+    os.umask(before)
+    files = [*(tmp_path / "checkpoint-1").glob("*.safetensors")]
+    assert files and {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~before}
 
 
 def test_an_engines_file_that_asks_for_code_is_refused(tmp_path):

@@ -143,5 +143,7 @@ def _prompt(given: Any, where: str) -> Prompt:
 def _references(given: Any, where: str) -> list[str]:
     references = [given] if isinstance(given, str) else given
     if not isinstance(references, list) or not references or not all(isinstance(r, str) and r for r in references):
-        raise ValueError(f"{where}: no reference to compare with; needed is text, or a list of texts; got {given!r}")
+        raise ValueError(
+            f"{where}: no reference to compare with; needed is a 'reference', or a list of 'references'; got {given!r}"
+        )
     return references
