@@ -229,15 +229,21 @@ def report(results: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct teaches itself less layers {DROPPED_LAYERS}: LoRA, gradient checkpointing, the "
         f"default objective, batch {BATCH_SIZE} × accumulation {ACCUMULATION}; of the student's text {NEW_TOKENS} "
         "tokens for each prompt. Teachers in float32 where nothing else is said; servers run on the same cores as the "
-        "training. Seconds are the median of all steps but the first of each process. The loss is that of the first "
-        "step; those of all steps are the same for kinds that are exact, which is checked to 1e-4.",
+        "training. Seconds are the median of all steps but the first of each process, and those of each process, by "
+        "which a difference can be judged. The loss is that of the first step; those of all steps are the same for "
+        "kinds that are exact, which is checked to 1e-4.",
     ]
     for mode in SHARE_OF_STUDENT_TEXT:
         if not (of_memory := chosen(runs, MEMORY.name, mode)):
             continue
         base, losses = median_seconds(of_memory), of_memory[0]["losses"]
-        lines += ["", f"## {mode.capitalize()}", "", "| teacher | s | × in memory | loss | bytes a trained token |"]
-        lines += ["|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {mode.capitalize()}",
+            "",
+            "| teacher | s | × in memory | s, by process | loss | bytes a trained token |",
+        ]
+        lines += ["|---|---|---|---|---|---|"]
         for kind in KINDS:
             if not (own := chosen(runs, kind.name, mode)):
                 continue
@@ -247,9 +253,9 @@ def report(results: dict[str, Any]) -> str:
                 raise RuntimeError(f"{kind.name}, {mode}: losses {own[0]['losses']}, in memory {losses}")
             seconds = median_seconds(own)
             moved = f"{own[0]['bytes']:,.0f}" if own[0]["bytes"] else "none"
-            lines.append(
-                f"| {kind.name} | {seconds:.1f} | {seconds / base:.2f} | {own[0]['losses'][0]:.5f} | {moved} |"
-            )
+            each = ", ".join(f"{median_seconds([run]):.1f}" for run in own)
+            ratio, loss = seconds / base, own[0]["losses"][0]
+            lines.append(f"| {kind.name} | {seconds:.1f} | {ratio:.2f} | {each} | {loss:.5f} | {moved} |")
     return "\n".join([*lines, "", about_line(results["about"]), ""])
 
 
