@@ -120,8 +120,8 @@ class Connection:
             if silent + pause > self._patience:
                 raise ConnectionError(
                     f"the teacher at {url} did not answer in {attempts} attempts, and was silent for {silent:.0f} s "
-                    f"({reason}). Is the address right, and does a server run there? The last checkpoint of a run "
-                    "that has one is intact: resume from it when the server is back, or let it wait longer with "
+                    f"({reason}). Is the address right, and does a server run there? A run's last checkpoint is "
+                    "intact: resume from it when the server is back, or let it wait longer with "
                     "teacher_server_patience"
                 )
             if attempts == 2:

@@ -182,7 +182,7 @@ class TeacherServer:
 
 def _no_such_server(url: str, why: str) -> str:
     return (
-        f"{url} is neither amid-trl serve-teacher nor a server of the other kind that is needed, {why}: the "
+        f"{url} is no amid-trl serve-teacher, and is not a server of the kind that is needed, {why}: the "
         "log-probabilities of a prompt's tokens, prompt_logprobs, are vLLM's. llama.cpp's server, for one, has none"
     )
 

@@ -31,8 +31,6 @@ from amid_trl.data.row_teachers import SINGLE, TEACHER
 from amid_trl.maths.figures import Figures
 from amid_trl.models.fsdp import fsdp_evaluation
 from amid_trl.models.generation import eos_token_ids
-from amid_trl.models.quantised import record_base
-from amid_trl.outputs import let_others_read
 from amid_trl.run import Run
 from amid_trl.sources.windows import Window
 from amid_trl.teacher.adapter import student_alone
@@ -46,7 +44,7 @@ from amid_trl.training.engines import evaluation_alone, forget_evaluation
 from amid_trl.training.kernels import compile_ahead
 from amid_trl.training.pair import load_pair
 from amid_trl.training.parts import open_parts
-from amid_trl.training.student import own_router_fields, padded_for_sft, prepare_student
+from amid_trl.training.student import complete_student, own_router_fields, padded_for_sft, prepare_student
 from amid_trl.training.teacher_models import placed_teachers
 
 
@@ -310,11 +308,9 @@ class AMiDTrainer(GKDTrainer):
                 self.create_model_card()
 
     def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        folder = output_dir or str(self.args.output_dir)
         with student_alone(self.model):
             super()._save(output_dir, *args, **kwargs)
-        let_others_read(folder)
-        record_base(self.model, folder)
+        complete_student(self.model, output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = self._get_output_dir(trial=trial)

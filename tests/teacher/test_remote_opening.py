@@ -1,12 +1,15 @@
 """What a server says of itself that cannot be, and an address that is none, are refused before anything is asked."""
 
+import http.server
 import json
+import threading
 
 import pytest
 from states_server import changing, hosting, opened
 from tiny import tiny_llama, tiny_tokenizer
 
 from amid_trl import AMiDConfig
+from amid_trl.teacher.server import TeacherServer
 
 
 @pytest.fixture
@@ -112,3 +115,14 @@ def test_an_address_that_is_none_is_refused_with_its_field(url):
 def test_an_address_is_an_address():
     for url in ("http://127.0.0.1:8000", "https://there", "HTTP://There:80/v1", "http://[::1]:8000/at/some/place/"):
         AMiDConfig("unused", use_cpu=True, teacher_model_server_url=url)
+
+
+def test_what_is_no_teacher_at_all_is_said_in_a_line():
+    """A server of files, whose answer is a page."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ValueError, match=r"is no amid-trl serve-teacher, .* it answers 404") as error:
+            TeacherServer(url, 8, 100, patience=5.0)
+        server.shutdown()
+    assert "html" not in str(error.value).lower()

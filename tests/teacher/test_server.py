@@ -1,6 +1,5 @@
 """A teacher behind HTTP gives the numbers of the same teacher in memory, and what a bad answer gives has a name."""
 
-import http.server
 import math
 import re
 import threading
@@ -130,17 +129,6 @@ def test_a_server_that_dies_in_the_middle_is_a_connection_error(model):
         teacher.log_probs(ROWS)
     with pytest.raises(ConnectionError, match=rf"{server.url}/v1/models"):
         connect(server, patience=0.0)
-
-
-def test_what_is_no_teacher_at_all_is_said_in_a_line():
-    """A server of files, whose answer is a page."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(ValueError, match=r"is neither amid-trl serve-teacher nor a .* answers 404") as error:
-            TeacherServer(url, 8, VOCAB, patience=5.0)
-        server.shutdown()
-    assert "html" not in str(error.value).lower()
 
 
 def test_a_server_with_too_small_a_limit_is_refused_at_once_and_in_its_own_words(model):
