@@ -140,10 +140,11 @@ def averaged_logs(case: Case, log_q: Tensor) -> Said:
     """Between shared boundaries: the teacher's logs averaged, and the student's in the teacher's tokens."""
     projected = (log_q.exp() @ case.pieces).clamp(min=1e-10).log()
     said, theirs = [], []
-    for rows, states in case.chunks:
+    chunks = [(rows, states) for rows, states in case.chunks if rows and states]  # a space may be one side's alone
+    for rows, states in chunks:
         said.append(case.teacher[states].clamp(min=math.log(1e-10)).mean(0).log_softmax(-1))
         theirs.append(projected[rows].mean(0).log_softmax(-1))
-    yield torch.tensor([rows[0] for rows, _ in case.chunks]), torch.stack(said), torch.stack(theirs)
+    yield torch.tensor([rows[0] for rows, _ in chunks]), torch.stack(said), torch.stack(theirs)
 
 
 def hanging_together(case: Case, log_q: Tensor) -> Said:
