@@ -1,7 +1,6 @@
 """The command line, run as a user runs it: real processes, the tiny model on disk."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launching import ENVIRONMENT, SETTINGS
 from observe import unwanted
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -24,16 +24,6 @@ from amid_trl.launch import script as train
 
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "LOCAL_RANK"))},
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-ENVIRONMENT.pop("PYTHONWARNINGS", None)
-SETTINGS = [
-    "--use_cpu", "--bf16=False", "--max_steps=2", "--max_new_tokens=4", "--lmbda=1", "--report_to=none",
-    "--per_device_train_batch_size=2", "--save_strategy=no", "--assistant_alpha=-3.0",
-]  # fmt: skip
 LAUNCHERS = {
     "amid-trl train": [str(Path(sys.executable).with_name("amid-trl")), "train"],
     "accelerate launch -m amid_trl": [
