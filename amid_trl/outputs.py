@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,23 +25,29 @@ def write_whole(file: Path, content: str | bytes | Callable[[Path], object]) -> 
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     if callable(content):
         content(beside)
-        beside.chmod(usual_mode())
+        let_others_read(beside)
     else:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, file)
 
 
-def usual_mode() -> int:
-    """That of a new file; safetensors 0.8 keeps what it writes for its owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def let_others_read(*files: Path) -> None:
+    """Give files the mode that new ones have here: safetensors 0.8 keeps what it writes for its owner alone.
+
+    Not every file system has modes; there the files stay as they are.
+    """
+    for file in files:
+        with suppress(OSError):
+            usual = file.with_name(f".{file.name}.{os.getpid()}.mode")
+            usual.touch()
+            mode = usual.stat().st_mode
+            usual.unlink()
+            file.chmod(mode)
 
 
-def let_others_read(folder: str) -> None:
-    """Give weights that were saved there the mode of any new file."""
-    for file in Path(folder).rglob("*.safetensors"):
-        file.chmod(usual_mode())
+def let_others_read_weights(folder: str) -> None:
+    """Of a model that was just saved there, and of its adapters, those with a name too."""
+    let_others_read(*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/adapter_model.safetensors"))
 
 
 @contextmanager

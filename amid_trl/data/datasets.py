@@ -68,6 +68,7 @@ WITH_TEACHERS = Features({**FEATURES, **dict.fromkeys(TEACHER_COLUMNS, IDS)})
 Format = Literal["tokens", "messages", "prompt", "text"]
 
 
+# Columns that change what is trained, and may be missing: nobody would notice that one is misspelt.
 OPTIONAL = {"completion", "teacher_prompt", TEACHER}
 
 # A stream has no end to look for: one of so many rows must be usable.
@@ -208,7 +209,7 @@ def _format(columns: list[str], settings: DataSettings, name: str) -> Format:
 
 
 def _warn_if_misspelt(columns: list[str], name: str) -> None:
-    """Of a column that changes what is trained and need not be there."""
+    """Name a column that is nearly one of OPTIONAL."""
     for meant in OPTIONAL.difference(columns):
         for column in get_close_matches(meant, columns, cutoff=0.9):
             logger.warning("The column %r of the %s dataset is not read: did you mean %r?", column, name, meant)

@@ -6,7 +6,7 @@ from typing import Any
 
 from amid_trl.models.layers import parse_layers
 from amid_trl.models.names import check_adapter_name, check_model_name
-from amid_trl.outputs import let_others_read
+from amid_trl.outputs import let_others_read_weights
 from amid_trl.parser import OneLineParser
 
 
@@ -44,7 +44,7 @@ def init_student(argv: Sequence[str]) -> int:
     if ids is not None:
         student = keep_tokens(student, ids)
     student.save_pretrained(args.output_dir)
-    let_others_read(args.output_dir)
+    let_others_read_weights(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     before, after = (model.config.get_text_config() for model in (teacher, student))
     print(
@@ -77,7 +77,7 @@ def merge(argv: Sequence[str]) -> int:
     if (generation := merged.model.generation_config) is not None:  # an adapter has none of its own
         generation.eos_token_id = eos_token_ids(tokenizer, generation) or None
     merged.model.save_pretrained(args.output_dir)
-    let_others_read(args.output_dir)
+    let_others_read_weights(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     cost = f"KL(unmerged || merged) {merged.kl:.2g} nats a token"
     print(f"{args.output_dir}: merged {args.adapter} in {args.dtype}, {cost}")

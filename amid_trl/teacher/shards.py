@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amid_trl.outputs import usual_mode
+from amid_trl.outputs import let_others_read
 
 
 # Numbers that wait to be written, at most: 100 MB with the ids of a sparse teacher.
@@ -92,7 +92,7 @@ class ShardWriter:
         """Write a shard under the next number that is free: another run may fill the same folder."""
         beside = self._folder / f".shard-{self._rank}-{os.getpid()}.tmp"
         save(beside)
-        beside.chmod(usual_mode())
+        let_others_read(beside)
         while True:
             self._number += 1
             with contextlib.suppress(FileExistsError):

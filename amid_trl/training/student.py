@@ -17,7 +17,7 @@ from amid_trl.models.loading import note_dtype_at_start
 from amid_trl.models.own_logits import check_own_logits, check_rows_apart
 from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed, record_base
-from amid_trl.outputs import let_others_read
+from amid_trl.outputs import let_others_read_weights
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.ends import end_where_taught
 from amid_trl.training.pair import complete_base
@@ -84,4 +84,4 @@ def padded_for_sft(args: AMiDConfig) -> Iterator[None]:
 def complete_student(student: nn.Module, folder: str) -> None:
     """What transformers leaves undone where it has saved the student: an adapter's base, and who may read it."""
     record_base(student, folder)
-    let_others_read(folder)
+    let_others_read_weights(folder)

@@ -157,6 +157,8 @@ def test_what_is_kept_is_the_hidden_state_of_every_trained_token(build, written,
     assert hidden.shape == (trained, dim) and hidden.dtype == torch.float32
     head = folder / f"{TeacherCache(folder).about['head']}.safetensors"
     assert torch.equal(load_file(head)["weight"], teacher.lm_head.weight[: trainer.vocabulary])
+    modes = {file.stat().st_mode for file in folder.iterdir() if file.suffix in (".json", ".safetensors")}
+    assert len(modes) == 1, "others may read all of it, or none"
 
 
 def test_the_hash_of_a_head_is_that_of_its_numbers():
