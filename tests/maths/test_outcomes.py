@@ -19,7 +19,7 @@ from amid_trl.maths.outcomes import (
     Outcomes,
     OutcomeTokenLoss,
 )
-from amid_trl.maths.paired import PairedStates, Queries, QueriesOf, paired_token_loss
+from amid_trl.maths.paired import PairedStates, Queries, QueriesOf, log_own, paired_token_loss
 from amid_trl.maths.published import kd, rkl
 from amid_trl.maths.token_loss import DistillationTokenLoss
 
@@ -143,7 +143,7 @@ def test_a_tempered_objective_is_refused():
 def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
     torch.manual_seed(0)
     hidden, weight = normal(6, 8).requires_grad_(), normal(6, 8, seed=2).requires_grad_()
-    teacher, head = normal(5, 9, seed=3), normal(5, 9, seed=4)
+    teacher, head = normal(5, 9, seed=3) / 10, normal(5, 9, seed=4)  # all but sure of no token
     outcomes = Outcomes(torch.tensor(STUDENT_OUTCOMES), torch.tensor(TEACHER_OUTCOMES), 3, torch.ones(6))
     paired = PairedStates(
         *(teacher, Head(head), ints(0, 1, 1, 2, 3, 4), ints(BOUNDARY, BOUNDARY, INSIDE, UNPAIRED, BOUNDARY, BOUNDARY)),
@@ -170,6 +170,10 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
     ends = 1 - 0.95 * (p[0, 1] + p[0, 3])
     own[4] = float(((p[3, 0] * p[4, 2] * ends + p[3, 4]) / (1 - 0.95 * p[3, 1])).log())
     chain = torch.tensor(own)
+    assert own[4] < 0, "a probability"
+    queries = (paired.chain, paired.longer, paired.within, paired.unlikely)
+    found = log_own([log_p[each.states, each.tokens] for each in queries], paired, len(labels))
+    torch.testing.assert_close(found.detach(), chain)
     columns = (paired.kind, chain, paired.start, paired.entries, paired.unlikely_start, paired.unlikely_count)
     columns += (paired.teachers_tokens,)
     plain, figures = token_loss.of(begun)(hidden @ weight.T, teacher[paired.at] @ head.T, labels, *columns)
