@@ -30,7 +30,7 @@ count from 0; a streaming dataset reports the first case of each reason.
 """  # noqa: E501 (a table row cannot be broken)
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -118,7 +118,7 @@ def prepare_dataset(
         template=training_template(tokenizer) if format in ("messages", "prompt") else None,
         settings=settings,
         teachers=has_teacher_prompts(
-            columns, settings, is_chat=format == "messages" or isinstance(first.get("prompt"), list)
+            columns, settings, tokenizer, is_chat=format == "messages" or isinstance(first.get("prompt"), list)
         ),
         name=name,
     )
@@ -325,11 +325,11 @@ def _row(
 ) -> tuple[Row, list[str]]:
     if format == "tokens":
         row = tokens_row(example, settings)
-        same = settings.teacher_tokenizer is None
-        teachers = list(example.get("teacher_prompt_ids") or []) if same else []
-        unknown = max(row["input_ids"] + row["prompt_ids"] + teachers, default=0)
-        if unknown >= len(tokenizer):
-            raise ValueError(f"input_ids hold token {unknown}, but the tokenizer has {len(tokenizer)} tokens")
+        _check_ids("input_ids", row["input_ids"] + row["prompt_ids"], tokenizer, "the tokenizer")
+        other, whose = settings.teacher_tokenizer, "the tokenizer"
+        if other is not None:
+            whose = f"the teacher's tokenizer {other.name_or_path}"
+        _check_ids("teacher_prompt_ids", example.get("teacher_prompt_ids") or [], other or tokenizer, whose)
         return row, []
     if format == "text":
         text = settings.formatting_func(example) if settings.formatting_func else example.get(settings.text_field)
@@ -338,6 +338,11 @@ def _row(
     if format == "prompt" and not isinstance(prompt, list):
         return text_row(prompt, example.get("completion") or None, tokenizer, settings)
     return conversation_row(example, tokenizer, template, settings)
+
+
+def _check_ids(column: str, ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    if (highest := max(ids, default=0)) >= len(tokenizer):
+        raise ValueError(f"{column} hold token {highest}, but {whose} has {len(tokenizer)} tokens")
 
 
 def all_datasets(train: Any, evaluation: Any) -> dict[str, Any]:

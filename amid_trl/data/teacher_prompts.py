@@ -12,6 +12,7 @@ from amid_trl.data.conversations import messages_to_answer, template_options
 from amid_trl.data.messages import as_messages, conversation_of
 from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import (
+    EARLIER_ANSWERS,
     LONG_TEACHER_PROMPT,
     NO_ANSWER,
     TEXT_TEACHER_PROMPT,
@@ -29,11 +30,17 @@ from amid_trl.data.rows import (
 COLUMN, IDS = "teacher_prompt", "teacher_prompt_ids"
 
 
-def has_teacher_prompts(columns: list[str], settings: DataSettings, *, is_chat: bool = True) -> bool:
-    """Whether the teacher reads prompts of its own in a dataset of these columns; `is_chat`: these are messages."""
+def has_teacher_prompts(
+    columns: list[str], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, is_chat: bool
+) -> bool:
+    """Whether the teacher reads prompts of its own in a dataset of these columns; `is_chat`: these are messages.
+
+    A chat that both tokenizers render by one template is one text, and both read all of it.
+    """
     chats = bool({"messages", "conversations", "prompt"} & set(columns)) and "input_ids" not in columns
-    other = settings.teacher_tokenizer
-    renders = bool(settings.teacher_chat_template_kwargs) if other is None else is_chat and bool(other.chat_template)
+    other, renders = settings.teacher_tokenizer, bool(settings.teacher_chat_template_kwargs)
+    if other is not None:
+        renders = is_chat and bool(other.chat_template) and (renders or other.chat_template != tokenizer.chat_template)
     return bool({COLUMN, IDS} & set(columns)) or (renders and chats)
 
 
@@ -54,6 +61,8 @@ def with_teachers_row(
     written = len(made["teacher_prompt_ids"]) + settings.teacher_room if settings.generates else 0
     longest = max(len(made["teacher_input_ids"]), written)
     notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(made["labels"]) else []
+    if made["labels"] != row["labels"]:
+        notes.append(EARLIER_ANSWERS)
     if isinstance(example.get(COLUMN), str) and _is_chat(example) and example.get(IDS) is None:
         notes.append(TEXT_TEACHER_PROMPT)
     too_long = settings.teacher_tokenizer is None and settings.positions is not None and longest > settings.positions
@@ -111,7 +120,12 @@ def _teacher_prompt_ids(
         return prompt
     messages = messages_to_answer(*conversation_of(example)) if given is None else as_messages(given)
     options = {**template_options(example, settings), **settings.teacher_chat_template_kwargs}
-    text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
+    try:
+        text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
+    except BadRow as error:
+        raise BadRow(
+            f"the prompt as the teacher reads it: {error}; the column teacher_prompt can stand for it"
+        ) from error
     return list(tokenizer(text.removesuffix(again), add_special_tokens=False)["input_ids"])
 
 

@@ -167,6 +167,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
         unlikely_start: Int[Tensor, " tokens"],
         unlikely_count: Int[Tensor, " tokens"],
         teachers_tokens: Int[Tensor, " tokens"],
+        unsaid: Int[Tensor, " tokens"],
         *numbers: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens figures"]]:
         """Losses, and figures without gradient: kl, agreement and entropies are of the outcomes."""
@@ -177,9 +178,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
         nll = label_nll(log_q, labels)
         distilled, mixed = 0.0 * nll, self._mixture_numbers(numbers)
         figures = {name: torch.zeros_like(nll.detach()) for name in ("aligned", *PER_OUTCOME)}
-        written = self.outcomes.bytes[labels]
-        for place, outcomes in self.outcomes.spaced.items():
-            written = torch.where(kind == place, outcomes.bytes[labels], written)
+        written = self.outcomes.bytes[labels] - unsaid
         figures |= {
             "aligned": (kind != UNPAIRED).to(nll),
             "bits_per_byte": nll.detach() / math.log(2),

@@ -35,6 +35,7 @@ class PairedStates(NamedTuple):
         kind, start, entries, unlikely_start, unlikely_count: as in `Places`.
         student: the student's tokens of `Begun`; `begun` are the teacher's, at the states where they began.
         teachers_tokens: how many of the teacher's tokens end in it; -1 where that is not known.
+        unsaid: how many bytes of it are a space that is not in the text.
         chain: the teacher's tokens that one of the student's consists of.
         longer: those behind them with which the student's would have been a longer one.
         within: those that begin with all of the student's and are longer.
@@ -56,6 +57,7 @@ class PairedStates(NamedTuple):
     unlikely_start: Int[Tensor, " tokens"]
     unlikely_count: Int[Tensor, " tokens"]
     teachers_tokens: Int[Tensor, " tokens"]
+    unsaid: Int[Tensor, " tokens"]
 
 
 def paired_token_loss(
@@ -72,10 +74,13 @@ def paired_token_loss(
     queries = (teacher.begun, teacher.chain, teacher.longer, teacher.within, teacher.unlikely)
     where, which = torch.cat([each.states for each in queries]), torch.cat([each.tokens for each in queries])
     sizes = [len(each.states) for each in queries]
-    begun, *others = torch.split(log_probs_at(states, where, which, chunk_size), sizes)
-    begun, own = Begun(teacher.student, begun, teacher.unlikely.tokens), log_own(others, teacher, len(labels))
-    columns = (labels, teacher.kind, own, teacher.start, teacher.entries, teacher.unlikely_start)
-    columns = (*columns, teacher.unlikely_count, teacher.teachers_tokens)
+    found, *others = torch.split(log_probs_at(states, where, which, chunk_size), sizes)
+    own = log_own(others, teacher, len(labels))
+    columns = (teacher.kind, own, teacher.start, teacher.entries, teacher.unlikely_start, teacher.unlikely_count)
+    columns = (*columns, teacher.teachers_tokens, teacher.unsaid)
+    # A teacher that is split over devices may have its head on another one than the student.
+    columns = (labels, *(column.to(labels.device) for column in columns))
+    begun = Begun(*(entry.to(labels.device) for entry in (teacher.student, found, teacher.unlikely.tokens)))
     none_asked = teacher.hidden.new_zeros(len(labels), head.weight.shape[1])
     asked = teacher.hidden[teacher.at] if len(teacher.hidden) else none_asked
     return linear_token_loss(student, States(asked, head), token_loss.of(begun), columns, chunk_size)

@@ -108,6 +108,16 @@ def _dtype_at_start(config: Any) -> torch.dtype | None:
     return None if noted is None else getattr(torch, noted)
 
 
+def named_tokenizer(
+    field: str, name: str, *, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the name that a field gives; a ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{field}: no tokenizer could be loaded from {name!r}: {error}") from error
+
+
 def load_tokenizer(
     model: nn.Module,
     given: str | nn.Module | None = None,

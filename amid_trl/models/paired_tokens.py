@@ -48,8 +48,6 @@ def paired_tokens(
     """
     found = kept_pair(student, teacher, roles, lambda: _find(student, teacher, roles))
     lengths = torch.tensor([len(word or b"") for word in student.bytes])
-    if behind is not None:  # what is no text at this place is counted as anywhere
-        lengths = torch.where(torch.tensor([word is None for word in student.bytes]), behind.bytes, lengths)
     paths, theirs = (_rows(found[name], found[f"{name}_lengths"]) for name in ("paths", "teachers_paths"))
     outcomes = Outcomes(found["student"], found["teacher"], int(found["rest"]), lengths)
     return PairedTokens(outcomes, _begun(paths, behind or outcomes), _longer(theirs), _within(paths))

@@ -17,9 +17,12 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: 
     Raises a ValueError if a model has fewer rows than the tokenizer has tokens.
     """
     tokens = max(tokenizer.get_vocab().values()) + 1
-    for role, model in (("student", student), ("teacher", teacher)):
+    for role, model, option in (
+        ("student", student, "processing_class"),
+        ("teacher", teacher, "teacher_tokenizer_name_or_path"),
+    ):
         if model is not None:
-            _check_rows(model, tokens, "the tokenizer", role, "processing_class")
+            _check_rows(model, tokens, "the tokenizer", role, option)
     return tokens
 
 

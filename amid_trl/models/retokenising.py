@@ -13,9 +13,9 @@ from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
 from amid_trl.models.answer_leads import answer_lead
 from amid_trl.models.paired_tokens import PairedTokens, paired_tokens
+from amid_trl.models.same_tokens import beginning, partners, special_pairs
 from amid_trl.models.spelled import Space, Spelled
-from amid_trl.models.spelling import shared_boundaries
-from amid_trl.models.turn_ends import turn_end
+from amid_trl.models.spelling import boundaries_before_change, shared_boundaries
 
 
 class WrittenAgain(NamedTuple):
@@ -27,12 +27,14 @@ class WrittenAgain(NamedTuple):
             of that number. What has none behind it could not be written, or is longer than the teacher reads.
         spaced: those of them at which one of the two alone writes a space that is not in the text, and which.
         counts: how many of the teacher's tokens end in each of the student's, as far as all is written.
+        unsaid: of those of the student's that begin with bytes that are not in the text, how many.
     """
 
     ids: list[int]
     boundaries: dict[int, int]
     spaced: dict[int, int]
     counts: list[int]
+    unsaid: dict[int, int]
 
 
 class Content(NamedTuple):
@@ -76,6 +78,7 @@ class Place:
         longer: the state behind them, and the teacher's tokens with which the student's would have been a longer one.
         within: the teacher's tokens at `state` that begin with the student's and are longer.
         unlikely: those at `state` with which the student's last token would have been a longer one.
+        unsaid: how many of the student's bytes are a space that is not in the text.
     """
 
     kind: int = UNPAIRED
@@ -87,6 +90,7 @@ class Place:
     within: list[int] = field(default_factory=list[int])
     unlikely: list[int] = field(default_factory=list[int])
     teachers_tokens: int = 0
+    unsaid: int = 0
 
 
 class Retokeniser:
@@ -102,7 +106,12 @@ class Retokeniser:
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
         if not self.teacher.loses:  # it would know what the student's unknown token stands for
             specials = {s: t for s, t in specials.items() if s != self.student.unknown}
+        opens: list[Any] = [student.bos_token_id, teacher.bos_token_id]
+        self._opens, self._teachers_opening = opens[0], [] if opens[1] is None else [opens[1]]
+        if None not in opens:
+            specials.setdefault(*opens)
         self._specials = specials
+        self._partners = partners(self.student, self.teacher)
         self._beginning, self._teachers_beginning = beginning(student), beginning(teacher)
         self._leads = answer_lead(self.student), answer_lead(self.teacher)
         spaces = {(self.student.at_first.written, self.teacher.at_first.written)}
@@ -133,14 +142,10 @@ class Retokeniser:
         With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens.
         """
         if teacher_prompt is None:
-            has_beginning = list(ids[: len(self._beginning)]) == self._beginning
-            prompt = len(self._beginning) if has_beginning else 0
-            # A row that lacks what both write in front lacks it for both.
-            same = [self._specials.get(token) for token in self._beginning] == self._teachers_beginning
-            made = list(self._teachers_beginning) if has_beginning or not same else []
+            prompt, made = self._opening(ids)
         else:
             made = list(teacher_prompt)
-        written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt)
+        written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt, {})
         for start, end in self._pieces(ids, prompt):
             before = ids[start - 1] if start > prompt else None
             if not self._write_piece(
@@ -151,6 +156,24 @@ class Retokeniser:
         if longest is not None and len(made) > longest:
             boundaries = {s: t for s, t in boundaries.items() if t < longest}
         return written._replace(ids=made[:longest], boundaries=boundaries)
+
+    def _opening(self, ids: Sequence[int]) -> tuple[int, list[int]]:
+        """How many of the student's tokens open a row, and the teacher's in their place.
+
+        They are what its tokenizer writes in front of a text, or the beginning of a text, which templates write.
+        """
+        own = self._beginning
+        if own and list(ids[: len(own)]) == own:
+            count, made = len(own), self._teachers_beginning
+        elif ids[:1] == [self._opens] and self._opens is not None:
+            count, made = 1, self._teachers_beginning or self._teachers_opening
+        else:
+            # A row that lacks what both write in front lacks it for both.
+            same = [self._specials.get(token) for token in own] == self._teachers_beginning
+            return 0, [] if same else list(self._teachers_beginning)
+        while not self._teachers_opening and ids[count : count + 1] == [self._opens]:  # once more: it has none
+            count += 1
+        return count, list(made)
 
     def _pieces(self, ids: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
         """Every special token alone, and what is between them together.
@@ -187,26 +210,38 @@ class Retokeniser:
             return True
         content = self._answer(plain, written.ids) if before is None and is_answer else None
         content = content or self._content(plain, before, written.ids, is_answer=is_answer)
-        again = self.teacher.write(content.teacher)
+        again = self._again(ids, plain, content)
         if again is None:
             return False
+        if content.before[0]:
+            written.unsaid[start] = content.before[0]
         state -= content.again
         written.ids[state:] = again
         written.boundaries.update({start: state, start + len(ids): len(written.ids)})
         if content.kind not in self._sides:
             del written.boundaries[start]
+        rows = ids, self.student.bytes, again, self.teacher.bytes, content.before
         try:
-            tables = (self.student.bytes, self.teacher.bytes)
-            shared = shared_boundaries(ids, tables[0], again, tables[1], content.before)
+            shared = shared_boundaries(*rows)
             written.counts.extend(self._counts(ids, again, content))
-        except ValueError:  # the teacher's tokenizer has changed the text: nothing is known within it
-            shared = []
+        except ValueError:  # the teacher's tokenizer has changed the text: from there on nothing is known within it
+            shared = boundaries_before_change(*rows)
             written.counts.extend([0] * (len(ids) - 1) + [len(again)])
         for place in shared:
             written.boundaries[start + place.tokens_a] = state + place.tokens_b
         if content.kind in self._sides and content.kind != BOUNDARY:
             written.boundaries[start], written.spaced[start] = state, content.kind
         return True
+
+    def _again(self, ids: list[int], plain: bytes, content: Content) -> list[int] | None:
+        """What the teacher writes for it.
+
+        Of the same tokens under other numbers these are the student's, where it has not written them as its tokenizer
+        does: a student splits words as no tokenizer would.
+        """
+        if self._partners and content.teacher == plain and self.student.write(plain) != ids:
+            return [self._partners[token] for token in ids]
+        return self.teacher.write(content.teacher)
 
     def _special(self, token: int) -> list[int] | None:
         """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for."""
@@ -224,9 +259,9 @@ class Retokeniser:
         elif is_answer:  # what it is an answer to, in the student's tokens, is not known
             begins = not written or self.teacher.written(written[-1:]) is None
             ours, theirs = (side.behind_special if begins else Space() for side in (self.student, self.teacher))
-        if ours == theirs:
-            return Content(plain)
         text = ours.text_of(plain)
+        if ours == theirs:
+            return Content(plain, _before(plain, plain, text))
         again = text if ours.written and not plain.startswith(b" ") else theirs.before(text)
         return Content(again, _before(plain, again, text), _kind(ours.written, theirs.written))
 
@@ -280,6 +315,7 @@ class Retokeniser:
             else:
                 found.append(Place())
             found[-1].teachers_tokens = written.counts[i] if i < len(written.counts) else -1
+            found[-1].unsaid = written.unsaid.get(i, 0)
         return found
 
     def _at_boundary(
@@ -335,34 +371,3 @@ def _kind(ours: bool, theirs: bool) -> int:
 
 def _before(plain: bytes, again: bytes, text: bytes) -> tuple[int, int]:
     return len(plain) - len(text), len(again) - len(text)
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that it writes in front of a text."""
-    made: Any = tokenizer
-    plain, whole = made("a", add_special_tokens=False)["input_ids"], made("a")["input_ids"]
-    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return whole[:start]
-
-
-def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """The special tokens that mean the same: those of one name, the ends of a turn, the ends of a text.
-
-    Where one model has a single token for several ends, they all are one outcome.
-    """
-    names = [
-        {
-            token.content: i
-            for i, token in each.added_tokens_decoder.items()
-            if token.special or i in each.all_special_ids
-        }
-        for each in (student, teacher)
-    ]
-    ends = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
-    ours, theirs = (eos if end is None else end for end, eos in ends)
-    pairs: list[tuple[Any, Any]] = [
-        (ours, theirs),
-        (student.eos_token_id, teacher.eos_token_id),
-        *((i, names[1][name]) for name, i in names[0].items() if name in names[1]),
-    ]
-    return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]

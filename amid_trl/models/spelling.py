@@ -81,8 +81,7 @@ def shared_boundaries(
     ends_b, text_b = _ends(ids_b, bytes_b)
     space_a, space_b = before or (int(text_a == b" " + text_b), int(text_b == b" " + text_a))
     if text_a[space_a:] != text_b[space_b:]:
-        pairs = enumerate(zip(text_a, text_b, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(text_a), len(text_b)))
+        same = _alike(text_a, text_b)
         raise ValueError(
             f"both rows have to write the same bytes; from byte {same} on it is {text_a[same : same + 20]!r} "
             f"and {text_b[same : same + 20]!r}"
@@ -97,6 +96,34 @@ def shared_boundaries(
         for offset, count in tokens_a.items()
         if offset in tokens_b and text_a[space_a + min(0, offset) :] == text_b[space_b + min(0, offset) :]
     ]
+
+
+def boundaries_before_change(
+    ids_a: Sequence[int],
+    bytes_a: Sequence[bytes | None],
+    ids_b: Sequence[int],
+    bytes_b: Sequence[bytes | None],
+    before: tuple[int, int],
+) -> list[Boundary]:
+    """`shared_boundaries` of two rows up to the first byte that differs, or the first token that writes none."""
+    sides: list[tuple[dict[int, int], bytes]] = []
+    for ids, table, skipped in zip((ids_a, ids_b), (bytes_a, bytes_b), before, strict=True):
+        silent = (n for n, i in enumerate(ids) if not 0 <= i < len(table) or table[i] is None)
+        ends, text = _ends(ids[: next(silent, len(ids))], table)
+        sides.append(({end - skipped: count for count, end in enumerate(ends)}, text[skipped:]))
+    (counts_a, text_a), (counts_b, text_b) = sides
+    same = _alike(text_a, text_b)
+    return [
+        Boundary(offset, count, counts_b[offset])
+        for offset, count in counts_a.items()
+        if offset in counts_b and 0 <= offset <= same
+    ]
+
+
+def _alike(text_a: bytes, text_b: bytes) -> int:
+    """How many bytes they begin with alike."""
+    pairs = enumerate(zip(text_a, text_b, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text_a), len(text_b)))
 
 
 def _ends(ids: Sequence[int], table: Sequence[bytes | None]) -> tuple[list[int], bytes]:

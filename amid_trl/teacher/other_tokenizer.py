@@ -184,4 +184,5 @@ def _paired(states: States, rows: Sequence[Sequence[Place]], asked: Sequence[Seq
         within=asked_for(lambda place: product([place.state], place.within)),
         unlikely=asked_for(lambda place: product([place.state], place.unlikely)),
         teachers_tokens=tensor([place.teachers_tokens for place, _ in places]),
+        unsaid=tensor([place.unsaid for place, _ in places]),
     )

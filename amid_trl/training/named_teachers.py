@@ -36,6 +36,9 @@ def _kinds(group: type) -> dict[str, Any]:
     return {field.name: kinds[field.name] for field in own_fields(group) if field.name not in OF_RUN}
 
 
+# What somebody means who takes a teacher's fields for the trainer's or the command's.
+BY_OTHER_NAMES = {name: ("teacher_model_name_or_path",) for name in ("teacher_model", "model_name_or_path", "model")}
+
 OF_TEACHER = OF_TRL | _kinds(TeacherFields)
 OF_OBJECTIVE = BETA | _kinds(ObjectiveFields)
 
@@ -116,7 +119,7 @@ def _check_given(given: Any) -> None:
         raise ValueError(f"must be a dict of fields; got {given!r}")
     for name, value in given.items():
         if name not in known:
-            alike = get_close_matches(str(name), known, n=1)
+            alike = BY_OTHER_NAMES.get(str(name)) or get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {alike[0]}?" if alike else f"; there are {', '.join(known)}"
             raise ValueError(f"{name!r} is no field of a teacher, nor of its objective{hint}")
         if not is_of(value, known[name]):

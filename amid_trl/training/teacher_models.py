@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from amid_trl.fields import json_dict
 from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
-from amid_trl.models.loading import load_tokenizer
+from amid_trl.models.loading import load_tokenizer, named_tokenizer
 from amid_trl.models.pairs import check_own_tokenizer, check_text_only, common_positions, common_vocabulary, freeze
 from amid_trl.models.spelling import token_bytes
 from amid_trl.models.tokenizers import OtherTokenizer, renamed_tokens
@@ -88,10 +88,13 @@ def load_checked_teacher(
     """A teacher with a model of its own, the tokens that mean another thing to it, its tokenizer if it is another."""
     teacher = load_teacher(teacher_model, args)
     file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
-    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    revision, remote = args.teacher_model_revision, {"trust_remote_code": args.trust_remote_code}
     check_teacher(student, teacher)
-    named = args.teacher_tokenizer_name_or_path or teacher_model
-    teacher_tokenizer = load_tokenizer(teacher, named, gguf_file=file, **of_teacher)
+    if (named := args.teacher_tokenizer_name_or_path) is not None:
+        of_model = revision if named == teacher_model else None
+        teacher_tokenizer = named_tokenizer("teacher_tokenizer_name_or_path", named, revision=of_model, **remote)
+    else:
+        teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, revision=revision, **remote)
     if teacher_tokenizer is not None:
         warn_of_gguf(tokenizer, teacher_tokenizer)
     writes = args.generates or args.eval_generate

@@ -40,7 +40,7 @@ def ints(*values: int) -> Tensor:
 def boundaries(tokens: int) -> tuple[Tensor, ...]:
     """Columns of tokens that begin at shared boundaries, and of which no more is known."""
     zeros = torch.zeros(tokens, dtype=torch.long)
-    return torch.full((tokens,), BOUNDARY), torch.full((tokens,), NOT_SPLIT), *(zeros,) * 5
+    return torch.full((tokens,), BOUNDARY), torch.full((tokens,), NOT_SPLIT), *(zeros,) * 6
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -103,6 +103,7 @@ def test_it_is_what_probabilities_added_up_say(name):
         ints(0, 0, 0, 0),
         ints(0, 1, 0, 0),
         ints(1, 2, 0, 0),
+        ints(0, 0, 0, 0),
     )
     outcomes = Outcomes(torch.tensor(STUDENT_OUTCOMES), torch.tensor(TEACHER_OUTCOMES), 3, torch.ones(6))
     begun = Begun(ints(*(s for s, _ in BEGUN)), torch.tensor([log_p for _, log_p in BEGUN]), ints(3))
@@ -126,7 +127,7 @@ def test_what_the_teacher_has_no_token_for_is_not_impossible(objective):
     student = normal(2, 4).requires_grad_()
     outcomes = Outcomes(ints(0, 1, 2, 3), ints(0, 1, 2), 3, torch.ones(4))
     begun = Begun(ints(1, 2), torch.tensor([-1.0, -1.0]), NONE)
-    columns = (ints(BOUNDARY, INSIDE), torch.full((2,), NOT_SPLIT), ints(0, 0), ints(0, 2), *(ints(0, 0),) * 3)
+    columns = (ints(BOUNDARY, INSIDE), torch.full((2,), NOT_SPLIT), ints(0, 0), ints(0, 2), *(ints(0, 0),) * 4)
     token_loss = OutcomeTokenLoss(objective, outcomes=outcomes, begun=begun)
     losses, figures = token_loss(student, normal(2, 3, seed=1), ints(0, 1), *columns)
     [gradient] = torch.autograd.grad(losses.sum(), student)
@@ -156,6 +157,7 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
         unlikely_start=ints(0, 0, 1, 1, 1, 2),
         unlikely_count=ints(0, 1, 0, 0, 1, 0),
         teachers_tokens=ints(1, 1, 0, 0, 2, 1),
+        unsaid=ints(1, 0, 0, 0, 0, 0),
     )
     labels = ints(0, 3, 1, 4, 2, 1)
     token_loss = OutcomeTokenLoss(kd(), outcomes=outcomes)
@@ -175,7 +177,7 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
     found = log_own([log_p[each.states, each.tokens] for each in queries], paired, len(labels))
     torch.testing.assert_close(found.detach(), chain)
     columns = (paired.kind, chain, paired.start, paired.entries, paired.unlikely_start, paired.unlikely_count)
-    columns += (paired.teachers_tokens,)
+    columns += (paired.teachers_tokens, paired.unsaid)
     plain, figures = token_loss.of(begun)(hidden @ weight.T, teacher[paired.at] @ head.T, labels, *columns)
     expected = torch.autograd.grad(plain.sum(), (hidden, weight))
     for chunk_size in (1, 2, 4, None):

@@ -9,7 +9,8 @@ from small_tokenizers import BPE, TEXTS, byte_fallback, lossy, spaces_by, specia
 
 from amid_trl.maths.outcomes import BOUNDARY, UNPAIRED
 from amid_trl.models.paired_tokens import paired_tokens
-from amid_trl.models.retokenising import Retokeniser, special_pairs
+from amid_trl.models.retokenising import Retokeniser
+from amid_trl.models.same_tokens import special_pairs
 from amid_trl.models.spelled import Spelled
 from amid_trl.models.vocabulary import first_tokens
 

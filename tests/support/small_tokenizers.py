@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from tiny import CHATML, CORPUS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -160,3 +162,34 @@ def lossy() -> PreTrainedTokenizerFast:
 BPE: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     builder.__name__: builder for builder in (special_first, special_behind, other_order, every_split, byte_fallback)
 }
+
+
+def in_order():
+    """The tokens of `other_order`, numbered as they were made."""
+    vocabulary, merges = trained("bytes")
+    return wrapped(byte_level(models.BPE(vocabulary, merges)))
+
+
+def renumbered(model, tokenizer, other):
+    """The same model for the same tokens with other numbers."""
+    theirs = other.get_vocab()
+    order = [0] * len(theirs)
+    for token, i in tokenizer.get_vocab().items():
+        order[theirs[token]] = i
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[:] = table.weight[order].clone()
+    return model
+
+
+def backwards(tokenizer):
+    """The same tokenizer, its tokens but the special ones numbered the other way round."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, special = spec["model"]["vocab"], [token["content"] for token in spec["added_tokens"]]
+    spec["model"]["vocab"] = {
+        token: i if token in special else len(vocabulary) + len(special) - 1 - i for token, i in vocabulary.items()
+    }
+    other = wrapped(Tokenizer.from_str(json.dumps(spec)), special)
+    other.bos_token, other.chat_template = tokenizer.bos_token, tokenizer.chat_template
+    return other

@@ -82,6 +82,10 @@ A = {"teacher_model_name_or_path": "a"}
             {"teachers": {"math": {"teacher_name_or_path": "a"}}},
             "'teacher_name_or_path' is no .* mean teacher_model_name",
         ),
+        (
+            {"teachers": {"math": {"teacher_model": "a"}}},
+            "'teacher_model' is no .* did you mean teacher_model_name_or_path",
+        ),
         ({"teachers": {"math": {"sft_weight": 1.0}}}, "teachers: math: 'sft_weight' is no field of a teacher"),
         ({"teachers": {"math": {**A, "teacher_offload": "yes"}}}, "math: teacher_offload must be bool; got 'yes'"),
         ({"teachers": {"math": {**A, "distill_temperature": 0}}}, "math: distill_temperature must be a positive"),

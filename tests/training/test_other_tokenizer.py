@@ -1,14 +1,21 @@
 """A teacher with another tokenizer, in the trainer."""
 
-import copy
-import json
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from observe import logged
-from small_tokenizers import byte_fallback, byte_level, lossy, other_order, spaces_by, special_first, trained, wrapped
+from small_tokenizers import (
+    backwards,
+    byte_fallback,
+    in_order,
+    lossy,
+    other_order,
+    renumbered,
+    spaces_by,
+    special_first,
+)
 from tiny import (
     CHATML,
     QUESTIONS,
@@ -21,35 +28,17 @@ from tiny import (
     text_dataset,
     tiny_llama,
 )
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import normalizers
 
 from amid_trl.maths.outcomes import UNPAIRED
 from amid_trl.models.vocabulary import first_tokens
-
-
-def in_order():
-    """The tokens of `other_order`, numbered as they were made."""
-    vocabulary, merges = trained("bytes")
-    return wrapped(byte_level(models.BPE(vocabulary, merges)))
-
-
-def renumbered(model, tokenizer, other):
-    """The same model for the same tokens with other numbers."""
-    theirs = other.get_vocab()
-    order = [0] * len(theirs)
-    for token, i in tokenizer.get_vocab().items():
-        order[theirs[token]] = i
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-            table.weight[:] = table.weight[order].clone()
-    return model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A teacher for one tokenizer, the same one for another, each with its tokenizer; and one of fewer merges."""
     folder, one, two = tmp_path_factory.mktemp("pair"), in_order(), other_order()
+    two.chat_template += "{#- its own -#}"  # so that it reads prompts of its own
     teacher = tiny_llama(one, seed=1, hidden_size=48)
     save_tiny(folder / "same", teacher, one)
     save_tiny(folder / "other", renumbered(teacher, one, two), two)
@@ -107,18 +96,6 @@ TURNS = (
     "{%- if add_generation_prompt %}{{ '<s>' }}{%- endif %}"
 )
 SENTENCEPIECE = {"prepend": byte_fallback, "first": lambda: spaces_by("first"), "always": lambda: spaces_by("always")}
-
-
-def backwards(tokenizer):
-    """The same tokenizer, its tokens but the special ones numbered the other way round."""
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary, special = spec["model"]["vocab"], [token["content"] for token in spec["added_tokens"]]
-    spec["model"]["vocab"] = {
-        token: i if token in special else len(vocabulary) + len(special) - 1 - i for token, i in vocabulary.items()
-    }
-    other = wrapped(Tokenizer.from_str(json.dumps(spec)), special)
-    other.bos_token, other.chat_template = tokenizer.bos_token, tokenizer.chat_template
-    return other
 
 
 @pytest.mark.parametrize(
@@ -212,6 +189,7 @@ def test_tokens_and_bytes_are_those_of_the_trained_text(train, tmp_path, builds,
     for tokenizer in (student, teacher):
         if tokenizer.bos_token:
             tokenizer.chat_template = INST
+    teacher.chat_template += "{#- its own -#}"
     model = tiny_llama(teacher, seed=1, max_position_embeddings=positions)
     save_tiny(tmp_path / "teacher", model, teacher)
     given = {"model": tiny_llama(student, seed=0), "teacher_model": str(tmp_path / "teacher")}

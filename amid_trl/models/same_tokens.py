@@ -1,0 +1,54 @@
+"""What two tokenizers have in common: special tokens that mean the same, and tokens that write the same."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from amid_trl.models.paired_tokens import same_words
+from amid_trl.models.spelled import Spelled
+from amid_trl.models.turn_ends import turn_end
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that it writes in front of a text."""
+    made: Any = tokenizer
+    plain, whole = made("a", add_special_tokens=False)["input_ids"], made("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:start]
+
+
+def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """The special tokens that mean the same: those of one name, the ends of a turn, the ends of a text.
+
+    Where one model has a single token for several ends, they all are one outcome.
+    """
+    names = [
+        {
+            token.content: i
+            for i, token in each.added_tokens_decoder.items()
+            if token.special or i in each.all_special_ids
+        }
+        for each in (student, teacher)
+    ]
+    ends = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
+    ours, theirs = (eos if end is None else end for end, eos in ends)
+    pairs: list[tuple[Any, Any]] = [
+        (ours, theirs),
+        (student.eos_token_id, teacher.eos_token_id),
+        *((i, names[1][name]) for name, i in names[0].items() if name in names[1]),
+    ]
+    return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]
+
+
+def partners(student: Spelled, teacher: Spelled) -> dict[int, int]:
+    """The teacher's token for each of the student's, where the two have the same; else none."""
+    if {*student.bytes} != {*teacher.bytes}:
+        return {}
+    found, back = dict[int, int](), dict[int, int]()
+    for s, t in same_words(student, teacher):
+        found.setdefault(s, t)
+        back.setdefault(t, s)
+    whole = all(
+        len(pairs) == sum(bool(word) for word in side.bytes) for side, pairs in ((student, found), (teacher, back))
+    )
+    return found if whole and all(back[t] == s for s, t in found.items()) else {}
