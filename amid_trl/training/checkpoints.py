@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 
 from amid_trl._trl import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file, newest_engine_folder
+from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file, newest_engine_folder, zero_stage
 from amid_trl.run import Stateful
 from amid_trl.teacher.served import SERVED
 
@@ -85,7 +85,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator:
 
 
 def check_engine(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Refuse a checkpoint whose optimizer's state another engine holds, or another number of processes under ZeRO.
+    """Refuse a checkpoint whose optimizer's state another engine holds, or ZeRO in other parts.
 
     transformers leaves a state that it does not find where it looks, and begins with a new one.
     """
@@ -98,7 +98,11 @@ def check_engine(checkpoint: Path, accelerator: Accelerator) -> None:
         raise ValueError(f"{checkpoint} {held}, and this run is under {here}{as_it_was}")
     plugin, world = accelerator.state.deepspeed_plugin, accelerator.num_processes
     if plugin is not None and not plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
-        parts = len(list(checkpoint.glob(f"{newest_engine_folder(checkpoint)}/*zero_pp_rank_*_optim_states.pt")))
+        written, here = checkpoint / str(newest_engine_folder(checkpoint)), zero_stage(accelerator)
+        if (shards := holds_zero3(written)) is not None and shards != (here == 3):
+            saved = "ZeRO-3" if shards else "DeepSpeed without ZeRO-3"
+            raise ValueError(f"{checkpoint} was saved under {saved}, and this run is under ZeRO-{here}{as_it_was}")
+        parts = len(list(written.glob("*zero_pp_rank_*_optim_states.pt")))
         if parts not in (0, world):
             raise ValueError(f"{checkpoint} was saved by {parts} processes under ZeRO, not by {world}{as_it_was}")
 
@@ -110,6 +114,12 @@ def saved_under(checkpoint: Path) -> str | None:
     if (checkpoint / "optimizer_0").exists() or (checkpoint / "optimizer.bin").exists():
         return "FSDP"
     return "no engine" if (checkpoint / "optimizer.pt").exists() else None
+
+
+def holds_zero3(written: Path) -> bool | None:
+    """Whether DeepSpeed wrote its folder under ZeRO-3, the weights of each process in a file; None of an empty one."""
+    files = sorted(written.glob("*model_states.pt"), key=lambda file: file.stat().st_mtime)
+    return files[-1].name.startswith("zero_pp_rank_") if files else None
 
 
 def runs_under(accelerator: Accelerator) -> str:

@@ -285,7 +285,7 @@ def test_a_checkpoint_that_another_engine_has_saved_is_refused(tmp_path, put_in_
 
 
 def test_an_engine_does_not_resume_what_it_has_not_saved(tmp_path):
-    plugin = SimpleNamespace(deepspeed_config={})
+    plugin = SimpleNamespace(deepspeed_config={}, zero_stage=2)
     under_zero = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
     with pytest.raises(ValueError, match="holds weights alone, and this run is under DeepSpeed"):
         check_engine(tmp_path, under_zero)
@@ -296,6 +296,13 @@ def test_an_engine_does_not_resume_what_it_has_not_saved(tmp_path):
     for rank in range(4):
         (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(ValueError, match="was saved by 4 processes under ZeRO, not by 2"):
+        check_engine(tmp_path, under_zero)
+    (tmp_path / "global_step4" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ValueError, match="was saved under ZeRO-3, and this run is under ZeRO-2"):
+        check_engine(tmp_path, under_zero)
+    (tmp_path / "global_step4" / "mp_rank_00_model_states.pt").touch()
+    plugin.zero_stage = 3
+    with pytest.raises(ValueError, match="was saved under DeepSpeed without ZeRO-3, and this run is under ZeRO-3"):
         check_engine(tmp_path, under_zero)
     plugin.deepspeed_config = {"checkpoint": {"load_universal": True}}
     check_engine(tmp_path, under_zero)
