@@ -233,5 +233,5 @@ def test_rows_that_are_not_prepared_here_are_read_too():
 
 def test_a_token_that_there_is_not_is_refused(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, 6], "prompt_ids": [5], "teacher_prompt_ids": [99999]}
-    with pytest.raises(ValueError, match="input_ids hold token 99999"):
+    with pytest.raises(ValueError, match="teacher_prompt_ids hold token 99999"):
         prepared([row], tokenizer)
