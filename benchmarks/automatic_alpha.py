@@ -8,8 +8,9 @@ where p > q, and how much pulls it down where p < q. The logarithm of their rati
 ratio is nearest to a target, and the target goes from one end of the grid to the other along the run: `covering first`
 down, `seeking first` up. `middle` holds it half-way. All else is that of the fixed α beside which it is set.
 
-A run that has its file under --runs is not made again, so that several processes can share the work by --pairs.
-automatic_alpha.md and automatic_alpha.json are written once every run is there.
+A run that has its file under --runs is not made again, so that several processes can share the work by --pairs,
+--budgets and --arms, and it can be made in pieces. automatic_alpha.md and automatic_alpha.json are of what is
+there: of the pairs, budgets and arms with every seed.
 """
 
 import argparse
@@ -104,24 +105,21 @@ def nearest(ratios: Sequence[float], target: float) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing; write the page of what there is, if that is all."""
+    """Run what is missing; write the page of what there is."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     for seed in args.seeds:
         for pair in args.pairs:
             for budget in args.budgets:
-                for arm in ARMS:
+                for arm in args.arms:
                     file = result_file(args.runs, pair, budget, arm, seed)
                     if not file.exists():
                         found = in_new_process(args.threads, measure, pair, budget, arm, seed)
                         file.parent.mkdir(parents=True, exist_ok=True)
                         replace_file(file, json.dumps(found) + "\n")
                         print(pair, budget, arm, seed, found["metrics"], found["alphas"], flush=True)
-    if missing := [str(file) for file in result_files(args) if not file.exists()]:
-        print(f"not there yet: {', '.join(missing)}")
-        return
     command = shlex.join(["python", "benchmarks/automatic_alpha.py", *argv])
-    results = {"about": about(command, LIBRARIES, args.threads, "cpu"), **collect(args)}
+    results = {"about": about(command, LIBRARIES, args.threads, "cpu"), **collect(args.runs, args.seeds)}
     text = report(results)
     args.output.mkdir(parents=True, exist_ok=True)
     replace_file(args.output / "automatic_alpha.json", json.dumps(results, indent=2) + "\n")
@@ -133,6 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS)
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="steps")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/automatic_alpha")
@@ -142,17 +141,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def result_file(runs: Path, pair: str, budget: int, arm: str, seed: int) -> Path:
     return runs / f"{pair}-{budget}-{arm.replace(' ', '')}-{seed}.json"
-
-
-def result_files(args: argparse.Namespace) -> list[Path]:
-    """Of all pairs, whichever this process has worked on."""
-    return [
-        result_file(args.runs, pair, budget, arm, seed)
-        for pair in PAIRS
-        for budget in args.budgets
-        for arm in ARMS
-        for seed in args.seeds
-    ]
 
 
 # ---- One run, in a process of its own ----
@@ -185,34 +173,35 @@ def measure(pair: str, budget: int, arm: str, seed: int) -> Record:
 # ---- What came of them ----
 
 
-def collect(args: argparse.Namespace) -> Record:
+def collect(runs: Path, seeds: Sequence[int]) -> Record:
     """Of each pair and budget the means of the arms, and how far each rule is from the best fixed α."""
     found = []
     for pair in PAIRS:
-        for budget in args.budgets:
-            runs = {
-                arm: [json.loads(result_file(args.runs, pair, budget, arm, s).read_text()) for s in args.seeds]
-                for arm in ARMS
+        for budget in BUDGETS:
+            files = {arm: [result_file(runs, pair, budget, arm, seed) for seed in seeds] for arm in ARMS}
+            made = {
+                arm: [json.loads(file.read_text(encoding="utf-8")) for file in of_arm]
+                for arm, of_arm in files.items()
+                if all(file.exists() for file in of_arm)
             }
-            arms = {
-                arm: {name: [run["metrics"][name] for run in of_arm] for name in METRICS}
-                for arm, of_arm in runs.items()
-            }
-            best = {name: best_fixed(arms, name) for name in METRICS}
-            differences = {
-                arm: {name: difference(name, runs[arm], runs[best[name]]) for name in METRICS} for arm in RULES
-            }
-            alphas = {arm: [run["alphas"] for run in runs[arm]] for arm in RULES}
-            found.append(
-                {"pair": pair, "steps": budget, "arms": arms, "best": best, "differences": differences}
-                | {"alphas": alphas}
-            )
-    return {"seeds": list(args.seeds), "lambda": LAM, "found": found}
+            if FIXED.keys() & made:
+                found.append({"pair": pair, "steps": budget, **compared(made)})
+    return {"seeds": list(seeds), "lambda": LAM, "found": found}
+
+
+def compared(made: Mapping[str, Sequence[Record]]) -> Record:
+    """The figures of the arms of one pair and budget."""
+    arms = {arm: {name: [run["metrics"][name] for run in of_arm] for name in METRICS} for arm, of_arm in made.items()}
+    best = {name: best_fixed(arms, name) for name in METRICS}
+    rules = [arm for arm in RULES if arm in made]
+    differences = {arm: {name: difference(name, made[arm], made[best[name]]) for name in METRICS} for arm in rules}
+    alphas = {arm: [run["alphas"] for run in made[arm]] for arm in rules}
+    return {"arms": arms, "best": best, "differences": differences, "alphas": alphas}
 
 
 def best_fixed(arms: Mapping[str, Mapping[str, list[float]]], metric: str) -> str:
     """The fixed α whose mean is the best."""
-    return max(FIXED, key=lambda arm: METRICS[metric] * fmean(arms[arm][metric]))
+    return max(FIXED.keys() & arms, key=lambda arm: METRICS[metric] * fmean(arms[arm][metric]))
 
 
 def difference(metric: str, runs: Sequence[Record], baseline: Sequence[Record]) -> Interval | None:
@@ -238,14 +227,14 @@ def report(results: Record) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in results["found"]:
-        for arm in ARMS:
+        for arm in each["arms"]:
             cells = [each["pair"].replace("-", " "), str(each["steps"]), arm]
             for name in METRICS:
                 cells += [spread(each["arms"][arm][name]), shown(each["differences"].get(arm, {}).get(name))]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "The α of the first seed, window by window:", ""]
     for each in results["found"]:
-        for arm in RULES:
+        for arm in each["alphas"]:
             taken = ", ".join(f"{alpha:g}" for alpha in each["alphas"][arm][0])
             lines.append(f"- {each['pair'].replace('-', ' ')}, {each['steps']} steps, {arm}: {taken}")
     return "\n".join([*lines, "", about_line(results["about"]), ""])

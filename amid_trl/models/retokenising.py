@@ -239,7 +239,7 @@ class Retokeniser:
         Of the same tokens under other numbers these are the student's, where it has not written them as its tokenizer
         does: a student splits words as no tokenizer would.
         """
-        if self._partners and content.teacher == plain and self.student.write(plain) != ids:
+        if content.teacher == plain and self._partners.keys() >= {*ids} and self.student.write(plain) != ids:
             return [self._partners[token] for token in ids]
         return self.teacher.write(content.teacher)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -98,8 +97,10 @@ def test_a_rule_is_set_beside_the_best_fixed_alpha(benchmark, tmp_path):
                 sums = {name: [2 * figure, 3 * figure] for name, figure in figures.items()}
                 run = {"metrics": figures, "rows": {"tokens": [2, 3], "sums": sums}, "alphas": [3.0, -5.0]}
                 benchmark.result_file(tmp_path, pair, 8, arm, seed).write_text(json.dumps(run))
-    found = benchmark.collect(Namespace(runs=tmp_path, budgets=(8,), seeds=(0, 1)))
-    assert len(found["found"]) == 2
+    benchmark.result_file(tmp_path, "18-layers", 8, "middle", 1).unlink()
+    found = benchmark.collect(tmp_path, (0, 1))
+    assert [(each["pair"], each["steps"]) for each in found["found"]] == [(pair, 8) for pair in benchmark.PAIRS]
+    assert "middle" not in found["found"][1]["arms"], "it lacks a seed"
     of_pair = found["found"][0]
     assert set(of_pair["best"].values()) == {"α = -1"}
     assert of_pair["differences"]["middle"]["eval_kl"] == pytest.approx((-0.5, -0.5, -0.5))
