@@ -5,8 +5,8 @@
 needs what examples/truth/README.md prepares: both pairs, their rows, and the teacher's cache. Before each window a
 landscape of the window's own tokens says, for each α of a grid, how much of KL(p‖r)'s gradient pulls the student up
 where p > q, and how much pulls it down where p < q. The logarithm of their ratio grows with α; the α is taken whose
-ratio is nearest to a target, and the target goes from one end of the grid to the other along the run: `covering first`
-down, `seeking first` up. `middle` holds it half-way. All else is that of the fixed α beside which it is set.
+ratio is nearest to a target, and the target goes from one end of the grid towards the other along the run: `covering
+first` down, `seeking first` up. `middle` holds it half-way. All else is that of the fixed α beside which it is set.
 
 A run that has its file under --runs is not made again, so that several processes can share the work by --pairs,
 --budgets and --arms, and it can be made in pieces. automatic_alpha.md and automatic_alpha.json are of what is

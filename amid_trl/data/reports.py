@@ -10,13 +10,14 @@ from amid_trl.data.rows import (
     CALLS_LEFT_OUT,
     CUT,
     DROPPED,
-    EARLIER_ANSWERS,
+    EARLIER_TEXT,
     EMPTY_THOUGHT,
     LONG_PROMPT,
     LONG_TEACHER_PROMPT,
     MESSAGE_LEFT_OUT,
     NO_ANSWER,
     NO_CONTEXT,
+    NO_LAST_ANSWER,
     NO_PROMPT,
     NO_ROOM,
     NOT_SHOWN,
@@ -51,8 +52,10 @@ REPORTS = {
     "{settings.positions} positions: shorten it, or filter these rows",
     TEXT_TEACHER_PROMPT: "{rows} with a teacher_prompt of text beside a chat: the teacher reads it as it is, without "
     "the chat template; messages are rendered",
-    EARLIER_ANSWERS: "{rows} trained in part, because the teacher reads a prompt of its own: trained is what stands "
-    "behind it, the answer that ends the chat",
+    EARLIER_TEXT: "{rows} with text before the last answer that is not trained, because the teacher reads a prompt of "
+    "its own in front of that",
+    NO_LAST_ANSWER: "{rows} with text that is not trained, because no answer ends the row, and the teacher reads a "
+    "prompt of its own in place of all that is before",
     REWRITTEN: UNTRAINED_TURN + "the chat template renders it differently once more turns follow: a row for each "
     "answer trains them all, and so do {{% generation %}} markers in the template where the turn itself stays",
     NOT_SHOWN: UNTRAINED_TURN + "the chat template renders its context differently once it is answered, and does not "

@@ -23,7 +23,8 @@ NO_ROOM = "no room"
 NO_PROMPT = "no prompt"
 LONG_PROMPT = "long prompt"
 LONG_TEACHER_PROMPT = "long teacher prompt"
-EARLIER_ANSWERS = "earlier answers"
+EARLIER_TEXT = "earlier text"
+NO_LAST_ANSWER = "no last answer"
 TEXT_TEACHER_PROMPT = "text teacher prompt"
 REWRITTEN = "rewritten"
 NOT_SHOWN = "not shown"
@@ -214,7 +215,7 @@ def teachers_row(row: Row, read: list[int], context: list[int] | None = None) ->
     prompt, ids = row["prompt_ids"], row["input_ids"]
     start = common_prefix_length(prompt, ids)
     if prompt and not read:
-        raise BadRow("teacher_prompt may not be empty where prompt is not")
+        raise BadRow("the prompt that the teacher reads may not be empty where the student's is not")
     if not is_trained([UNTRAINED] * start + row["labels"][start:]):  # nothing is answered
         return {**row, "labels": [UNTRAINED] * len(ids), **_teachers(read, [UNTRAINED] * len(read), read)}
     again = prompt[start:]

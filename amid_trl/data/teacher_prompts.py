@@ -12,9 +12,10 @@ from amid_trl.data.conversations import messages_to_answer, template_options
 from amid_trl.data.messages import as_messages, conversation_of
 from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import (
-    EARLIER_ANSWERS,
+    EARLIER_TEXT,
     LONG_TEACHER_PROMPT,
     NO_ANSWER,
+    NO_LAST_ANSWER,
     TEXT_TEACHER_PROMPT,
     BadRow,
     DataSettings,
@@ -61,8 +62,8 @@ def with_teachers_row(
     written = len(made["teacher_prompt_ids"]) + settings.teacher_room if settings.generates else 0
     longest = max(len(made["teacher_input_ids"]), written)
     notes = [NO_ANSWER] if settings.trains_on_dataset and not is_trained(made["labels"]) else []
-    if made["labels"] != row["labels"]:
-        notes.append(EARLIER_ANSWERS)
+    if settings.trains_on_dataset and made["labels"] != row["labels"]:
+        notes.append(EARLIER_TEXT if is_trained(made["labels"]) else NO_LAST_ANSWER)
     if isinstance(example.get(COLUMN), str) and _is_chat(example) and example.get(IDS) is None:
         notes.append(TEXT_TEACHER_PROMPT)
     too_long = settings.teacher_tokenizer is None and settings.positions is not None and longest > settings.positions
@@ -123,6 +124,8 @@ def _teacher_prompt_ids(
     try:
         text = renderer(tokenizer, None, options)(messages, generation_prompt=True).text
     except BadRow as error:
+        if given is not None:
+            raise BadRow(f"teacher_prompt: {error}") from error
         raise BadRow(
             f"the prompt as the teacher reads it: {error}; the column teacher_prompt can stand for it"
         ) from error

@@ -152,7 +152,8 @@ def log_probs_at(
         chunk = asked[start : start + size]
         log_p = at_least_float32(head(states.hidden[chunk])).log_softmax(-1)
         here = ((which >= start) & (which < start + size)).nonzero()[:, 0]
-        found[here] = log_p[which[here] - start, tokens[here]].float()
+        asked_for = (which[here] - start).to(log_p.device), tokens[here].to(log_p.device)
+        found[here] = log_p[asked_for].to(found)  # the head may be on another device
     return found
 
 

@@ -1,4 +1,4 @@
-"""What was found about two tokenizers, kept on disk: of large vocabularies it takes minutes to find."""
+"""What was found about two tokenizers, kept on disk: of large vocabularies it takes half a minute to find."""
 
 import hashlib
 import json

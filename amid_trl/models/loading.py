@@ -108,12 +108,10 @@ def _dtype_at_start(config: Any) -> torch.dtype | None:
     return None if noted is None else getattr(torch, noted)
 
 
-def named_tokenizer(
-    field: str, name: str, *, revision: str | None, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
+def named_tokenizer(field: str, name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of the name that a field gives; a ValueError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{field}: no tokenizer could be loaded from {name!r}: {error}") from error
 

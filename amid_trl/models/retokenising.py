@@ -13,7 +13,7 @@ from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
 from amid_trl.models.answer_leads import answer_lead
 from amid_trl.models.paired_tokens import PairedTokens, paired_tokens
-from amid_trl.models.same_tokens import beginning, partners, special_pairs
+from amid_trl.models.same_tokens import beginning, opening, partners, special_pairs
 from amid_trl.models.spelled import Space, Spelled
 from amid_trl.models.spelling import boundaries_before_change, shared_boundaries
 
@@ -106,11 +106,8 @@ class Retokeniser:
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
         if not self.teacher.loses:  # it would know what the student's unknown token stands for
             specials = {s: t for s, t in specials.items() if s != self.student.unknown}
-        opens: list[Any] = [student.bos_token_id, teacher.bos_token_id]
-        self._opens, self._teachers_opening = opens[0], [] if opens[1] is None else [opens[1]]
-        if None not in opens:
-            specials.setdefault(*opens)
         self._specials = specials
+        self._opens, self._teachers_opening = opening(student, teacher)
         self._partners = partners(self.student, self.teacher)
         self._beginning, self._teachers_beginning = beginning(student), beginning(teacher)
         self._leads = answer_lead(self.student), answer_lead(self.teacher)
@@ -141,13 +138,15 @@ class Retokeniser:
 
         With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens.
         """
+        first = prompt
         if teacher_prompt is None:
             prompt, made = self._opening(ids)
+            first = prompt - (list(ids[:prompt]) != self._beginning)  # what a template writes is no text's beginning
         else:
             made = list(teacher_prompt)
         written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt, {})
         for start, end in self._pieces(ids, prompt):
-            before = ids[start - 1] if start > prompt else None
+            before = ids[start - 1] if start > max(0, first) else None
             if not self._write_piece(
                 list(ids[start:end]), start, written, before, is_answer=teacher_prompt is not None
             ):
@@ -160,20 +159,21 @@ class Retokeniser:
     def _opening(self, ids: Sequence[int]) -> tuple[int, list[int]]:
         """How many of the student's tokens open a row, and the teacher's in their place.
 
-        They are what its tokenizer writes in front of a text, or the beginning of a text, which templates write.
+        They are what its tokenizer writes in front of a text; or the token that begins a text, which templates write,
+        if the teacher has none of this name. One that stands elsewhere in the row too is the mark of a turn.
         """
-        own = self._beginning
-        if own and list(ids[: len(own)]) == own:
-            count, made = len(own), self._teachers_beginning
-        elif ids[:1] == [self._opens] and self._opens is not None:
-            count, made = 1, self._teachers_beginning or self._teachers_opening
-        else:
-            # A row that lacks what both write in front lacks it for both.
-            same = [self._specials.get(token) for token in own] == self._teachers_beginning
-            return 0, [] if same else list(self._teachers_beginning)
-        while not self._teachers_opening and ids[count : count + 1] == [self._opens]:  # once more: it has none
-            count += 1
-        return count, list(made)
+        ids, own, theirs = list(ids), self._beginning, self._teachers_beginning
+        if own and ids[: len(own)] == own:
+            count = len(own)
+            while ids[count:-1][:1] == [self._opens]:  # written once more
+                count += 1
+            return count, list(theirs)
+        count = next((i for i, token in enumerate(ids[:-1]) if token != self._opens), 0)
+        if count and self._opens not in ids[count:-1]:
+            return count, list(theirs or self._teachers_opening)
+        # A row that lacks what both write in front lacks it for both.
+        same = [self._specials.get(token) for token in own] == theirs
+        return 0, [] if same else list(theirs)
 
     def _pieces(self, ids: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
         """Every special token alone, and what is between them together.
@@ -213,7 +213,7 @@ class Retokeniser:
         again = self._again(ids, plain, content)
         if again is None:
             return False
-        if content.before[0]:
+        if plain[: content.before[0]] == b" ":
             written.unsaid[start] = content.before[0]
         state -= content.again
         written.ids[state:] = again
@@ -236,12 +236,15 @@ class Retokeniser:
     def _again(self, ids: list[int], plain: bytes, content: Content) -> list[int] | None:
         """What the teacher writes for it.
 
-        Of the same tokens under other numbers these are the student's, where it has not written them as its tokenizer
-        does: a student splits words as no tokenizer would.
+        Where both tokenizers write it in the same tokens, and the student has split it in others, these are the
+        student's: a student splits words as no tokenizer would.
         """
-        if content.teacher == plain and self._partners.keys() >= {*ids} and self.student.write(plain) != ids:
-            return [self._partners[token] for token in ids]
-        return self.teacher.write(content.teacher)
+        theirs = self.teacher.write(content.teacher)
+        if content.teacher == plain and self._partners.keys() >= {*ids} and theirs is not None:
+            own = self.student.write(plain) or []
+            if own != ids and [self._partners.get(token) for token in own] == theirs:
+                return [self._partners[token] for token in ids]
+        return theirs
 
     def _special(self, token: int) -> list[int] | None:
         """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for."""
@@ -255,7 +258,9 @@ class Retokeniser:
         """What the teacher writes for the student's bytes, behind what is `written`."""
         ours, theirs = self.student.at_first, self.teacher.at_first
         if before is not None:
-            ours, theirs = self.student.space_behind(before), self.teacher.space_behind(written[-1])
+            ours = self.student.space_behind(before)
+            opens = list(written) in ([], self._teachers_beginning)
+            theirs = theirs if opens else self.teacher.space_behind(written[-1])
         elif is_answer:  # what it is an answer to, in the student's tokens, is not known
             begins = not written or self.teacher.written(written[-1:]) is None
             ours, theirs = (side.behind_special if begins else Space() for side in (self.student, self.teacher))
@@ -352,7 +357,7 @@ class Retokeniser:
         if begun is None or not 0 < state < len(written.ids):
             return Place()
         word, so_far = side.teacher.bytes[written.ids[state]], side.student.written(path)
-        if word is None or so_far is None or len(word) <= len(so_far):
+        if word is None or so_far is None or len(word) <= len(so_far) or not word.startswith(so_far):
             return Place()
         return Place(INSIDE, state, state, begun)
 

@@ -40,6 +40,14 @@ def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizer
     return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]
 
 
+def opening(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[int | None, list[int]]:
+    """The student's token that begins a text, if the teacher has none of its name, and the teacher's that does."""
+    ours: Any = student.bos_token_id
+    theirs: Any = teacher.bos_token_id
+    names = {token.content for token in teacher.added_tokens_decoder.values()}
+    return None if student.bos_token in names else ours, [] if theirs is None else [theirs]
+
+
 def partners(student: Spelled, teacher: Spelled) -> dict[int, int]:
     """The teacher's token for each of the student's, where the two have the same; else none."""
     if {*student.bytes} != {*teacher.bytes}:

@@ -90,9 +90,9 @@ def load_checked_teacher(
     file = json_dict(args.teacher_model_init_kwargs).get("gguf_file")
     revision, remote = args.teacher_model_revision, {"trust_remote_code": args.trust_remote_code}
     check_teacher(student, teacher)
-    if (named := args.teacher_tokenizer_name_or_path) is not None:
-        of_model = revision if named == teacher_model else None
-        teacher_tokenizer = named_tokenizer("teacher_tokenizer_name_or_path", named, revision=of_model, **remote)
+    named = args.teacher_tokenizer_name_or_path
+    if named is not None and named != teacher_model:
+        teacher_tokenizer = named_tokenizer("teacher_tokenizer_name_or_path", named, **remote)
     else:
         teacher_tokenizer = load_tokenizer(teacher, teacher_model, gguf_file=file, revision=revision, **remote)
     if teacher_tokenizer is not None:

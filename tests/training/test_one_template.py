@@ -11,14 +11,18 @@ from observe import logged
 from small_tokenizers import (
     backwards,
     byte_fallback,
+    byte_level,
     in_order,
     lossy,
     other_order,
     renumbered,
     special_behind,
     special_first,
+    trained,
+    wrapped,
 )
 from tiny import messages_dataset, multi_turn_dataset, prompt_only_dataset, save_tiny, text_dataset, tiny_llama
+from tokenizers import models, normalizers
 
 from amid_trl.maths.outcomes import UNPAIRED
 from amid_trl.models.retokenising import Retokeniser
@@ -29,6 +33,15 @@ from amid_trl.models.vocabulary import first_tokens
 TURNS = (
     "{%- for message in messages %}{{ '<s>' + message['content'] + '</s>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<s>' }}{%- endif %}"
+)
+
+
+# As Qwen 3's: an answer without a thought is written with an empty one.
+THINKS = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{{ message['content'] + '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
 
@@ -78,8 +91,13 @@ def test_where_the_teacher_has_a_template_of_its_own_the_last_answer_is_trained_
     tokenizer = in_order()
     given = {"model": tiny_llama(tokenizer, seed=0), "teacher_model": str(folder / "own template")}
     train(**given, processing_class=tokenizer, train_dataset=multi_turn_dataset(4))
-    assert "4 of 4 rows trained in part, because the teacher reads a prompt of its own" in caplog.text
-    with pytest.raises(ValueError, match=r"4 of 4 rows dropped: nothing to train on.*4 of 4 rows trained in part"):
+    assert (
+        "4 of 4 rows with text before the last answer that is not trained, because the teacher reads a" in caplog.text
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"4 of 4 rows dropped: nothing to train on.*4 of 4 rows with text that is not trained, because no ans",
+    ):
         train(**given, processing_class=tokenizer, train_dataset=asks_again(4))
 
 
@@ -149,7 +167,7 @@ def test_whose_template_refuses_a_chat_is_said(train, folder, given, tmp_path):
 
 def test_an_empty_prompt_of_the_teachers_is_a_row_that_cannot_be_used(train, folder, given):
     rows = Dataset.from_list(4 * [{"prompt": "Is water wet?", "teacher_prompt": ""}])
-    with pytest.raises(ValueError, match=r"4 of 4 rows dropped: unusable .*teacher_prompt may not be empty"):
+    with pytest.raises(ValueError, match=r"4 of 4 rows dropped: unusable .*the teacher reads may not be empty"):
         train(**given, teacher_model=str(folder / "other"), train_dataset=rows, lmbda=1.0)
 
 
@@ -184,6 +202,9 @@ def test_the_beginning_of_a_text_is_paired_by_what_it_does(ours, theirs, expecte
     assert written.boundaries[1] == len(expected)
     if theirs is None:  # and not spelled where it stands twice
         assert pair.write([student.bos_token_id, student.bos_token_id, *text]).ids == behind
+        writes = byte_fallback()  # it by itself
+        twice = [writes.bos_token_id, *writes("Is water wet?")["input_ids"]]
+        assert Retokeniser(writes, teacher).write(twice).ids == behind
 
 
 @pytest.mark.parametrize(("teacher", "changed"), [(special_behind, "e\u0301"), (lossy, "☃")])
@@ -196,3 +217,51 @@ def test_in_front_of_what_the_teachers_tokenizer_changes_or_loses_all_is_compare
         kinds.append([place.kind for place in pair.places(ids, ids, pair.write(ids))])
     alone, whole = kinds
     assert whole[: len(alone)] == alone and set(whole[-2:]) == {UNPAIRED} != set(alone)
+
+
+def test_what_the_teachers_token_does_not_begin_with_is_not_inside_it():
+    """The teacher composes e and an accent to one token, and has others of which the student's e is the beginning."""
+    vocabulary, merges = trained("bytes")
+    backend = byte_level(models.BPE({**vocabulary, "Ã©": len(vocabulary)}, [*merges, ("Ã", "©")]))
+    backend.normalizer = normalizers.NFC()
+    student, teacher = first_tokens(special_first(), 280).tokenizer, wrapped(backend)
+    pair, ids = Retokeniser(student, teacher), student("e\u0301 and wet")["input_ids"]
+    assert (ids[0],) in pair.pairs.begun
+    places = pair.places([student.eos_token_id, *ids], [0, *ids], pair.write([student.eos_token_id, *ids]))
+    assert places[0].kind != UNPAIRED == places[1].kind
+
+
+def test_a_mark_of_turns_that_is_the_beginning_of_a_text_stays_where_it_is():
+    """As SmolLM2's <|im_start|>: to a teacher that has it too, or not, and whatever begins a text there."""
+    student, named, other = in_order(), special_first(), opened(byte_fallback, None)
+    student.bos_token = "<|im_start|>"
+    text = student.apply_chat_template(messages_dataset(1)[0]["messages"], tokenize=False)
+    ids = student(text, add_special_tokens=False)["input_ids"]
+    assert ids[0] == student.bos_token_id
+    assert Retokeniser(student, named).write(ids).ids == named(text, add_special_tokens=False)["input_ids"]
+    written = Retokeniser(student, other).write(ids).ids
+    assert other.decode(written).count("<|im_start|>") == text.count("<|im_start|>") > 1
+
+
+def test_of_equal_tokens_that_are_written_otherwise_the_teacher_reads_its_own_way():
+    """Whether or not the student has split a word somewhere else."""
+    student, teacher = in_order(), special_first()  # digit by digit
+    [number] = [n for n in ("10", "12", "20", "30") if len(student(n)["input_ids"]) == 1][:1]
+    split = [student.convert_tokens_to_ids(token) for token in ("w", "e", "t")]
+    ids = [*split, *student(f" {number}")["input_ids"]]
+    expected = teacher(f"wet {number}", add_special_tokens=False)["input_ids"]
+    assert Retokeniser(student, teacher).write(ids).ids == expected
+
+
+def test_an_empty_thought_is_text():
+    """What a template writes in front of an answer, and trains, is counted with its bytes; a space is not."""
+    student, teacher = in_order(), special_first()
+    student.chat_template = THINKS
+    pair, asked = Retokeniser(student, teacher), [{"role": "user", "content": "Is water wet?"}]
+    prompt, read = (
+        each.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) for each in (student, teacher)
+    )
+    whole = student.apply_chat_template([*asked, {"role": "assistant", "content": "Yes."}], return_dict=False)
+    assert whole[: len(prompt)] == prompt and "think" in student.decode(whole[len(prompt) :])
+    written = pair.write(whole, len(prompt), read)
+    assert teacher.decode(written.ids).endswith("assistant\nYes.<|im_end|>") and written.unsaid == {}

@@ -301,6 +301,7 @@ def test_an_engine_does_not_resume_what_it_has_not_saved(tmp_path):
     with pytest.raises(ValueError, match="was saved under ZeRO-3, and this run is under ZeRO-2"):
         check_engine(tmp_path, under_zero)
     (tmp_path / "global_step4" / "mp_rank_00_model_states.pt").touch()
+    os.utime(tmp_path / "global_step4" / "zero_pp_rank_0_mp_rank_00_model_states.pt", (0, 0))
     plugin.zero_stage = 3
     with pytest.raises(ValueError, match="was saved under DeepSpeed without ZeRO-3, and this run is under ZeRO-3"):
         check_engine(tmp_path, under_zero)
