@@ -108,3 +108,26 @@ def test_a_rule_is_set_beside_the_best_fixed_alpha(benchmark, tmp_path):
     page = benchmark.report({"about": benchmark.about("command", (), 1, "cpu"), **found})
     assert "| 24 layers | 8 | middle | 0.500 ± 0.000 | -0.500 (-0.500 to -0.500) |" in page
     assert "- 18 layers, 8 steps, covering first: 3, -5" in page
+
+
+def test_the_page_says_what_was_found(benchmark):
+    results = json.loads((ROOT / "benchmarks/results/automatic_alpha.json").read_text())
+    assert benchmark.report(results) == (ROOT / "benchmarks/results/automatic_alpha.md").read_text()
+    page = (ROOT / "docs/choosing.md").read_text()
+    one, other = (each for each in results["found"] if each["steps"] == 8)
+    assert set(one["best"].values()) | set(other["best"].values()) <= set(benchmark.FIXED)
+    assert one["best"]["eval_kl"] == other["best"]["eval_kl"] == "α = 0.5"
+    for arm, shown in {
+        "covering first": "covering first",
+        "seeking first": "seeking first",
+        "middle": "half-way",
+    }.items():
+        cells = [shown]
+        for pair in (one, other):
+            cells.append(f"{sum(pair['arms'][arm]['eval_kl']) / 3:.3f}")
+            cells.append(benchmark.shown(pair["differences"][arm]["eval_kl"]))
+        assert f"| {' | '.join(cells)} |" in page
+    for arm in benchmark.FIXED:
+        means = [f"{sum(pair['arms'][arm]['eval_kl']) / 3:.3f}" for pair in (one, other)]
+        [row] = [line for line in page.splitlines() if line.startswith(f"| {arm}")]
+        assert all(f"| {mean} |" in row for mean in means)
