@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 import yaml
-from measure import ROOT, about, about_line, in_new_process, replace_file
+from measure import ROOT, about, about_line, in_new_process, replace_file, shown, spread
 
 from amid_trl.choosing.grid import Grid
 from amid_trl.choosing.landscape import landscape
-from amid_trl.comparison.intervals import Interval, deviation, paired_interval
+from amid_trl.comparison.intervals import Interval, paired_interval
 from amid_trl.comparison.run import ComparedTrainer
 from amid_trl.data.batches import Batch, teachers_view
 from amid_trl.data.row_teachers import SINGLE
@@ -230,7 +230,7 @@ def report(results: Record) -> str:
         for arm in each["arms"]:
             cells = [each["pair"].replace("-", " "), str(each["steps"]), arm]
             for name in METRICS:
-                cells += [spread(each["arms"][arm][name]), shown(each["differences"].get(arm, {}).get(name))]
+                cells += [spread(each["arms"][arm][name], 3), shown(each["differences"].get(arm, {}).get(name))]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "The α of the first seed, window by window:", ""]
     for each in results["found"]:
@@ -238,17 +238,6 @@ def report(results: Record) -> str:
             taken = ", ".join(f"{alpha:g}" for alpha in each["alphas"][arm][0])
             lines.append(f"- {each['pair'].replace('-', ' ')}, {each['steps']} steps, {arm}: {taken}")
     return "\n".join([*lines, "", about_line(results["about"]), ""])
-
-
-def spread(values: list[float]) -> str:
-    """Mean and deviation."""
-    of_seeds = deviation(values)
-    return f"{fmean(values):.3f}" + ("" if of_seeds is None else f" ± {of_seeds:.3f}")
-
-
-def shown(interval: Sequence[float] | None) -> str:
-    """A difference and where the true one lies."""
-    return "" if interval is None else f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})"
 
 
 if __name__ == "__main__":

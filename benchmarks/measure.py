@@ -4,10 +4,11 @@ import ctypes
 import gc
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -18,6 +19,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from amid_trl.comparison.intervals import deviation
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,3 +125,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     unfinished.replace(path)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and deviation."""
+    of_seeds = deviation(values)
+    return f"{statistics.fmean(values):.{digits}f}" + ("" if of_seeds is None else f" ± {of_seeds:.{digits}f}")
+
+
+def shown(interval: Sequence[float] | None) -> str:
+    """A difference and where the true one lies."""
+    return "" if interval is None else f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from chunk_likelihood import ChunkTrainer
 from datasets import Dataset
-from measure import ROOT, about, about_line, cost, in_new_process, replace_file
+from measure import ROOT, about, about_line, cost, in_new_process, replace_file, shown, spread
 from peft import LoraConfig
 from trainer_step import LIBRARIES, Stopwatch, peak_mb
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from amid_trl import AMiDConfig, AMiDTrainer, cli
-from amid_trl.comparison.intervals import Interval, deviation, paired_interval, summed
+from amid_trl.comparison.intervals import Interval, paired_interval, summed
 from amid_trl.evaluation.evaluate import evaluate
 from amid_trl.evaluation.settings import EvaluationSettings
 
@@ -322,17 +322,6 @@ def report(results: Record) -> str:
 
 def by_arm(results: Record, name: str) -> dict[str, list[float]]:
     return {record["arm"]: record[name] for record in results["records"]}
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean and deviation."""
-    of_seeds = deviation(values)
-    return f"{statistics.fmean(values):.{digits}f}" + ("" if of_seeds is None else f" ± {of_seeds:.{digits}f}")
-
-
-def shown(interval: Sequence[float] | None) -> str:
-    """A difference and where the true one lies."""
-    return "" if interval is None else f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})"
 
 
 if __name__ == "__main__":
