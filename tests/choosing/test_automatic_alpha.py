@@ -131,3 +131,7 @@ def test_the_page_says_what_was_found(benchmark):
         means = [f"{sum(pair['arms'][arm]['eval_kl']) / 3:.3f}" for pair in (one, other)]
         [row] = [line for line in page.splitlines() if line.startswith(f"| {arm}")]
         assert all(f"| {mean} |" in row for mean in means)
+    [longer] = [each for each in results["found"] if each["steps"] == 24]
+    for name in ("covering first", "seeking first"):
+        assert f"{sum(longer['arms'][name]['eval_kl']) / 3:.3f}" in page
+        assert benchmark.shown(longer["differences"][name]["eval_kl"]) in page
