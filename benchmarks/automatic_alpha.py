@@ -31,7 +31,7 @@ import torch
 import yaml
 from measure import ROOT, about, about_line, in_new_process, replace_file, shown, spread
 
-from amid_trl.choosing.grid import Grid
+from amid_trl.choosing.grid import ALPHAS, Grid
 from amid_trl.choosing.landscape import landscape
 from amid_trl.comparison.intervals import Interval, paired_interval
 from amid_trl.comparison.run import ComparedTrainer
@@ -45,7 +45,6 @@ from amid_trl.models.heads import backbone_states, causal_lm, evaluating, langua
 LIBRARIES = ("torch", "transformers", "trl", "peft", "amid_trl")
 PAIRS = ("24-layers", "18-layers")
 BUDGETS = (8, 24)  # steps
-ALPHAS = (-5.0, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
 LAM = 0.3
 # Where the target is, from 0 at the grid's most seeking α to 1 at its most covering one, by the run's progress.
 RULES: dict[str, Callable[[float], float]] = {
@@ -148,7 +147,6 @@ def result_file(runs: Path, pair: str, budget: int, arm: str, seed: int) -> Path
 
 def measure(pair: str, budget: int, arm: str, seed: int) -> Record:
     """Train and evaluate what examples/truth compares, with another budget and another α."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling a loss takes longer than so few steps
     os.chdir(ROOT)  # its paths begin here
     spec = yaml.safe_load((ROOT / f"examples/truth/compare-{pair}.yaml").read_text(encoding="utf-8"))
     settings = {name: value for name, value in spec["base"].items() if name not in ("num_processes", "env")}

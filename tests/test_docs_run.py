@@ -36,13 +36,14 @@ LEFT = {
 RUN = [command for command in OURS if not any(piece in command for piece in LEFT)]
 # What others of them leave behind comes first.
 FIRST = ("amid-trl train", "amid-trl evaluate", "amid-trl compare", "amid-trl landscape")
-RUN.sort(
-    key=lambda command: (
-        *(" report " in command, "resume" in command),
-        "zero3" in command,  # whose checkpoint is resumed
-        *(not command.startswith(FIRST), command),
-    )
-)
+
+
+def place(command: str) -> tuple:
+    """ZeRO-3's checkpoint is the one that is resumed."""
+    return " report " in command, "resume" in command, "zero3" in command, not command.startswith(FIRST), command
+
+
+RUN.sort(key=place)
 TINY: dict[str, Any] = {
     **{"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1},
     **{"max_steps": 2, "save_steps": 1, "max_new_tokens": 4, "max_length": 96, "per_device_train_batch_size": 2},

@@ -138,15 +138,15 @@ class Retokeniser:
 
         With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens.
         """
-        first = prompt
+        marked = False  # the row begins with a token that its tokenizer does not write in front of a text
         if teacher_prompt is None:
             prompt, made = self._opening(ids)
-            first = prompt - (list(ids[:prompt]) != self._beginning)  # what a template writes is no text's beginning
+            marked = list(ids[:prompt]) not in ([], self._beginning)
         else:
             made = list(teacher_prompt)
         written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt, {})
         for start, end in self._pieces(ids, prompt):
-            before = ids[start - 1] if start > max(0, first) else None
+            before = ids[start - 1] if start > prompt or marked else None
             if not self._write_piece(
                 list(ids[start:end]), start, written, before, is_answer=teacher_prompt is not None
             ):

@@ -100,8 +100,9 @@ def check_engine(checkpoint: Path, accelerator: Accelerator) -> None:
     if plugin is not None and not plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"):
         written, here = checkpoint / str(newest_engine_folder(checkpoint)), zero_stage(accelerator)
         parts = len(list(written.glob("*zero_pp_rank_*_optim_states.pt")))
-        if (shards := holds_zero3(written)) is not None and shards != (here == 3):
-            saved = "ZeRO-3" if shards else "DeepSpeed without ZeRO-3"
+        shards = holds_zero3(written)
+        if shards is not None and (shards != (here == 3) or (here and not parts)):
+            saved = "ZeRO-3" if shards else f"DeepSpeed without ZeRO{'-3' if parts else ''}"
             under = f"ZeRO-{here}" if here else "DeepSpeed without ZeRO"
             raise ValueError(f"{checkpoint} was saved under {saved}, and this run is under {under}{as_it_was}")
         if parts not in (0, world):

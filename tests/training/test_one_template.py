@@ -16,13 +16,14 @@ from small_tokenizers import (
     lossy,
     other_order,
     renumbered,
+    spaces_by,
     special_behind,
     special_first,
     trained,
     wrapped,
 )
 from tiny import messages_dataset, multi_turn_dataset, prompt_only_dataset, save_tiny, text_dataset, tiny_llama
-from tokenizers import models, normalizers
+from tokenizers import models, normalizers, processors
 
 from amid_trl.maths.outcomes import UNPAIRED
 from amid_trl.models.retokenising import Retokeniser
@@ -205,6 +206,18 @@ def test_the_beginning_of_a_text_is_paired_by_what_it_does(ours, theirs, expecte
         writes = byte_fallback()  # it by itself
         twice = [writes.bos_token_id, *writes("Is water wet?")["input_ids"]]
         assert Retokeniser(writes, teacher).write(twice).ids == behind
+
+
+def test_behind_a_beginning_that_a_template_writes_no_text_begins():
+    """A tokenizer that writes a space in front of a row's text, and does not write the beginning by itself."""
+    student, teacher = spaces_by("first"), opened(special_first, "<begin>")
+    student.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    ids = student("<s>Is water wet?")["input_ids"]
+    first, then = student.convert_ids_to_tokens(ids[:2])
+    assert first == "<s>" and then.startswith("I")
+    written = Retokeniser(student, teacher).write(ids)
+    assert written.ids == [teacher.bos_token_id, *teacher("Is water wet?")["input_ids"]]
+    assert written.spaced == written.unsaid == {}
 
 
 @pytest.mark.parametrize(("teacher", "changed"), [(special_behind, "e\u0301"), (lossy, "☃")])

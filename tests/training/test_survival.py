@@ -293,10 +293,14 @@ def test_an_engine_does_not_resume_what_it_has_not_saved(tmp_path):
     with pytest.raises(ValueError, match="was saved under no engine, and this run is under DeepSpeed"):
         check_engine(tmp_path, under_zero)
     (tmp_path / "global_step4").mkdir()
+    (tmp_path / "global_step4" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ValueError, match="was saved under DeepSpeed without ZeRO, and this run is under ZeRO-2"):
+        check_engine(tmp_path, under_zero)
     for rank in range(4):
         (tmp_path / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(ValueError, match="was saved by 4 processes under ZeRO, not by 2"):
         check_engine(tmp_path, under_zero)
+    os.utime(tmp_path / "global_step4" / "mp_rank_00_model_states.pt", (0, 0))
     (tmp_path / "global_step4" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
     with pytest.raises(ValueError, match="was saved under ZeRO-3, and this run is under ZeRO-2"):
         check_engine(tmp_path, under_zero)
