@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -27,8 +26,8 @@ NO_EXPONENT = -(2.0**-66)
 SMALL_EXPONENT = 0.25
 
 
-# Above it softplus(x) is x to the last bit of a float64.
-EXACT_SOFTPLUS = 40
+# |x| below which e^x - 1 is taken from its series: the difference would lose more than two bits.
+SMALL_POWER = 0.25
 
 
 def alpha_mixture(
@@ -148,24 +147,35 @@ def _log_power_mean(log_p: Tensor, log_q: Tensor, numbers: MixtureNumbers) -> Te
     behind = torch.where(p_leads, -gap, gap)  # <= 0
     share_p, share_q = _like(gap, numbers.log_lam), _like(gap, numbers.log_rest)
     odds = share_q - share_p
-    log_sum = torch.where(p_leads, share_p, share_q) + F.softplus(
-        torch.where(p_leads, odds, -odds) + behind, threshold=EXACT_SOFTPLUS
-    )
-    if isinstance(exponent, Tensor) or abs(exponent) < SMALL_EXPONENT:
-        # The division below would magnify the rounding of two logarithms that cancel; here nothing does.
+    log_ratio = torch.where(p_leads, odds, -odds) + behind  # of the two addends
+    # By `where`, not by clamp and abs: where both addends are equal, the gradient is the mean of both.
+    follower_is_larger = log_ratio > 0
+    ratio = torch.where(follower_is_larger, -log_ratio, log_ratio).exp()  # of the smaller to the larger
+    log_larger = torch.where(p_leads, share_p, share_q) + torch.where(follower_is_larger, log_ratio, 0)
+    if not isinstance(exponent, Tensor) and abs(exponent) >= SMALL_EXPONENT:
+        log_sum = log_larger + (1 + ratio).log()  # quicker than log1p
+    else:
+        # The division below would magnify the rounding of 1 + ratio, and of two logarithms that cancel.
         follower_share = torch.where(p_leads, _like(gap, numbers.rest), _like(gap, numbers.lam))
         near = torch.log1p(follower_share * expm1(behind.clamp(min=-1)))
-        log_sum = torch.where(behind > -1, near, log_sum)
+        log_sum = torch.where(behind > -1, near, log_larger + torch.log1p(ratio))
     return leader + log_sum / exponent
 
 
 def expm1(x: Tensor) -> Tensor:
     """e^x - 1 of x <= 0, to the rounding of x.
 
-    On a CPU torch.compile makes exp(x) - 1 of torch.expm1, which is 0 for a small x.
+    On a CPU torch.compile makes exp(x) - 1 of torch.expm1, which is 0 for a small x. Here the difference is corrected
+    by a series, which has no part in the gradient: that of the difference is e^x already.
     """
-    half = torch.tanh(x / 2)
-    return 2 * half / (1 - half)
+    difference = x.exp() - 1
+    with torch.no_grad():
+        small = x.clamp(min=-SMALL_POWER)
+        series = torch.ones_like(x)
+        for power in range(6 if x.dtype == torch.float32 else 12, 1, -1):
+            series = 1 + series * small / power
+        correction = torch.where(x > -SMALL_POWER, series * small - difference, 0)
+    return difference + correction
 
 
 def _like(x: Tensor, number: float | Tensor) -> Tensor:
