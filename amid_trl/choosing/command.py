@@ -20,7 +20,10 @@ def measure_landscape(argv: Sequence[str]) -> int:
     """Write landscape.json, .md, .csv, .png and .svg into the run's output_dir, and say what they suggest."""
     own, of_train = _parser().parse_known_args(argv)
     axes = {name: getattr(own, name) for name in ("divergences", "orders", "alphas", "lambdas", "temperatures")}
-    Grid(**axes)
+    if not any(setting.uses_assistant for setting in Grid(**axes).settings):
+        for name, default in (("alphas", ALPHAS), ("lambdas", LAMBDAS)):
+            if axes[name] is not default:
+                raise ValueError(f"--{name} has no effect on --orders {' '.join(own.orders)}, which have no assistant")
     check_counts(own.rows, own.tokens)
     of_train = recipes.resolve(of_train)
     # Most mistakes need no torch.
@@ -58,14 +61,17 @@ def _write(folder: Path, found: Any, about: dict[str, Any]) -> None:
     from amid_trl.plotting.theme import picture
 
     measured = {**results(found), "about": about}
-    figure = heat_map(measured)
-    pictures = {} if figure is None else {kind: picture(figure, kind) for kind in ("png", "svg")}
     contents = {"json": json.dumps(measured) + "\n", "md": landscape_table(measured), "csv": landscape_csv(measured)}
     folder.mkdir(parents=True, exist_ok=True)
-    written = {**contents, **pictures}
-    for kind, content in written.items():
+    for kind, content in contents.items():
         write_whole(folder / f"landscape.{kind}", content)
     print(measured["suggestion"]["reason"])
+    # Last, so that a picture which cannot be drawn loses nothing that was measured.
+    written = list(contents)
+    if (figure := heat_map(measured)) is not None:
+        for kind in ("png", "svg"):
+            write_whole(folder / f"landscape.{kind}", picture(figure, kind))
+            written.append(kind)
     print(f"{folder}: {', '.join(f'landscape.{kind}' for kind in written)}")
 
 

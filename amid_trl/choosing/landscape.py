@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amid_trl.choosing.gradients import OF_ASSISTANT, OF_TERM, GradientFigures, logit_gradient
 from amid_trl.choosing.grid import Grid, Setting
+from amid_trl.maths.assistant import LARGEST_EXPONENT
 from amid_trl.maths.kernel import Finish, RowKernel
 from amid_trl.maths.linear import ACCELERATOR_ELEMENTS, CPU_ELEMENTS, States, chunk_tokens
 from amid_trl.maths.objective import Objective, Term
@@ -157,7 +158,7 @@ def _calls(grid: Grid, settings: tuple[Setting, ...]) -> list[_Call]:
     """In an order in which those of one temperature follow each other."""
     together: dict[tuple[float, tuple[float, ...]], list[int]] = {}
     for place, setting in enumerate(settings):
-        assistant = tuple(number for number in (setting.alpha, setting.lam) if number is not None)
+        assistant = tuple(_held(number) for number in (setting.alpha, setting.lam) if number is not None)
         together.setdefault((setting.temperature, assistant), []).append(place)
     calls = []
     for (temperature, assistant), places in together.items():
@@ -168,6 +169,11 @@ def _calls(grid: Grid, settings: tuple[Setting, ...]) -> list[_Call]:
         kernel = RowKernel(GradientFigures(terms), Finish(), None, differentiates=False)
         calls.append(_Call(temperature, assistant, tuple(places), kernel))
     return sorted(calls, key=lambda call: call.temperature)
+
+
+def _held(number: float) -> float:
+    """An alpha or lam that a float32 holds; beyond it r is the larger or the smaller of both to the last bit."""
+    return max(-LARGEST_EXPONENT, min(number, LARGEST_EXPONENT))
 
 
 def _figures(student: States, teacher: States, calls: list[_Call], settings: int) -> Tensor:

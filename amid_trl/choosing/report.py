@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def landscape_table(results: Mapping[str, Any]) -> str:
         "",
     ]
     if advice["point"] is not None:
-        lines += ["```yaml", *(f"{name}: {value}" for name, value in suggested_fields(advice).items()), "```", ""]
+        lines += ["```yaml", *(f"{name}: {value}" for name, value in suggested_fields(results).items()), "```", ""]
     lines += [
         advice["reason"],
         "",
@@ -71,9 +72,16 @@ def landscape_table(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def suggested_fields(advice: Mapping[str, Any]) -> dict[str, Any]:
-    """The suggestion as fields of AMiDConfig; none where nothing is suggested."""
-    return {FIELDS[name]: value for name, value in (advice["point"] or {}).items() if value is not None}
+def suggested_fields(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The suggestion as fields of a run, values as in YAML; none where nothing is suggested.
+
+    They take the place of all that a run says of its objective.
+    """
+    if (point := results["suggestion"]["point"]) is None:
+        return {}
+    of_grid = results.get("about", {}).get("grid", {}).get("divergence_kwargs", {}).get(point["divergence"])
+    given = {FIELDS[name]: value for name, value in point.items() if value is not None}
+    return {"objective": "amid", **given, "divergence_kwargs": json.dumps(dict(of_grid)) if of_grid else "null"}
 
 
 def point_text(point: Mapping[str, Any], column: str) -> str:

@@ -19,9 +19,10 @@ ALIKE = 0.1
 def suggest(points: Sequence[Point], forward_kl: Point) -> Point | None:
     """The point whose gradient has the largest smaller cosine with KL(p‖q)'s and KL(q‖p)'s; the first of equal ones.
 
-    That is the direction in which a small step lowers both divergences most for its length, in the one that it
-    lowers less. Left out are points whose gradient vanishes (its mean norm is below 0.1 of KL(p‖q)'s) or is that of
-    few tokens (its participation is below half of KL(p‖q)'s), and those without a cosine. None where no point is left.
+    A cosine is the share of what a small step of the same length along the divergence's own gradient lowers it by: of
+    the two shares the smaller one is as large as it gets. Left out are points whose gradient vanishes (its mean norm
+    is below 0.1 of KL(p‖q)'s), is that of few tokens (its participation is below half of KL(p‖q)'s), or is not finite.
+    None where no point is left.
     """
     left = [point for point in points if why_not(point, forward_kl) is None]
     return max(left, key=_smaller_cosine, default=None)
@@ -29,13 +30,17 @@ def suggest(points: Sequence[Point], forward_kl: Point) -> Point | None:
 
 def why_not(point: Point, forward_kl: Point) -> str | None:
     """Why the rule passes over a point, or None."""
-    # KL(p‖q) has none either where teacher and student agree to the rounding.
-    of_forward = (forward_kl["gradient_norm"], forward_kl["participation"])
-    if None in (point["cosine_forward"], point["cosine_reverse"], *of_forward):
+    of_point = [point[name] for name in ("cosine_forward", "cosine_reverse", "gradient_norm", "participation")]
+    if None in of_point or _is_flat(forward_kl):
         return "no gradient"
     if point["gradient_norm"] < VANISHING * forward_kl["gradient_norm"]:
         return "vanishing"
     return "few tokens" if point["participation"] < FEW_TOKENS * forward_kl["participation"] else None
+
+
+def _is_flat(forward_kl: Point) -> bool:
+    """Whether KL(p‖q) has no gradient either: teacher and student agree to the rounding."""
+    return None in (forward_kl["gradient_norm"], forward_kl["participation"])
 
 
 def _smaller_cosine(point: Point) -> float:
@@ -56,10 +61,10 @@ def suggestion(found: Landscape) -> dict[str, Any]:
     reasons = Counter(why_not(point, found.forward_kl) for point in found.points)
     del reasons[None]
     others = Counter(
-        None if point is None else str(setting_of(point))
+        "nothing" if point is None else str(setting_of(point))
         for point in (suggest(points, forward_kl) for points, forward_kl in found.resampled)
     )
-    shares = {str(name): count / others.total() for name, count in others.most_common()} if found.rows > 1 else {}
+    shares = {name: count / others.total() for name, count in others.most_common()} if found.rows > 1 else {}
     return {
         "point": None if chosen is None else vars(setting_of(chosen)),
         "left_out": dict(reasons),
@@ -70,14 +75,15 @@ def suggestion(found: Landscape) -> dict[str, Any]:
 
 def _reason(found: Landscape, chosen: Point | None, reasons: Counter, shares: Mapping[str, float]) -> str:
     why = {
-        "no gradient": "no gradient",
+        "no gradient": "no finite gradient",
         "vanishing": f"a gradient below {VANISHING:g} of KL(p‖q)'s",
         "few tokens": "the gradient of few tokens",
     }
     passed_over = ", ".join(f"{reasons[name]} have {words}" for name, words in why.items() if reasons[name])
     of_all = f"Of {len(found.points)} settings {passed_over or 'none is left out'}."
     if chosen is None:
-        return f"{of_all} None is left to suggest: where teacher and student agree, there is nothing to choose by."
+        agree = "teacher and student agree, so there is nothing to choose by."
+        return f"{of_all} None is left to suggest: {agree if _is_flat(found.forward_kl) else 'try other ones.'}"
     name, norm = str(setting_of(chosen)), chosen["gradient_norm"] / found.forward_kl["gradient_norm"]
     forward, reverse = chosen["cosine_forward"], chosen["cosine_reverse"]
     leaning = "leans to covering, as KL(p‖q) does" if forward > reverse else "leans to seeking, as KL(q‖p) does"

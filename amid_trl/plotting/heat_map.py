@@ -60,7 +60,8 @@ def _draw_cells(panel: Any, column: str, points: Points, norm: float | None, sug
 
     title, colours, ends = PANELS[column]
     if column == "relative_norm":
-        numbers = [point["gradient_norm"] / norm if norm else None for point in points]
+        norms = [point["gradient_norm"] for point in points]
+        numbers = [each / norm if norm and each is not None else None for each in norms]
     else:
         numbers = [point[column] for point in points]
     known = [number for number in numbers if number is not None]

@@ -31,7 +31,7 @@ def landscape_section(found: Found) -> PageSection:
             *((name, str(about[name])) for name in ("student", "teacher", "dataset") if about.get(name)),
             ("tokens", f"{results['tokens']:,} of {results['of_tokens']:,}, in {results['rows']:,} rows"),
         ],
-        code="\n".join(f"{name}: {value}" for name, value in suggested_fields(results["suggestion"]).items()),
+        code="\n".join(f"{name}: {value}" for name, value in suggested_fields(results).items()),
         paragraphs=[results["suggestion"]["reason"]],
         pictures=[] if figure is None else [drawn(figure, alt, "A framed cell is the suggestion.")],
         tables=[

@@ -154,6 +154,11 @@ def test_several_processes_are_refused(train, monkeypatch):
         (["--alphas", "x"], "argument --alphas: invalid float value: 'x'"),
         (["--temperatures", "0"], "temperatures of the grid: each must be positive and finite; got 0.0"),
         (["--divergences", "klx"], "divergences of the grid: each must be one of kl, "),
+        (
+            ["--orders", "pq", "qp", "--alphas", "1"],
+            "--alphas has no effect on --orders pq qp, which have no assistant",
+        ),
+        (["--orders", "qp", "--lambdas", "0.5"], "--lambdas has no effect on --orders qp"),
         (["--orders", "qq"], "orders of the grid: each must be one of pr, "),
         (["--tokens", "0"], "tokens must be at least 1, or None for the default; got 0"),
         (["--rows", "0"], "rows must be at least 1; got 0"),

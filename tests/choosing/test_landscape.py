@@ -1,6 +1,7 @@
 """Every column of a landscape is what autograd and probability space say, for all objectives; bad input is named."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from amid_trl.choosing.gradients import OF_ASSISTANT, assistant_of
 from amid_trl.choosing.grid import Grid, Setting
 from amid_trl.choosing.landscape import POINT_COLUMNS, QUANTILES, landscape
+from amid_trl.choosing.report import results
 from amid_trl.maths.assistant import alpha_mixture
 from amid_trl.maths.divergences import DIVERGENCES
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.names import ORDERS
 from amid_trl.maths.objective import Objective
+from amid_trl.plotting.heat_map import heat_map
 
 
 TOKENS, VOCAB = 7, 11
@@ -231,6 +234,21 @@ def test_a_sample_is_the_landscape_of_its_tokens_and_its_rows():
     assert landscape(*of_chosen, Grid(("kl",)), rows=rows[chosen], seed=3).points == found.points
     assert landscape(student, teacher, Grid(("kl",)), tokens=10, rows=rows, seed=4).points != found.points
     assert landscape(student, teacher, Grid(("kl",)), tokens=400).tokens == 40
+
+
+def test_a_gradient_whose_square_no_float32_holds_is_passed_over_and_drawn_all_the_same():
+    student, teacher = states(1, torch.float32), states(2, torch.float32)
+    teacher = States(teacher.hidden * 0, teacher.head)  # uniform
+    student = States(student.hidden * 12, student.head)  # as sure as e^-50: (p/q)² overflows
+    found = landscape(student, teacher, Grid(("kl", "chi2"), ("pq", "pr"), (0.0, 1e300), (0.1,)))
+    infinite = [(point["order"], point["alpha"]) for point in found.points if point["gradient_norm"] is None]
+    assert infinite == [("pq", None), ("pr", 1e300)] and found.points[-1]["divergence"] == "chi2"
+    measured = results(found)
+    assert measured["suggestion"]["left_out"]["no gradient"] >= 1 and measured["suggestion"]["point"] is not None
+    assert heat_map(measured) is not None and json.dumps(measured, allow_nan=False)
+    largest = landscape(student, teacher, Grid(("kl",), ("pr",), (1e15,), (0.1,))).points[0]
+    of_kl = [point for point in found.points if point["divergence"] == "kl" and point["alpha"] == 1e300]
+    assert of_kl[0]["loss"] == largest["loss"]
 
 
 def test_an_interval_is_about_as_wide_as_theory_says():

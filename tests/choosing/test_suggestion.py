@@ -6,17 +6,19 @@ import json
 import re
 
 import pytest
+import yaml
 
+from amid_trl import AMiDConfig
 from amid_trl.choosing.grid import Setting
 from amid_trl.choosing.landscape import Landscape
-from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table
+from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table, suggested_fields
 from amid_trl.choosing.suggestion import setting_of, suggest, suggestion
 
 
 FORWARD = {"gradient_norm": 1.0, "participation": 0.8, "cosine_forward": 1.0, "cosine_reverse": 0.3}
 
 
-def point(alpha: float, forward: float | None, reverse: float | None, norm: float = 0.5, participation: float = 0.8):
+def point(alpha: float, forward: float | None, reverse: float | None, norm=0.5, participation=0.8):
     figures = {"cosine_forward": forward, "cosine_reverse": reverse, "gradient_norm": norm}
     return {**vars(Setting("kl", "pr", alpha, 0.1, 1.0)), **figures, "participation": participation}
 
@@ -29,6 +31,7 @@ def point(alpha: float, forward: float | None, reverse: float | None, norm: floa
         ([point(0, 0.9, 0.9, norm=0.09), point(1, 0.5, 0.5, norm=0.11)], 1),  # one vanishes
         ([point(0, 0.9, 0.9, participation=0.39), point(1, 0.5, 0.5, participation=0.41)], 1),  # one is of few tokens
         ([point(0, None, None), point(1, -0.5, -0.6)], 1),  # one has none
+        ([point(0, 0.0, 0.0, norm=None, participation=None), point(1, -0.5, -0.6)], 1),  # one's is infinite
         ([point(0, 0.9, 0.9, norm=0.01), point(1, None, 0.3)], None),
         ([], None),
     ],
@@ -64,14 +67,16 @@ def test_the_reason_has_the_numbers_of_the_table():
 
 def test_nothing_is_suggested_where_nothing_is_left():
     said = suggestion(found([[]], [point(0, None, None)]))
-    assert said["point"] is None and "None is left to suggest" in said["reason"]
+    assert said["point"] is None and said["reason"].endswith("None is left to suggest: try other ones.")
+    redrawn = suggestion(found([[point(0, 0.6, 0.6)], []], [point(0, 0.6, 0.6)]))
+    assert redrawn["resamples"] == {"kl pr, α = 0, λ = 0.1": 0.5, "nothing": 0.5}
 
 
 def test_nothing_is_suggested_where_the_models_agree_to_the_rounding():
     nothing = {**FORWARD, "gradient_norm": None, "participation": None}
     assert suggest([point(0, 0.9, 0.9)], nothing) is None
     same = Landscape([point(0, 0.9, 0.9)], nothing, nothing, 10, 20, 5, [([point(0, 0.9, 0.9)], nothing)])
-    assert "None is left to suggest" in suggestion(same)["reason"]
+    assert "None is left to suggest: teacher and student agree" in suggestion(same)["reason"]
 
 
 def test_the_results_are_json_whose_suggestion_is_in_the_grid(measured):
@@ -97,6 +102,16 @@ def test_the_table_has_every_setting_and_the_fields_of_the_suggestion(measured):
             chosen["alpha"],
             chosen["lam"],
         )
+
+
+@pytest.mark.parametrize("of_grid", [{}, {"ab": {"alpha": 0.5, "beta": 0.5}}])
+def test_the_suggestion_takes_the_place_of_any_objective_that_a_run_had(of_grid):
+    chosen = {"point": vars(Setting("ab", "pr", -1.0, 0.1, 1.0))}
+    results = {"suggestion": chosen, "about": {"grid": {"divergence_kwargs": of_grid}}}
+    suggested = yaml.safe_load("\n".join(f"{name}: {value}" for name, value in suggested_fields(results).items()))
+    for before in ({"objective": "kd"}, {"divergence": "alpha", "divergence_kwargs": {"alpha": 0.5}}):
+        config = AMiDConfig("unused", use_cpu=True, **{**before, **suggested})
+        assert config.divergence_kwargs == of_grid.get("ab") and config.assistant_alpha == -1.0
 
 
 def test_the_csv_has_every_number(measured):
