@@ -75,7 +75,7 @@ def _check_data(comparison: Comparison, results: Results) -> None:
             if (ours := results[run].facts[fact]) is None:
                 continue
             settings = {name: config[name] for name in sorted(config) if name.startswith(names)}
-            other = known.setdefault((fact, json.dumps(settings)), run)
+            other = known.setdefault((fact, json.dumps(settings, default=str)), run)
             if (theirs := results[other].facts[fact]) != ours:
                 raise ValueError(f"{_shown(run)} and {_shown(other)} differ in {fact}: {ours} and {theirs}")
 

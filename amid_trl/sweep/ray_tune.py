@@ -2,10 +2,11 @@
 # pyright: reportMissingImports=false
 # Ray is an extra that CI does not install.
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from amid_trl.sweep.search import Search, SweptTrial, shown_changes
 from amid_trl.sweep.trials import Evaluated, TrialFailed, evaluations
@@ -57,7 +58,7 @@ def _training() -> Any:
 
     class Training(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
-            given = json.loads(config["trial"])
+            given = yaml.safe_load(config["trial"])
             self._steps = given["settings"]["budget"]["steps"]
             self._found = evaluations(given["settings"], given["metric"], Path(given["folder"]), given["cwd"])
 
@@ -98,7 +99,7 @@ class _Bridge:
         self._running[name] = trial
         sweep = self._search.sweep
         given = {"settings": sweep.settings(trial.parameters), "metric": sweep.metric, "folder": str(trial.folder)}
-        return {"trial": json.dumps({**given, "cwd": os.getcwd()})}
+        return {"trial": yaml.safe_dump({**given, "cwd": os.getcwd()})}  # keys of a mapping need not be text
 
     def is_to_end(self, name: str, result: dict[str, Any]) -> bool:
         """Whether a trial is pruned for what it has come to on its way."""

@@ -11,6 +11,7 @@ import yaml
 
 from amid_trl.comparison.spec import OWN, check_each
 from amid_trl.evaluation.metrics import METRICS, OF_TRAININGS_TEACHER, TRAINING_METRICS
+from amid_trl.outputs import as_json
 
 
 SAMPLERS = ("tpe", "random")
@@ -18,7 +19,10 @@ PRUNERS = ("median", "none")
 DIRECTIONS = ("minimize", "maximize")
 RANGE_KEYS = ("low", "high", "log", "step", "integer")
 # With another of these a trial does other work in as many steps.
-OTHER_WORK = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+OTHER_WORK = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("auto_find_batch_size", "num_processes", "num_machines", "accelerate_config"),
+)
 DEFAULTS: dict[str, Any] = {"seed": 0, "evaluations": 1, "sampler": "tpe", "pruner": "median", "resources": None}
 NEEDED, OPTIONAL = ("base", "space", "metric", "trials", "budget"), (*DEFAULTS, "direction")
 KINDS_OF_SWEEP = {
@@ -99,7 +103,7 @@ class Choice:
     def of_values(cls, name: str, values: Sequence[Any]) -> "Choice":
         """From a list of values; one that is a mapping or a list is labelled by its JSON."""
         scalars = (str, int, float, bool, type(None))
-        labels = [value if isinstance(value, scalars) else json.dumps(value) for value in values]
+        labels = [value if isinstance(value, scalars) else json.dumps(as_json(value)) for value in values]
         options = {label: {name: value} for label, value in zip(labels, values, strict=True)}
         if len(options) < len(values) or len(values) < 2:
             raise ValueError(f"space.{name} must have two values or more, all different; got {values}")
@@ -113,7 +117,12 @@ class Choice:
                 f"space.{name} must be a list of values, a range with low and high, or two mappings of settings or "
                 f"more by name; got {dict(sets)}"
             )
-        return cls(name, {str(label): settings for label, settings in sets.items()})
+        if others := [label for label in sets if not isinstance(label, str)]:
+            raise ValueError(
+                f"space.{name}: a label is text, and YAML reads on, off, yes, no and numbers as something else: quote "
+                f"it; got {others[0]!r}"
+            )
+        return cls(name, dict(sets))
 
 
 Axis = Range | Choice
@@ -155,10 +164,9 @@ class Sweep:
         return sorted({self.steps * i // self.evaluations for i in range(1, self.evaluations)} - {0})
 
     def changes(self, parameters: Parameters) -> dict[str, Any]:
-        """The settings of a trial that differ from the base."""
-        return {
-            name: value for axis in self.space.values() for name, value in axis.settings(parameters[axis.name]).items()
-        }
+        """The settings of a trial that differ from the base; of an axis that it has a parameter of."""
+        proposed = [axis for axis in self.space.values() if axis.name in parameters]
+        return {name: value for axis in proposed for name, value in axis.settings(parameters[axis.name]).items()}
 
     def config(self, parameters: Parameters) -> dict[str, Any]:
         """What `amid-trl train --config` takes, but for the folder."""
@@ -242,6 +250,8 @@ def _check_numbers(sweep: Sweep) -> None:
     for name, least in (("trials", 1), ("evaluations", 1), ("seed", 0)):
         if getattr(sweep, name) < least:
             raise ValueError(f"{name} must be at least {least}; got {getattr(sweep, name)}")
+    if sweep.seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32; got {sweep.seed}")
     if sweep.evaluations > sweep.steps:
         raise ValueError(f"evaluations must be at most the {sweep.steps} steps; got {sweep.evaluations}")
     for name, amount in (sweep.resources or {}).items():
@@ -253,7 +263,8 @@ def _check_settings(sweep: Sweep) -> None:
     """Refuse what a sweep sets itself, what makes other work of a trial, and what compares with another teacher."""
     if taken := sorted(set(sweep.base) & {*OWN, "max_steps"}):
         raise ValueError(f"base may not have {', '.join(taken)}: the sweep sets them, or does without")
-    if sweep.base.get("dataloader_drop_last"):
+    of_space = [axis.settings(value) for axis in sweep.space.values() for value in axis.ends]
+    if any(settings.get("dataloader_drop_last") for settings in (sweep.base, *of_space)):
         raise ValueError("dataloader_drop_last leaves out rows of the evaluation set, and all of them are compared")
     owner: dict[str, str] = {}
     for axis in sweep.space.values():

@@ -1,5 +1,6 @@
 """A sweep from its file to its results."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def sweep(
     Raises:
         ImportError: the extra `sweep` is not installed, or `ray` for the backend of that name.
         ValueError: the file asks for what does not exist, or the folder holds the study of another sweep. Nothing has
-            been trained then.
+            been trained then. Or the first three trials have all failed.
     """
     require_package("optuna", "sweep", "'amid_trl[sweep]'")
     if backend == "ray":
@@ -32,10 +33,15 @@ def sweep(
         raise ValueError(f"{output_dir} holds no {STUDY} to report")
     if not report_only:
         check_space(asked_for)
-    with sole_use(output_dir):
+    # A report only reads, so it need not wait for a sweep that is running.
+    with nullcontext() if report_only else sole_use(output_dir):
         search = Search(asked_for, asked, output_dir)
         if not report_only:
+            search.forget_failures()
             {"optuna": search_here, "ray": search_on_cluster}[backend](search)
+            search.drop_all_weights_but_the_bests()
         found = write_sweep(search)
+        if not report_only:
+            search.check()
     print(f"\n{sweep_table(found)}\n")
     return found

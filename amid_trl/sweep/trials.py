@@ -13,7 +13,7 @@ import yaml
 from amid_trl.comparison.processes import failed, logged_bytes, started
 from amid_trl.comparison.results import read_json
 from amid_trl.comparison.spec import ON_WAY, RESULT, SETTINGS, without_launcher
-from amid_trl.outputs import write_whole
+from amid_trl.outputs import as_json, write_whole
 
 
 POLL_SECONDS = 0.2
@@ -44,7 +44,7 @@ def evaluations(
     if not (folder / RESULT).exists():
         folder.mkdir(parents=True, exist_ok=True)
         config = {**settings["config"], "output_dir": str(folder)}
-        write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        write_whole(folder / SETTINGS, json.dumps(as_json(settings), indent=2) + "\n")
         write_whole(folder / "run.yaml", yaml.safe_dump(config, sort_keys=False))
         of_config = {name: str(value) for name, value in (settings["config"].get("env") or {}).items()}
         begin, arguments = logged_bytes(folder), ["compared-run", "--config", str(folder / "run.yaml")]
@@ -59,7 +59,7 @@ def evaluations(
     yield from _on_way(folder, metric, last)
     if (result := read_json(folder / RESULT)) is None:
         raise TrialFailed(f"{folder} has no {RESULT}")
-    yield Evaluated(result["work"]["steps"], result["metrics"][metric], result["rows"]["hash"])
+    yield Evaluated(result["work"]["steps"], _figure(result["metrics"], metric), result["rows"]["hash"])
 
 
 def _on_way(folder: Path, metric: str, after: int) -> list[Evaluated]:
@@ -67,14 +67,21 @@ def _on_way(folder: Path, metric: str, after: int) -> list[Evaluated]:
     if not (folder / ON_WAY).exists():
         return []
     *lines, _ = (folder / ON_WAY).read_text(encoding="utf-8").split("\n")
-    read = {line["step"]: line[metric] for line in map(json.loads, lines)}
+    read = {line["step"]: _figure(line, metric) for line in map(json.loads, lines)}
     return [Evaluated(step, read[step]) for step in sorted(read) if step > after]
 
 
+def _figure(figures: Mapping[str, Any], metric: str) -> float:
+    if metric not in figures:
+        numbers = [name for name, value in figures.items() if isinstance(value, (int, float)) and name != "step"]
+        raise TrialFailed(f"no {metric} was reported; there are {', '.join(numbers) or 'no figures'}")
+    return figures[metric]
+
+
 def drop_weights(folder: Path) -> None:
-    """Of a trial keep what it says, and no model."""
+    """Of a trial keep what it says, and no model; what a process still writes there may stay."""
     for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     for file in folder.iterdir():
         if file.suffix in WEIGHTS:
-            file.unlink()
+            file.unlink(missing_ok=True)

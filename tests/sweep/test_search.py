@@ -7,6 +7,7 @@ import optuna
 import pytest
 from sweeping import CONTENT, written
 
+from amid_trl.sweep import search as searching
 from amid_trl.sweep.report import sweep_results, sweep_table
 from amid_trl.sweep.search import Search
 from amid_trl.sweep.spec import read_sweep
@@ -73,6 +74,51 @@ def test_a_search_that_goes_on_tries_what_one_that_was_not_stopped_does(tmp_path
     assert len(make(search(tmp_path / "stopped", sampler=sampler, trials=9))) == 1
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("known", [0, 1])
+@pytest.mark.parametrize("before", [2, 6])
+def test_a_trial_that_was_killed_while_it_was_proposed_gets_what_it_lacks(
+    tmp_path, monkeypatch, sampler, known, before
+):
+    whole = make(search(tmp_path / "whole", sampler=sampler))
+    stopped = search(tmp_path / "stopped", sampler=sampler)
+    made, propose, proposed = make(stopped, before), searching._propose, []
+
+    def dies(trial, axis):
+        if len(proposed) == known:
+            raise KeyboardInterrupt
+        proposed.append(axis)
+        propose(trial, axis)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(searching, "_propose", dies)
+        stopped.next_trial()
+    resumed = search(tmp_path / "stopped", sampler=sampler)
+    assert len(sweep_results(resumed)["trials"][before]["params"]) == known
+    assert [*made, *make(resumed)] == whole
+
+
+@pytest.mark.parametrize("seed", [4295, 2**32 - 1])
+def test_any_seed_is_a_seed(tmp_path, seed):
+    assert len(make(search(tmp_path, seed=seed), 2)) == 2
+    with pytest.raises(ValueError, match=r"seed must be below 2\*\*32; got 4294967296"):
+        search(tmp_path, seed=2**32)
+
+
+def test_what_json_has_no_word_for_is_the_same_when_it_is_read_again(tmp_path):
+    file, memory = tmp_path / "sweep.yaml", "{max_memory: {0: 20GiB, cpu: 60GiB}}"
+    base = f"{{teacher_model_init_kwargs: {memory}, teacher_model_revision: 2026-01-01}}"
+    file.write_text(
+        f"base: {base}\nspace: {{x: [1, 2], flag: [true, false]}}\nmetric: eval_kl\ntrials: 3\nbudget: {{steps: 2}}\n"
+    )
+    for _ in range(2):
+        some = Search(*read_sweep(file), tmp_path / "out")
+        make_one = some.next_trial()
+        some.complete(make_one, Evaluated(2, 1.0, "rows"))
+    kwargs = some.sweep.config(make_one.parameters)["teacher_model_init_kwargs"]
+    assert kwargs == {"max_memory": {0: "20GiB", "cpu": "60GiB"}}  # as accelerate wants it
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -132,6 +178,59 @@ def test_a_trial_that_diverges_or_reads_other_rows_has_failed_and_is_not_the_end
     nothing = search(tmp_path / "nothing", trials=1)
     nothing.fail(nothing.next_trial(), "no")
     assert sweep_results(nothing)["best"] is None
+
+
+def test_a_mistake_of_all_trials_ends_the_sweep_and_uses_none_of_them_up(tmp_path):
+    found = search(tmp_path)
+    for number in range(3):
+        found.check()
+        trial = found.next_trial()
+        assert trial.number == number
+        found.fail(trial, "no split 'test'")
+    assert found.next_trial() is None
+    with pytest.raises(ValueError, match=r"the first 3 trials all failed to train; .* The last one: no split 'test'"):
+        found.check()
+    mended = search(tmp_path)
+    assert len(sweep_results(mended)["trials"]) == 3
+    mended.forget_failures()
+    assert make(mended) == make(search(tmp_path / "whole"))
+    mended.check()
+    mended.forget_failures()
+    assert len(sweep_results(mended)["trials"]) == 8
+
+
+@pytest.mark.parametrize("trained", [Evaluated(5, 1.0), Evaluated(10, math.nan)])
+def test_trials_that_have_trained_and_failed_are_part_of_the_search(tmp_path, trained):
+    found = search(tmp_path)
+    first = found.next_trial()
+    if trained.step == 5:
+        found.report(first, trained)
+        found.fail(first, "killed")
+    else:
+        found.complete(first, trained)
+    for _ in range(3):
+        found.fail(found.next_trial(), "out of memory")
+    found.check()
+    found.forget_failures()
+    assert found.next_trial().number == 4
+
+
+def test_what_a_pruned_trial_saves_when_it_is_ended_goes(tmp_path, monkeypatch):
+    found = search(tmp_path, trials=5)
+
+    def trained(settings, metric, folder):
+        bad = folder.name == "trial-004"
+        folder.mkdir()
+        try:
+            yield Evaluated(5, 9.0 if bad else 1.0)
+            yield Evaluated(10, 1.0, "rows")
+        finally:
+            (folder / "checkpoint-5").mkdir()
+
+    monkeypatch.setattr(searching, "evaluations", trained)
+    searching.search_here(found)
+    assert sweep_results(found)["trials"][4]["state"] == "pruned"
+    assert [folder.name for folder in (tmp_path / "out").glob("trial-*") if list(folder.iterdir())] == ["trial-000"]
 
 
 def test_only_the_best_student_is_kept(tmp_path):

@@ -65,6 +65,10 @@ def test_axes_are_ranges_values_and_sets_of_settings():
         ({"space": {"warmup_steps": {"low": 0.5, "high": 9, "integer": True}}}, "must be whole numbers"),
         ({"space": {"output_dir": ["a", "b"]}}, "space.output_dir may not have output_dir: the sweep sets it"),
         ({"space": {"per_device_train_batch_size": [2, 4]}}, "with another per_device_train_batch_size a trial does"),
+        ({"space": {"num_processes": [1, 2]}}, "with another num_processes a trial does"),
+        ({"space": {"text": {"a": {}, "b": {"dataloader_drop_last": True}}}}, "dataloader_drop_last leaves out rows"),
+        ({"space": {"text": {True: {"lmbda": 1.0}, False: {"lmbda": 0.0}}}}, "space.text: a label is text.* got True"),
+        ({"space": {"text": {1: {"lmbda": 1.0}, "b": {"lmbda": 0.0}}}}, "space.text: a label is text.* got 1"),
         ({"space": {"teacher_ema": [0.5, 0.9]}}, "eval_kl compares with the teacher; teacher_ema has to stay"),
         (
             {"space": {"lmbda": [0.0, 1.0], "text": {"a": {"lmbda": 1.0}, "b": {}}}},
