@@ -1,6 +1,7 @@
 """The second part of the study, which takes many hours: what it asks for, and all of it on tiny models."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def spec(tmp_path_factory, tiny_dir) -> dict:
     rows = [{"prompt": f"Question {i}?", "references": ["An answer.", "No."]} for i in range(3)]
     content = yaml.safe_load((FOLDER / "second.yaml").read_text())
     models = {"model_name_or_path": str(tiny_dir), "teacher_model_name_or_path": str(teacher)}
+    content["sweep"]["base"] = {"dataset_name": str(folder / "search")}
+    shutil.copytree(folder / "data", folder / "search")
     content["base"] |= {**models, "dataset_name": str(folder / "data"), "use_cpu": True, "max_new_tokens": 4}
     content["compare"]["evaluate"] |= {
         **{"evaluation_set": jsonl(folder / "questions.jsonl", rows), "teacher": str(teacher), "max_new_tokens": 4},
@@ -57,7 +60,7 @@ def test_every_run_has_a_sweep_of_its_own_that_differs_in_its_objective_alone(se
         tuned = name.endswith("-tuned")
         assert set(sweep.space) == {"learning_rate", *(("assistant_alpha", "assistant_lambda") if tuned else ())}
         assert sweep.trials == (12 if tuned else 6)
-        assert sweep.base == {**spec["base"], **spec["runs"][name]}
+        assert sweep.base == {**spec["base"], **spec["runs"][name], **spec["sweep"]["base"]}
         assert (sweep.steps, sweep.seed) == (40, 7)
 
 
@@ -69,6 +72,16 @@ def test_the_comparison_has_what_the_sweeps_have_found(second, spec, tmp_path):
     assert comparison.settings("rkl", 1)["config"] == {
         **{**spec["base"], "objective": "rkl", "learning_rate": 2e-3, "seed": 1, "max_steps": 100},
     }
+
+
+def test_settings_are_chosen_by_rows_that_the_comparison_does_not_have(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import prepare
+
+    rows = [{"prompt": [{"content": f"{i // 2}?"}], "answer": i} for i in range(200)]
+    found = prepare.for_searching(rows)
+    assert [row["answer"] for split in ("train", "test") for row in found[split]] == list(range(200))
+    assert [row["answer"] for row in found["test"]] == list(range(200 - 2 * prepare.SEARCHED_BY, 200))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Write what study.yaml reads, under runs/study: teacher, student, and questions in three files.
+"""Write what study.yaml and second.yaml read, under runs/study: teacher, student, and questions in five files.
 
     python examples/study/prepare.py
 
@@ -20,6 +20,7 @@ from embedded import load_teacher, questions
 OUTPUT = Path("runs/study")
 DROPPED_LAYERS = "16-21"
 HELD_OUT_QUESTIONS = 96
+SEARCHED_BY = 64  # prompts of the training rows, by which second.py chooses settings
 
 
 def main() -> None:
@@ -30,8 +31,21 @@ def main() -> None:
     data = questions(HELD_OUT_QUESTIONS)
     write(OUTPUT / "data" / "train.jsonl", data.train)
     write(OUTPUT / "data" / "test.jsonl", data.held_out)
+    for split, rows in for_searching(data.train).items():
+        write(OUTPUT / "search" / f"{split}.jsonl", rows)
     write(OUTPUT / "questions.jsonl", with_references(data.held_out))
     print(f"{OUTPUT}: {data.counts}")
+
+
+def for_searching(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows to train, and those of the last prompts, by which settings are chosen: the study's own rows are not."""
+    prompts = list(dict.fromkeys(row["prompt"][0]["content"] for row in rows))
+    chosen = set(prompts[-SEARCHED_BY:])
+    is_chosen = [row["prompt"][0]["content"] in chosen for row in rows]
+    return {
+        split: [row for row, here in zip(rows, is_chosen, strict=True) if here == (split == "test")]
+        for split in ("train", "test")
+    }
 
 
 def with_references(rows: list[dict]) -> list[dict]:

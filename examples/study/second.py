@@ -22,12 +22,14 @@ SPEC = Path(__file__).with_name("second.yaml")
 
 def sweeps(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By the name of a run what `amid-trl sweep` is asked for: the same of all, or more where `more` says so."""
-    common = {name: value for name, value in spec["sweep"].items() if name not in ("more", "trials_of_more")}
+    own = ("base", "more", "trials_of_more")
+    common = {name: value for name, value in spec["sweep"].items() if name not in own}
     found = {}
     for name, settings in spec["runs"].items():
         more = spec["sweep"]["more"].get(name, {})
         trials = spec["sweep"]["trials_of_more" if more else "trials"]
-        searched = {"base": {**spec["base"], **settings}, "space": {**common["space"], **more}, "trials": trials}
+        base = {**spec["base"], **settings, **spec["sweep"]["base"]}
+        searched = {"base": base, "space": {**common["space"], **more}, "trials": trials}
         found[name] = {**common, **searched}
     return found
 
