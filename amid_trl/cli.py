@@ -29,7 +29,7 @@ COMMANDS = {
         "amid_trl.choosing.command:measure_landscape",
     ),
     "report": (
-        "one HTML page of runs, evaluations, comparisons and landscapes",
+        "one HTML page of runs, evaluations, comparisons, sweeps and landscapes",
         "amid_trl.report.command:write_report",
     ),
     "init-student": (

@@ -1,5 +1,6 @@
 """Training runs: the curves of all of them in the same panels, and what was written while they were trained."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,16 @@ def _logs(name: str, history: Sequence[Mapping[str, Any]]) -> Table:
 
 def _windows(folder: Path) -> list[list[dict[str, Any]]]:
     """The first and the last table of completions that the run has kept, as `log_completions` writes them."""
-    files = sorted(folder.glob("completions/completions_*.parquet"))
-    if not files:
+    by_step = {
+        int(found[1]): file
+        for file in folder.glob("completions/completions_*.parquet")
+        if (found := re.fullmatch(r"completions_(\d+)", file.stem))
+    }
+    if not by_step:
         return []
     from pyarrow import parquet
 
-    return [parquet.read_table(file).to_pylist() for file in dict.fromkeys((files[0], files[-1]))]
+    ends = dict.fromkeys((min(by_step), max(by_step)))
+    tables = [parquet.read_table(by_step[step]).to_pylist() for step in ends]
+    # TRL's other trainers write tables of this name with columns of their own.
+    return [rows for rows in tables if rows and {"step", "source", "prompt", "completion"} <= rows[0].keys()]

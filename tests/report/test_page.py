@@ -3,6 +3,8 @@
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from amid_trl import cli
@@ -52,6 +54,22 @@ def test_numbers_are_shown_short_and_kept_whole():
 def undrawn(monkeypatch):
     """Pictures are made, and not drawn into files."""
     monkeypatch.setattr(page, "picture", lambda figure, kind: b'<svg viewBox="0 0 1 1"></svg>')
+
+
+def test_written_text_is_of_the_first_and_the_last_step_and_another_trainers_is_left_out(tmp_path, undrawn):
+    history = [{"step": step, "loss": 1 / step} for step in (1, 2)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
+    (tmp_path / "completions").mkdir()
+    for step in (1, 99_999, 100_000):
+        row = {"step": step, "source": "student", "prompt": f"{step}?", "completion": "Yes."}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "completions" / f"completions_{step:05}.parquet")
+    [section] = sections_of(find(f"run={tmp_path}"), prompts=1)
+    assert [answer.prompt for answer in section.answers] == ["1?", "100000?"]
+    theirs = pa.Table.from_pylist([{"step": 1, "prompt": "?", "completion": "Yes.", "advantage": 0.5}])
+    for file in tmp_path.glob("completions/*"):
+        pq.write_table(theirs, file)
+    [section] = sections_of(find(f"run={tmp_path}"), prompts=1)
+    assert not section.answers
 
 
 def test_long_logs_are_thinned_and_it_is_said(tmp_path, undrawn):
