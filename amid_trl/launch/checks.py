@@ -143,8 +143,8 @@ def _check_checkpoint(config: Any) -> None:
         folder = Path(config.output_dir or "trainer_output").expanduser()
         if not any(folder.glob("checkpoint-*")):
             raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {folder}")
-    elif given and not os.path.isdir(given):
-        raise ValueError(f"resume_from_checkpoint: there is no folder {given}")
+    elif given not in ("", "auto") and not os.path.isdir(given):
+        raise ValueError(f"resume_from_checkpoint: there is no folder {given}; it may be true, auto or a folder")
 
 
 def _check_reporters(given: Any) -> None:

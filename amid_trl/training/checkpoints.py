@@ -37,6 +37,10 @@ UNFINISHED = "checkpoint-is-incomplete.txt"
 TRAINER_STATE = "trainer_state.json"  # written last
 
 
+# In place of a checkpoint: for jobs that are started by the same command the first time and after a kill.
+IF_THERE_IS_ONE = "auto"
+
+
 # What checkpoints of earlier versions do not hold: a part goes on without it.
 LATER = {SERVED}
 
@@ -70,11 +74,13 @@ def whole_checkpoint(
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | bool | None:
-    """What is asked for, its files checked; for True the last whole checkpoint. All processes have to ask.
+    """What is asked for, its files checked; for True and "auto" the last whole checkpoint. All processes have to ask.
 
-    Where there is none True stays, of which transformers complains.
+    Where there is none True stays, of which transformers complains, and "auto" begins anew.
     """
-    checkpoint = (last_complete_checkpoint(output_dir, accelerator) or True) if asked is True else asked
+    checkpoint = asked
+    if asked is True or asked == IF_THERE_IS_ONE:
+        checkpoint = last_complete_checkpoint(output_dir, accelerator) or (True if asked is True else None)
     if isinstance(checkpoint, str):
         if Path(checkpoint, UNFINISHED).exists():
             raise ValueError(f"{checkpoint} was being written when its run ended; resume from an earlier checkpoint")

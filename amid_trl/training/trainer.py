@@ -290,7 +290,7 @@ class AMiDTrainer(GKDTrainer):
     # ---- Checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As in transformers, but True means the last whole checkpoint. After SIGTERM it ends the process."""
+        """As in transformers, but True is the last whole checkpoint, "auto" that or none. SIGTERM ends the process."""
         self.args.check_steps()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
         forget_evaluation(self)

@@ -17,14 +17,10 @@
 set -euo pipefail
 
 config=${1:?which run.yaml?}
-output_dir=$(sed -n 's/^output_dir: *//p' "$config")
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 given=(--config "$config" --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * SLURM_GPUS_ON_NODE)))
-given+=(--main_process_ip "$first" --main_process_port $((20000 + SLURM_JOB_ID % 10000)))
-if compgen -G "$output_dir/checkpoint-*" > /dev/null; then
-    given+=(--resume_from_checkpoint true)
-fi
+given+=(--main_process_ip "$first" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) --resume_from_checkpoint auto)
 
 # One launcher on each node, which starts a process for each of its GPUs.
 srun --kill-on-bad-exit=1 bash -c 'exec amid-trl train "$@" --machine_rank "$SLURM_NODEID"' launcher "${given[@]}"

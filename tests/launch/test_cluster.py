@@ -51,7 +51,8 @@ def place(tmp_path, models) -> Path:
     run |= {"dataset_name": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "accelerate_config": "ddp"}
     run |= {"use_cpu": True, "bf16": False, "lmbda": 0.0, "max_steps": 2, "save_steps": 1, "report_to": "none"}
     run |= {"per_device_train_batch_size": 1, "disable_tqdm": True, "logging_steps": 1}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    written = yaml.safe_dump(run).replace(run["output_dir"], f'"{run["output_dir"]}"  # where all nodes see it')
+    (tmp_path / "run.yaml").write_text(written)
     ours = f'#!/bin/bash\nexec {sys.executable} -m amid_trl "$@"\n'
     (tmp_path / "bin").mkdir()
     for name, script in {"scontrol": SCONTROL, "srun": SRUN, "amid-trl": ours}.items():
@@ -105,6 +106,8 @@ def test_both_can_be_read():
 @pytest.mark.timeout(900)
 def test_slurms_nodes_meet_and_a_job_that_is_started_again_goes_on(place):
     given = {"SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    (place / "out" / "checkpoint-1").mkdir(parents=True)  # one that was never finished is not resumed from
+    (place / "out" / "checkpoint-1" / "checkpoint-is-incomplete.txt").touch()
     for steps in ("max_steps: 2", "max_steps: 3"):
         text = (place / "run.yaml").read_text().replace("max_steps: 2", steps)
         (place / "run.yaml").write_text(text)

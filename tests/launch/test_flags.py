@@ -231,6 +231,7 @@ def test_what_the_real_parser_accepts_is_not_refused(tmp_path):
         [*GIVEN, "--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "0.1", "--save_steps", "0.2"],
         [*GIVEN, "--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "best"],
         [*GIVEN, "--resume_from_checkpoint", str(tmp_path), "--report_to", "azure_ml", "--torch_compile", "False"],
+        [*GIVEN, "--resume_from_checkpoint", "auto", "--output_dir", str(tmp_path)],
         [*GIVEN, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path), "--pretrain_dataset", "a/b"],
         [*NO_TEACHER, "--teacher_adapter_path", "base", "--chat_template_path", "owner/model"],
         [*NO_TEACHER, "--teacher_cache", str(tmp_path), "--lmbda", "0"],

@@ -43,7 +43,7 @@ class Started(TrainerCallback):
             Path(args.output_dir, "started").touch()
 
 
-def run(output_dir: str, resume: bool = False, lora: bool = False, callbacks=(), **settings) -> AMiDTrainer:
+def run(output_dir: str, resume: bool | str = False, lora: bool = False, callbacks=(), **settings) -> AMiDTrainer:
     tokenizer = tiny_tokenizer()
     trainer = AMiDTrainer(
         tiny_llama(tokenizer, seed=0),

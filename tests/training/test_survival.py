@@ -92,6 +92,19 @@ def test_a_torn_checkpoint_is_set_aside_where_transformers_would_take_it(tmp_pat
     assert (tmp_path / "torn-checkpoint-6").is_dir()
 
 
+def test_auto_begins_where_no_checkpoint_is_whole_and_goes_on_where_one_is(tmp_path, unharmed):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / UNFINISHED).touch()
+    begun = survival_worker.run(str(tmp_path), resume="auto")
+    assert all(torch.equal(weight, unharmed[name]) for name, weight in weights(begun.model).items())
+    for later in range(7, 13):
+        shutil.rmtree(tmp_path / f"checkpoint-{later}")
+    shutil.rmtree(tmp_path / "checkpoint-1")  # which is written again if it does not go on
+    resumed = survival_worker.run(str(tmp_path), resume="auto")
+    assert all(torch.equal(weight, unharmed[name]) for name, weight in weights(resumed.model).items())
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
 def test_a_checkpoint_may_be_torn_twice(tmp_path, unharmed):
     run_until(6, tmp_path)
     shutil.copytree(tmp_path / "checkpoint-6", tmp_path / "torn-checkpoint-6")
