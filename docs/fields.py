@@ -1,19 +1,21 @@
-"""Writes docs/fields.md and the two tables of inherited fields in docs/trainer.md: python docs/fields.py.
+"""Writes docs/fields.md and the tables of others' fields in docs/trainer.md and migrating.md: python docs/fields.py.
 
 What they say is said in the package: the help of each field, and amid_trl/training/inherited.py.
 """
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from trl import DistillationConfig, SFTConfig
+from trl.import_utils import suppress_experimental_warning
 
 from amid_trl import AMiDConfig
 from amid_trl.fields import own_fields, type_name
-from amid_trl.training.inherited import DISTILLATION_DIFFERS, HONOURED, NOT_OURS, REFUSED
+from amid_trl.training.inherited import DISTILLATION_DIFFERS, HONOURED, NOT_OF_DISTILLATION, NOT_OF_GOLD, REFUSED
 from amid_trl.training.run_fields import GROUPS
 
 
@@ -81,32 +83,61 @@ def _becomes(name: str) -> str:
 
 def distillation_table() -> str:
     """DistillationConfig's own fields: their defaults there and here, and what is different."""
-    here = {field.name: field.default for field in dataclasses.fields(AMiDConfig)}
-    rows = []
-    for field in new_fields(DistillationConfig, TrainingArguments):
-        if field.name in NOT_OURS:
-            rows.append([f"`{field.name}`", code(field.default), "**refused**", NOT_OURS[field.name]])
+    return _beside(DistillationConfig, NOT_OF_DISTILLATION)
+
+
+def gold_table() -> str:
+    """Of GOLDConfig's own fields those that are not the same here, and what is different."""
+    with suppress_experimental_warning():
+        from trl.experimental.gold import GOLDConfig
+
+    return _beside(GOLDConfig, NOT_OF_GOLD, leave_out_the_same=True)
+
+
+def _beside(config: Any, refused: Mapping[str, str], leave_out_the_same: bool = False) -> str:
+    here, rows = {field.name: field.default for field in dataclasses.fields(AMiDConfig)}, []
+    for field in _declared_by(config):
+        if field.name in refused:
+            default = "`[]`" if field.default is dataclasses.MISSING else code(field.default)
+            rows.append([f"`{field.name}`", default, "**refused**", refused[field.name]])
             continue
-        default = "the same" if here[field.name] == field.default else code(here[field.name])
+        same = here[field.name] == field.default
+        if same and leave_out_the_same:
+            continue
+        default = "the same" if same else code(here[field.name])
         rows.append([f"`{field.name}`", code(field.default), default, DISTILLATION_DIFFERS.get(field.name, "")])
     return table(["field", "default there", "here", "what is different"], rows)
 
 
-def with_tables(page: str) -> str:
-    """docs/trainer.md with its generated tables as they should be."""
-    for name, made in {"sft": sft_table(), "distillation": distillation_table()}.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        page, count = re.subn(f"{start}.*?{end}", lambda _, text=f"{start}{made}{end}": text, page, flags=re.DOTALL)
+def _declared_by(config: Any) -> list[dataclasses.Field]:
+    """The fields that it adds to those of transformers, and the learning rate, whose default it changes."""
+    ours = new_fields(config, TrainingArguments)
+    return [field for field in dataclasses.fields(config) if field in ours or field.name == "learning_rate"]
+
+
+TABLES: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "trainer.md": {"sft": sft_table, "distillation": distillation_table},
+    "migrating.md": {"gold": gold_table},
+}
+
+
+def with_tables(name: str) -> str:
+    """A page of TABLES with its generated tables as they should be."""
+    page = (DOCS / name).read_text(encoding="utf-8")
+    for place, made in TABLES[name].items():
+        start, end = f"<!-- {place} -->\n", f"<!-- end of {place} -->"
+        text = f"{start}{made()}{end}"
+        page, count = re.subn(f"{start}.*?{end}", lambda _, text=text: text, page, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"docs/trainer.md has {count} places for the table {name}")
+            raise ValueError(f"docs/{name} has {count} places for the table {place}")
     return page
 
 
 def main() -> None:
-    """Write both."""
+    """Write all of them."""
     (DOCS / "fields.md").write_text(fields_page(), encoding="utf-8")
-    trainer = DOCS / "trainer.md"
-    trainer.write_text(with_tables(trainer.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in TABLES:
+        (DOCS / name).write_text(with_tables(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

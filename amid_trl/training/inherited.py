@@ -58,10 +58,37 @@ GKD_DIFFERS = {
 }
 
 # Fields that trl.DistillationConfig has and AMiDConfig has not.
-NOT_OURS = {
+NOT_OF_DISTILLATION = {
     "max_tool_calling_iterations": "no tools are called while the student writes; tool calls in the data are trained",
     "log_unique_prompts": "the table of log_completions has every prompt of the last window",
 }
+
+_BY_BYTES = "tokens are paired by their bytes, and split ones by the chain rule along the text"
+_NOT_SORTED = "probabilities sorted by size are not compared, so there is no part of theirs to weigh"
+_ONE_TEMPERATURE = "both models have the same one, `distill_temperature`"
+_ENDS = "the end of an answer is trained like its other tokens"
+
+# Fields that GOLDConfig has, and neither AMiDConfig nor DistillationConfig.
+NOT_OF_GOLD = {
+    "use_uld_loss": "a teacher with another tokenizer is known by its tokenizer; leave it out",
+    "use_extended_uld": _BY_BYTES,
+    "uld_token_merge_strategy": _BY_BYTES,
+    "uld_use_hybrid_loss": _NOT_SORTED,
+    "uld_hybrid_matched_weight": _NOT_SORTED,
+    "uld_hybrid_unmatched_weight": _NOT_SORTED,
+    "uld_crossentropy_weight": "`sft_weight` is the weight of the cross-entropy",
+    "uld_distillation_weight": "the distillation has weight 1, and `sft_weight` is the cross-entropy's",
+    "uld_student_temperature": _ONE_TEMPERATURE,
+    "uld_teacher_temperature": _ONE_TEMPERATURE,
+    "uld_skip_student_eos": _ENDS,
+    "uld_skip_teacher_eos": _ENDS,
+    "vllm_sync_frequency": "vLLM gets the weights anew for every window that it writes",
+    "log_completions_steps": "log_completions writes its table with the figures, every `logging_steps`",
+    "wandb_log_unique_prompts": NOT_OF_DISTILLATION["log_unique_prompts"],
+    "callbacks": "callbacks are an argument of the trainer, as objects",
+}
+
+NOT_OURS = {**NOT_OF_DISTILLATION, **NOT_OF_GOLD}
 
 # Those that mean something else here, or are another name's; the rest of its fields mean the same.
 DISTILLATION_DIFFERS = {

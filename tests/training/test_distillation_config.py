@@ -12,10 +12,17 @@ from tiny import (
 )
 from transformers import TrainingArguments
 from trl import DistillationConfig, TrlParser
+from trl.import_utils import suppress_experimental_warning
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl._trl import GKDConfig
-from amid_trl.training.inherited import DISTILLATION_DEFAULTS, DISTILLATION_DIFFERS, NOT_OURS
+from amid_trl.training.inherited import (
+    DISTILLATION_DEFAULTS,
+    DISTILLATION_DIFFERS,
+    NOT_OF_DISTILLATION,
+    NOT_OF_GOLD,
+    NOT_OURS,
+)
 
 
 DISTILLATION = field_names(DistillationConfig) - field_names(TrainingArguments)
@@ -61,10 +68,18 @@ GIVEN = {
 
 
 def test_every_field_of_distillation_config_is_taken_or_refused():
-    for name in unclassified(DISTILLATION, GIVEN, NOT_OURS):
+    for name in unclassified(DISTILLATION, GIVEN, NOT_OF_DISTILLATION):
         pytest.fail(f"DistillationConfig has a field {name} that nobody has classified (here, or in inherited.py)")
-    assert set(NOT_OURS) | set(DISTILLATION_DIFFERS) <= DISTILLATION
+    assert set(NOT_OF_DISTILLATION) | set(DISTILLATION_DIFFERS) <= DISTILLATION
     assert not set(NOT_OURS) & set(DISTILLATION_DIFFERS) and not set(NOT_OURS) & field_names(AMiDConfig)
+
+
+def test_every_field_of_gold_config_is_ours_or_refused():
+    with suppress_experimental_warning():
+        from trl.experimental.gold import GOLDConfig
+    gold = field_names(GOLDConfig)
+    assert gold - field_names(AMiDConfig) == set(NOT_OF_GOLD)
+    assert not set(NOT_OF_GOLD) & DISTILLATION
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -190,7 +205,7 @@ def told_of_defaults(caplog, **given) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("name", sorted(DISTILLATION - field_names(GKDConfig) - set(NOT_OURS)))
+@pytest.mark.parametrize("name", sorted(DISTILLATION - field_names(GKDConfig) - set(NOT_OF_DISTILLATION)))
 def test_what_was_not_given_is_named_with_any_name_that_gkd_has_not(caplog, name):
     engine = {"use_vllm": True} if name.startswith("vllm") else {}
     engine |= {"vllm_mode": "server"} if name.startswith(("vllm_server", "vllm_group")) else {}

@@ -1,4 +1,4 @@
-"""docs/fields.md and the tables of docs/trainer.md are what the package says."""
+"""docs/fields.md and the tables of docs/trainer.md and migrating.md are what the package says."""
 
 import dataclasses
 import importlib.util
@@ -35,9 +35,9 @@ def test_the_page_has_every_field_of_ours_once_and_under_its_group(writer):
     assert "`teacher_top_k`" in teacher and "`lmbda_schedule`" not in teacher
 
 
-def test_the_tables_of_inherited_fields_are_what_becomes_of_them(writer):
-    page = (DOCS / "trainer.md").read_text()
-    assert page == writer.with_tables(page), "run: python docs/fields.py"
+@pytest.mark.parametrize("page", ["trainer.md", "migrating.md"])
+def test_the_tables_of_others_fields_are_what_becomes_of_them(writer, page):
+    assert (DOCS / page).read_text() == writer.with_tables(page), "run: python docs/fields.py"
 
 
 def test_a_help_with_a_pipe_stays_in_its_cell(writer):
@@ -46,7 +46,15 @@ def test_a_help_with_a_pipe_stays_in_its_cell(writer):
 
 def test_a_default_that_differs_is_shown(writer):
     rows = {line.split("`")[1]: line for line in writer.distillation_table().splitlines()[2:]}
-    assert len(rows) == len(writer.new_fields(writer.DistillationConfig, writer.TrainingArguments))
+    assert len(rows) == len(writer.new_fields(writer.DistillationConfig, writer.TrainingArguments)) + 1
+    assert "| `1e-06` | `2e-05` |" in rows["learning_rate"]
     here = {field.name: field.default for field in dataclasses.fields(AMiDConfig)}
     assert here["temperature"] == 0.9 and "| `1.0` | `0.9` |" in rows["temperature"]
     assert "| the same |" in rows["top_p"] and "**refused**" in rows["log_unique_prompts"]
+
+
+def test_golds_fields_are_there_where_something_is_different(writer):
+    rows = {line.split("`")[1]: line for line in writer.gold_table().splitlines()[2:]}
+    assert "| `1e-07` | `2e-05` |" in rows["learning_rate"] and "| `0.95` | `1.0` |" in rows["top_p"]
+    assert "**refused**" in rows["uld_crossentropy_weight"] and "`sft_weight`" in rows["uld_crossentropy_weight"]
+    assert not {"beta", "lmbda", "temperature"} & set(rows)
