@@ -4,8 +4,10 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 from typing import Any
 
 import amid_trl
@@ -14,13 +16,15 @@ from amid_trl.parser import OneLineParser
 
 # Asked for by our requirements, and often at fault.
 BELOW = {"huggingface_hub", "liger_kernel", "numpy", "safetensors", "tokenizers", "triton"}
+# What there is in any case, for a folder that was not installed.
+ALWAYS = {"accelerate", "datasets", "peft", "torch", "transformers", "trl"}
 # Requirements of these extras say how the package is made, not how it runs.
 DEVELOPMENT = {"dev", "docs", "test"}
 # Variables that change what a run does begin so.
 VARIABLES = re.compile(
-    "ACCELERATE_|CUDA_|CUBLAS_|CUDNN_|CXX$|DS_|FSDP_|GLOO_|HF_|HIP_|LOCAL_|MASTER_|MKL_|NCCL_|NVIDIA_|OMP_|PYTHON|"
+    "ACCELERATE_|AMID_TRL_|CUDA_|CUBLAS_|CUDNN_|CXX$|DS_|FSDP_|GLOO_|HF_|HIP_|LOCAL_|MASTER_|MKL_|NCCL_|NVIDIA_|OMP_|PYTHON|"
     "PYTORCH_|RANK$|ROCM_|ROCR_|SLURM_JOB_NUM_NODES|SLURM_NTASKS|TOKENIZERS_|TORCH|TRANSFORMERS_|TRITON_|TRL_|VLLM_|"
-    "WORLD_SIZE$|WANDB_MODE"
+    "WORLD_SIZE$|WANDB_MODE|XDG_CACHE_HOME$"
 )
 SECRET = re.compile("TOKEN(?!IZERS)|KEY|SECRET|PASS|AUTH|CREDENTIAL", re.IGNORECASE)
 # Of accelerate's configuration; the others may hold addresses and secrets of a cluster.
@@ -49,13 +53,23 @@ def show_environment(argv: Sequence[str]) -> int:
 
 def packages() -> dict[str, str]:
     """What is installed of this package's requirements and extras."""
-    found = {"amid_trl": amid_trl.__version__, "Python": platform.python_version()}
+    found = {"amid_trl": amid_trl.__version__, **_commit(), "Python": platform.python_version()}
     for name in _required():
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> dict[str, str]:
+    """Of a clone, its commit, and whether it was changed since."""
+    clone = Path(amid_trl.__file__).parents[1]
+    if not (clone / ".git").exists() or shutil.which("git") is None:
+        return {}
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"its commit": said.stdout.strip()} if said.returncode == 0 else {}
 
 
 def _required() -> Iterator[str]:
@@ -65,6 +79,7 @@ def _required() -> Iterator[str]:
     try:
         about = metadata("amid_trl")
     except PackageNotFoundError:  # run out of a folder without being installed
+        yield from sorted(ALWAYS | BELOW)
         return
     extras = {"", *(about.get_all("Provides-Extra") or [])} - DEVELOPMENT
     asked = [Requirement(line) for line in about.get_all("Requires-Dist") or []]

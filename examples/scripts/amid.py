@@ -18,7 +18,7 @@ python examples/scripts/amid.py \
     --output_dir Qwen2.5-0.5B-AMiD
 
 # LoRA, on several GPUs
-accelerate launch --config_file zero2.yaml examples/scripts/amid.py \
+accelerate launch --config_file amid_trl/launch/accelerate_configs/zero2.yaml examples/scripts/amid.py \
     --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
     --teacher_model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
     --dataset_name trl-lib/chatbot_arena_completions \

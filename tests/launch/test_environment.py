@@ -1,6 +1,10 @@
 """`amid-trl env`: what it prints, and what it never does."""
 
+import re
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import accelerate
 import torch
@@ -20,10 +24,25 @@ def test_it_names_the_versions_that_run_here(capsys):
     for tool in ("pytest", "ruff", "pyright"):
         assert f"- {tool}:" not in said
     assert f"torch's threads: {torch.get_num_threads()}\n" in said
+    clone = Path(amid_trl.__file__).parents[1]
+    if (clone / ".git").exists():
+        commit = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True)
+        [shown] = re.findall(r"- its commit: ([0-9a-f]+)(?:-dirty)?\n", said)
+        assert commit.stdout.startswith(shown)
+
+
+def test_without_metadata_what_there_is_in_any_case_is_named(monkeypatch):
+    def no_metadata(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "metadata", no_metadata)
+    found = environment.packages()
+    assert found["torch"] == torch.__version__ and found["trl"] == trl.__version__
 
 
 def test_variables_that_matter_are_shown_and_secrets_are_not():
     given = {
+        "AMID_TRL_API_KEY": "abc",
         "HF_TOKEN": "hf_abc",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -36,6 +55,7 @@ def test_variables_that_matter_are_shown_and_secrets_are_not():
     }
     found = environment.variables(given)
     assert found == {
+        "AMID_TRL_API_KEY": "is set, not shown",
         "HF_ENDPOINT": "https://…@hub.example/x",
         "HF_HUB_OFFLINE": "1",
         "HF_TOKEN": "is set, not shown",
