@@ -101,8 +101,9 @@ class Retokeniser:
     """
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
-        self.student, self.teacher = Spelled(student), Spelled(teacher)
         roles = special_pairs(student, teacher)
+        self.student = Spelled(student, {s for s, _ in roles})
+        self.teacher = Spelled(teacher, {t for _, t in roles})
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
         if not self.teacher.loses:  # it would know what the student's unknown token stands for
             specials = {s: t for s, t in specials.items() if s != self.student.unknown}

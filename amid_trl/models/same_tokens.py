@@ -20,22 +20,22 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
     """The special tokens that mean the same: those of one name, the ends of a turn, the ends of a text.
 
-    Where one model has a single token for several ends, they all are one outcome.
+    An added token that is special in one of them, or ends a turn, is it in both: <think> is text in one tokenizer and
+    special in another. Where one model has a single token for several ends, they all are one outcome.
     """
-    names = [
-        {
-            token.content: i
-            for i, token in each.added_tokens_decoder.items()
-            if token.special or i in each.all_special_ids
-        }
+    names = [{token.content: i for i, token in each.added_tokens_decoder.items()} for each in (student, teacher)]
+    special = {
+        token.content
         for each in (student, teacher)
-    ]
+        for i, token in each.added_tokens_decoder.items()
+        if token.special or i in each.all_special_ids
+    }
     ends = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
     ours, theirs = (eos if end is None else end for end, eos in ends)
     pairs: list[tuple[Any, Any]] = [
         (ours, theirs),
         (student.eos_token_id, teacher.eos_token_id),
-        *((i, names[1][name]) for name, i in names[0].items() if name in names[1]),
+        *((i, names[1][name]) for name, i in names[0].items() if name in names[1] and name in special),
     ]
     return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -36,7 +36,7 @@ class Space(NamedTuple):
 
 
 class Spelled:
-    """A tokenizer with the bytes of its tokens.
+    """A tokenizer with the bytes of its tokens; `silent` are such as are no text, beside its special ones.
 
     Attributes:
         unknown: the token for what it cannot write; None without one.
@@ -46,13 +46,13 @@ class Spelled:
         ValueError: as `token_bytes`: the tokenizer changes text, or its tokens cannot be read as bytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, silent: Collection[int] = ()):
         self.tokenizer = tokenizer
-        self.bytes = self._words = token_bytes(tokenizer)
+        self.bytes = self._words = token_bytes(tokenizer, silent)
         backend: Any = tokenizer
         self._backend = backend.backend_tokenizer
         spec = json.loads(self._backend.to_str())
-        self._without_space = _without_space(spec)
+        self._without_space = _without_space(spec, silent)
         unknown = spec["model"].get("unk_token")
         self.unknown: int | None = tokenizer.get_vocab().get(unknown, spec["model"].get("unk_id"))
         self.is_behind_space = False
@@ -110,7 +110,7 @@ class Spelled:
         return content[1:] if content.startswith(b" ") else None
 
     def write_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text and no space in front; the name of a special token is text in it."""
+        """The tokens of each text and no space in front; the name of a silent token is text in it."""
         return [made.ids for made in self._without_space.encode_batch(list(texts), add_special_tokens=False)]
 
     def write(self, content: bytes) -> list[int] | None:
@@ -167,8 +167,8 @@ class Spelled:
         return None
 
 
-def _without_space(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json that writes no space in front of a text, and special tokens as text."""
+def _without_space(spec: dict[str, Any], silent: Collection[int]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json that writes no space in front of a text, and what writes nothing as text."""
     made = copy.deepcopy({name: spec[name] for name in ("normalizer", "pre_tokenizer")})
     normalizer: dict[str, Any] = made["normalizer"] or {"type": "Sequence", "normalizers": []}
     parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
@@ -177,6 +177,9 @@ def _without_space(spec: dict[str, Any]) -> Tokenizer:
     for part in splitter.get("pretokenizers", [splitter]):
         part |= {"prepend_scheme": "never"} if "prepend_scheme" in part else {}
         part |= {"add_prefix_space": False} if "add_prefix_space" in part else {}
+    made["added_tokens"] = [
+        {**token, "special": token["special"] or token["id"] in silent} for token in spec["added_tokens"]
+    ]
     written = Tokenizer.from_str(json.dumps({**spec, **made, "truncation": None, "padding": None}))
     written.encode_special_tokens = True
     return written
