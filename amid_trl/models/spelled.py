@@ -2,7 +2,10 @@
 
 import copy
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from itertools import product, zip_longest
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -17,6 +20,8 @@ BEFORE = ("\n", "a", ".", "1")
 
 # What no vocabulary has as a token: only bytes can write it, or the unknown token.
 UNHEARD_OF = "\ue000\U000f0000\U0010fffd"
+# Bytes that are no text, as `surrogateescape` decodes them.
+BROKEN = re.compile("([\udc80-\udcff]+)")
 
 
 class Space(NamedTuple):
@@ -114,19 +119,32 @@ class Spelled:
         return [made.ids for made in self._without_space.encode_batch(list(texts), add_special_tokens=False)]
 
     def write(self, content: bytes) -> list[int] | None:
-        """The tokens of any bytes: what is no text byte by byte; None where there is no token for such a byte."""
-        ids: list[int] = []
-        while content:
-            try:
-                text, broken, content = content.decode(), b"", b""
-            except UnicodeDecodeError as error:
-                text = content[: error.start].decode()
-                broken, content = content[error.start : error.end], content[error.end :]
-            ids += self.write_texts([text])[0] if text else []
-            if any(byte not in self._single for byte in broken):
+        """The tokens of any bytes; None where there is no token for a byte that is no text."""
+        parts, ids = BROKEN.split(content.decode(errors="surrogateescape")), list[int]()
+        for text, broken in zip_longest(parts[::2], parts[1::2], fillvalue=""):
+            made = self._write_broken(text, broken.encode(errors="surrogateescape"))
+            if made is None:
                 return None
-            ids += [self._single[byte] for byte in broken]
+            ids += made
         return ids
+
+    def _write_broken(self, text: str, broken: bytes) -> list[int] | None:
+        """The tokens of a text and of bytes behind it that are none: by the merges of the whole, or byte by byte."""
+        if self._letters is not None:
+            kinds = {character.isalnum(): character for character in completed(broken) if not character.isspace()}
+            cut = [self._write_cut(text, broken, character) for character in kinds.values()]
+            if any(cut):
+                return min(filter(None, cut), key=len)
+        alone = self._fragment(broken) or [self._single[byte] for byte in broken if byte in self._single]
+        return [*self.write_texts([text])[0], *alone] if self.written(alone) == broken else None
+
+    def _write_cut(self, text: str, begun: bytes, character: str) -> list[int] | None:
+        """As a text is written that goes on with this character, of which it has what is `begun`."""
+        made = self._without_space.encode(f"{text}{character}", add_special_tokens=False)
+        first = made.word_ids.index(made.word_ids[-1])
+        last = "".join(made.tokens[first:])[: len(begun) - len(character.encode())]
+        ids = [*made.ids[:first], *(token.id for token in self._backend.model.tokenize(last))]
+        return ids if self.written(ids) == text.encode() + begun else None
 
     def words(self, words: Sequence[bytes | None]) -> list[tuple[int, ...] | None]:
         """The tokens that each word is written in, in the middle of a text; None where it is never written alone."""
@@ -165,6 +183,17 @@ class Spelled:
             if (self.written(ids[:start]) or b"").lstrip(b" ") == before:
                 return tuple(ids[start:]) if self.written(ids[start:]) == word else None
         return None
+
+
+def completed(begun: bytes) -> Iterator[str]:
+    """Some of the characters that begin with these bytes; none where they are no part of one."""
+    lead = begun[0] if begun else 0
+    missing = next((size for least, size in ((0xF0, 4), (0xE0, 3), (0xC2, 2)) if lead >= least), 0) - len(begun)
+    if missing > 0:
+        first = range(0x80, 0xC0) if missing == 1 else (0x80, 0x90, 0xA0, 0xB0)
+        for following in product(first, *[(0x80, 0xBF)] * (missing - 1)):
+            with suppress(UnicodeDecodeError):
+                yield (begun + bytes(following)).decode()
 
 
 def _without_space(spec: dict[str, Any], silent: Collection[int]) -> Tokenizer:
