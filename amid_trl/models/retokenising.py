@@ -196,7 +196,7 @@ class Retokeniser:
     def _write_piece(
         self, ids: list[int], start: int, written: WrittenAgain, before: int | None, *, is_answer: bool
     ) -> bool:
-        """Append a special token, or the tokens between two; whether there was a way to write it.
+        """Append a special token, or the tokens between two; whether there was a way to write all of it.
 
         `before` is the student's token that it follows; None of the row's first, or of an answer's.
         """
@@ -211,41 +211,44 @@ class Retokeniser:
             return True
         content = self._answer(plain, written.ids) if before is None and is_answer else None
         content = content or self._content(plain, before, written.ids, is_answer=is_answer)
-        again = self._again(ids, plain, content)
-        if again is None:
-            return False
+        again, end = self._again(ids, plain, content)
         if plain[: content.before[0]] == b" ":
             written.unsaid[start] = content.before[0]
         state -= content.again
         written.ids[state:] = again
-        written.boundaries.update({start: state, start + len(ids): len(written.ids)})
+        written.boundaries[start] = state
         if content.kind not in self._sides:
             del written.boundaries[start]
+        is_whole = end == len(content.teacher)
+        if is_whole:
+            written.boundaries[start + len(ids)] = len(written.ids)
         rows = ids, self.student.bytes, again, self.teacher.bytes, content.before
         try:
             shared = shared_boundaries(*rows)
             written.counts.extend(self._counts(ids, again, content))
-        except ValueError:  # the teacher's tokenizer has changed the text: from there on nothing is known within it
+        except ValueError:  # the teacher's tokenizer changes the text or cannot write it: behind that nothing is known
             shared = boundaries_before_change(*rows)
-            written.counts.extend([0] * (len(ids) - 1) + [len(again)])
+            ends = accumulate(len(self.student.bytes[token] or b"") for token in ids)
+            count = sum(place - content.before[0] <= end - content.before[1] for place in ends)
+            written.counts.extend([0] * (count - 1) + [len(again)] * bool(count))
         for place in shared:
             written.boundaries[start + place.tokens_a] = state + place.tokens_b
         if content.kind in self._sides and content.kind != BOUNDARY:
             written.boundaries[start], written.spaced[start] = state, content.kind
-        return True
+        return is_whole
 
-    def _again(self, ids: list[int], plain: bytes, content: Content) -> list[int] | None:
-        """What the teacher writes for it.
+    def _again(self, ids: list[int], plain: bytes, content: Content) -> tuple[list[int], int]:
+        """What the teacher writes for it, and for how many of its bytes.
 
         Where both tokenizers write it in the same tokens, and the student has split it in others, these are the
         student's: a student splits words as no tokenizer would.
         """
-        theirs = self.teacher.write(content.teacher)
-        if content.teacher == plain and self._partners.keys() >= {*ids} and theirs is not None:
-            own = self.student.write(plain) or []
+        theirs, end = self.teacher.write(content.teacher)
+        if content.teacher == plain and self._partners.keys() >= {*ids}:
+            own, _ = self.student.write(plain)
             if own != ids and [self._partners.get(token) for token in own] == theirs:
-                return [self._partners[token] for token in ids]
-        return theirs
+                return [self._partners[token] for token in ids], len(plain)
+        return theirs, end
 
     def _special(self, token: int) -> list[int] | None:
         """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for."""
@@ -253,7 +256,7 @@ class Retokeniser:
         if own is not None:
             return [own]
         name: Any = self.student.tokenizer.convert_ids_to_tokens(token)
-        return None if name is None or token == self.student.unknown else self.teacher.write(name.encode())
+        return None if name is None or token == self.student.unknown else self.teacher.write(name.encode())[0]
 
     def _content(self, plain: bytes, before: int | None, written: Sequence[int], *, is_answer: bool) -> Content:
         """What the teacher writes for the student's bytes, behind what is `written`."""

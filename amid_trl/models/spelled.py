@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from itertools import product, zip_longest
+from itertools import product, takewhile, zip_longest
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -118,25 +118,27 @@ class Spelled:
         """The tokens of each text and no space in front; the name of a silent token is text in it."""
         return [made.ids for made in self._without_space.encode_batch(list(texts), add_special_tokens=False)]
 
-    def write(self, content: bytes) -> list[int] | None:
-        """The tokens of any bytes; None where there is no token for a byte that is no text."""
-        parts, ids = BROKEN.split(content.decode(errors="surrogateescape")), list[int]()
-        for text, broken in zip_longest(parts[::2], parts[1::2], fillvalue=""):
-            made = self._write_broken(text, broken.encode(errors="surrogateescape"))
-            if made is None:
-                return None
-            ids += made
-        return ids
+    def write(self, content: bytes) -> tuple[list[int], int]:
+        """The tokens of any bytes, and of how many: up to the first that is no text and has no token."""
+        parts, ids, end = BROKEN.split(content.decode(errors="surrogateescape")), list[int](), 0
+        for text, escaped in zip_longest(parts[::2], parts[1::2], fillvalue=""):
+            broken = escaped.encode(errors="surrogateescape")
+            known = bytes(takewhile(self._single.__contains__, broken))
+            ids += self._write_broken(text, known)
+            end += len(text.encode()) + len(known)
+            if known != broken:
+                break
+        return ids, end
 
-    def _write_broken(self, text: str, broken: bytes) -> list[int] | None:
+    def _write_broken(self, text: str, broken: bytes) -> list[int]:
         """The tokens of a text and of bytes behind it that are none: by the merges of the whole, or byte by byte."""
         if self._letters is not None:
             kinds = {character.isalnum(): character for character in completed(broken) if not character.isspace()}
             cut = [self._write_cut(text, broken, character) for character in kinds.values()]
             if any(cut):
                 return min(filter(None, cut), key=len)
-        alone = self._fragment(broken) or [self._single[byte] for byte in broken if byte in self._single]
-        return [*self.write_texts([text])[0], *alone] if self.written(alone) == broken else None
+        alone = self._fragment(broken) or [self._single[byte] for byte in broken]
+        return [*self.write_texts([text])[0], *alone]
 
     def _write_cut(self, text: str, begun: bytes, character: str) -> list[int] | None:
         """As a text is written that goes on with this character, of which it has what is `begun`."""
