@@ -134,10 +134,12 @@ class Retokeniser:
         prompt: int = 0,
         teacher_prompt: Sequence[int] | None = None,
         longest: int | None = None,
+        again: int = 0,
     ) -> WrittenAgain:
         """The row for the teacher, cut where it is `longest` in the teacher's tokens.
 
-        With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens.
+        With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens: an
+        answer that writes the last `again` tokens of the student's own prompt anew.
         """
         marked = False  # the row begins with a token that its tokenizer does not write in front of a text
         if teacher_prompt is None:
@@ -148,9 +150,8 @@ class Retokeniser:
         written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt, {})
         for start, end in self._pieces(ids, prompt):
             before = ids[start - 1] if start > prompt or marked else None
-            if not self._write_piece(
-                list(ids[start:end]), start, written, before, is_answer=teacher_prompt is not None
-            ):
+            answers = None if teacher_prompt is None else again
+            if not self._write_piece(list(ids[start:end]), start, written, before, answers):
                 break
         boundaries = written.boundaries
         if longest is not None and len(made) > longest:
@@ -194,11 +195,12 @@ class Retokeniser:
             yield begin, len(ids)
 
     def _write_piece(
-        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, *, is_answer: bool
+        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, answers: int | None
     ) -> bool:
         """Append a special token, or the tokens between two; whether there was a way to write all of it.
 
-        `before` is the student's token that it follows; None of the row's first, or of an answer's.
+        `before` is the student's token that it follows; None of the row's first, or of an answer's. `answers` are the
+        tokens of the student's prompt that an answer writes anew; None where the row is no answer.
         """
         plain, state = self.student.written(ids), len(written.ids)
         if plain is None:
@@ -209,8 +211,8 @@ class Retokeniser:
             written.counts.append(len(again))
             written.boundaries[start + 1] = len(written.ids)
             return True
-        content = self._answer(plain, written.ids) if before is None and is_answer else None
-        content = content or self._content(plain, before, written.ids, is_answer=is_answer)
+        content = None if before is not None or answers is None else self._answer(plain, written.ids, answers)
+        content = content or self._content(plain, before, written.ids, is_answer=answers is not None)
         again, end = self._again(ids, plain, content)
         if plain[: content.before[0]] == b" ":
             written.unsaid[start] = content.before[0]
@@ -274,27 +276,34 @@ class Retokeniser:
         again = text if ours.written and not plain.startswith(b" ") else theirs.before(text)
         return Content(again, _before(plain, again, text), _kind(ours.written, theirs.written))
 
-    def _answer(self, plain: bytes, prompt: Sequence[int]) -> Content | None:
+    def _answer(self, plain: bytes, prompt: Sequence[int], again: int) -> Content | None:
         """What it writes for an answer to a prompt of its template, which begins as that template lets it begin.
 
-        None where it is another prompt. A student that begins in no such way is read as it wrote, unless its prompt
-        may have that already.
+        None where it is another prompt. A student that begins in no such way is read as it wrote, unless the teacher's
+        prompt has that already, or the student's had what it lacks.
         """
         ours, theirs = self._leads
         if ours is None or theirs is None or not theirs.follows(prompt, self.teacher.tokenizer):
             return None
-        begun, ends_so = plain.startswith(ours.content), list(prompt[-len(theirs.again) :]) == theirs.again
-        if not begun and ours.again and ends_so:  # so have both
+        first = ours.behind if ours.again and not again else ours.content
+        thinks = not (first and plain.startswith(first))
+        if thinks and ours.thought and not again:  # it goes on with what its prompt has begun
+            opened = b"" if theirs.thought else ours.thought
+            return Content(opened + plain, (0, len(opened)), UNPAIRED if opened else BOUNDARY)
+        if thinks and theirs.thinks(plain):
+            behind = theirs.behind_thought(plain) if theirs.thought else plain
+            return Content(behind, (len(plain) - len(behind), 0), UNPAIRED if theirs.thought else BOUNDARY)
+        ends_so = list(prompt[-len(theirs.again) :]) == theirs.again
+        if ends_so and ours.again and not again and not first and not theirs.thought:  # so have both
             return Content(plain)
-        first = b"" if not begun and ours.again else ours.content
         kind = BOUNDARY if first == theirs.content else UNPAIRED
         if {first, theirs.content} == {b"", b" "}:
             kind = _kind(bool(first), bool(theirs.content))
-        if not plain.startswith(first):
+        if not plain.startswith(first) and not theirs.thought:
             return Content(plain, kind=kind)
         text = plain.removeprefix(first)
-        again = theirs.content + text
-        return Content(again, _before(plain, again, text), kind, len(theirs.again) if ends_so else 0)
+        written = theirs.content + text
+        return Content(written, _before(plain, written, text), kind, len(theirs.again) if ends_so else 0)
 
     def _counts(self, ids: Sequence[int], again: Sequence[int], content: Content) -> list[int]:
         """How many of the teacher's tokens end in each of the student's."""
