@@ -94,14 +94,19 @@ class Place:
 
 
 class Retokeniser:
-    """Student and teacher by their tokenizers.
+    """Student and teacher by their tokenizers, and by the `ends` at which either model stops.
 
     Raises:
         ValueError: one of them changes text, or its tokens cannot be read as bytes.
     """
 
-    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
-        roles = special_pairs(student, teacher)
+    def __init__(
+        self,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        ends: Sequence[Sequence[int]] = ((), ()),
+    ):
+        roles = special_pairs(student, teacher, ends)
         self.student = Spelled(student, {s for s, _ in roles})
         self.teacher = Spelled(teacher, {t for _, t in roles})
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several

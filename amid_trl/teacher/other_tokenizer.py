@@ -28,7 +28,8 @@ UNALIGNED_NAMED = 5
 class OtherTokenizerTeacher:
     """A teacher in memory that is asked in the student's tokens, and answers in its own.
 
-    What a text is in the teacher's tokens is found by the bytes of the student's, whoever wrote it.
+    What a text is in the teacher's tokens is found by the bytes of the student's, whoever wrote it. `ends` are the
+    tokens at which the student stops, and those at which the teacher does.
     """
 
     rows_at_once = 1
@@ -42,8 +43,9 @@ class OtherTokenizerTeacher:
         tokenizer: PreTrainedTokenizerBase,
         teachers: PreTrainedTokenizerBase,
         datasets: Mapping[str, Any],
+        ends: Sequence[Sequence[int]],
     ):
-        self._teacher, self._retokeniser = teacher, Retokeniser(tokenizer, teachers)
+        self._teacher, self._retokeniser = teacher, Retokeniser(tokenizer, teachers, ends)
         self.unaligned_rows = 0
         for name, dataset in datasets.items():
             self._check(name, dataset)

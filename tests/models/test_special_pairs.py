@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from small_tokenizers import byte_fallback, other_order, special_first
+from small_tokenizers import byte_fallback, other_ends, other_order, special_first
 from tokenizers import AddedToken
 
 from amid_trl.maths.outcomes import BOUNDARY
@@ -73,3 +73,32 @@ def test_what_ends_a_turn_is_no_text_whatever_its_flag():
     outcomes, row = pair.pairs.outcomes, ids(student, "Yes.<turn|>\nNo.<turn|>")
     assert pair.write(row).ids == ids(teacher, "Yes.<|im_end|>\nNo.<|im_end|>")
     assert (outcomes.teacher == outcomes.student[ours]).nonzero().tolist() == [[theirs]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([], [], []),
+        (["<|im_end|>", "<|endoftext|>"], ["<|end_of_text|>", "<|eot_id|>"], [("<|endoftext|>", "<|end_of_text|>")]),
+        (["<|im_end|>", "<|endoftext|>"], ["<|eot_id|>"], [("<|endoftext|>", "<|eot_id|>")]),
+        (["<|im_end|>"], ["<|end_of_text|>", "<|eot_id|>"], [("<|im_end|>", "<|end_of_text|>")]),
+        (["<|im_end|>", "."], ["!", "<|eot_id|>"], []),
+    ],
+    ids=["unknown", "both", "the student", "the teacher", "words"],
+)
+def test_where_a_model_stops_besides_is_an_end_of_a_text(ours, theirs, expected):
+    """Words are none: what a model stops at may be text."""
+    student, teacher = other_order(), other_ends()
+    ends = student.convert_tokens_to_ids(ours), teacher.convert_tokens_to_ids(theirs)
+    pairs = [
+        (student.convert_ids_to_tokens(s), teacher.convert_ids_to_tokens(t))
+        for s, t in special_pairs(student, teacher, ends)
+    ]
+    assert pairs == [("<|im_end|>", "<|eot_id|>"), *expected]
+    pair = Retokeniser(student, teacher, ends)
+    for s, t in expected:
+        row = [*ids(student, "Yes."), student.convert_tokens_to_ids(s)]
+        outcomes = pair.pairs.outcomes
+        assert outcomes.student[row[-1]] == outcomes.teacher[teacher.convert_tokens_to_ids(t)] != outcomes.rest
+        if s != "<|im_end|>":  # which is read as the end of a turn
+            assert pair.write(row).ids == [*ids(teacher, "Yes."), teacher.convert_tokens_to_ids(t)]
