@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
-from amid_trl.models.answer_leads import answer_lead
+from amid_trl.models.answer_leads import Content, answer_lead, answered, bytes_before, kind_of_place, thought_marks
 from amid_trl.models.paired_tokens import PairedTokens, paired_tokens
-from amid_trl.models.same_tokens import beginning, opening, partners, special_pairs
+from amid_trl.models.same_tokens import beginning, opening, partners, silent_tokens, special_pairs
 from amid_trl.models.spelled import Space, Spelled
 from amid_trl.models.spelling import boundaries_before_change, shared_boundaries
 
@@ -35,22 +35,6 @@ class WrittenAgain(NamedTuple):
     spaced: dict[int, int]
     counts: list[int]
     unsaid: dict[int, int]
-
-
-class Content(NamedTuple):
-    """What the teacher writes for a text between special tokens.
-
-    Attributes:
-        teacher: the bytes.
-        before: how many bytes in front, of the student's and of these, are not in the text.
-        kind: what the place in front of it is.
-        again: how many of the teacher's tokens in front of it are written anew with it.
-    """
-
-    teacher: bytes
-    before: tuple[int, int] = (0, 0)
-    kind: int = BOUNDARY
-    again: int = 0
 
 
 class _Side(NamedTuple):
@@ -106,9 +90,12 @@ class Retokeniser:
         teacher: PreTrainedTokenizerBase,
         ends: Sequence[Sequence[int]] = ((), ()),
     ):
-        roles = special_pairs(student, teacher, ends)
-        self.student = Spelled(student, {s for s, _ in roles})
-        self.teacher = Spelled(teacher, {t for _, t in roles})
+        marks = thought_marks(student) | thought_marks(teacher)
+        roles = special_pairs(student, teacher, ends, marks)
+        self.student, self.teacher = (
+            Spelled(each, silent_tokens(each, marks).union(pair[side] for pair in roles))
+            for side, each in enumerate((student, teacher))
+        )
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
         if not self.teacher.loses:  # it would know what the student's unknown token stands for
             specials = {s: t for s, t in specials.items() if s != self.student.unknown}
@@ -277,38 +264,20 @@ class Retokeniser:
             ours, theirs = (side.behind_special if begins else Space() for side in (self.student, self.teacher))
         text = ours.text_of(plain)
         if ours == theirs:
-            return Content(plain, _before(plain, plain, text))
+            return Content(plain, bytes_before(plain, plain, text))
         again = text if ours.written and not plain.startswith(b" ") else theirs.before(text)
-        return Content(again, _before(plain, again, text), _kind(ours.written, theirs.written))
+        return Content(again, bytes_before(plain, again, text), kind_of_place(ours.written, theirs.written))
 
     def _answer(self, plain: bytes, prompt: Sequence[int], again: int) -> Content | None:
         """What it writes for an answer to a prompt of its template, which begins as that template lets it begin.
 
-        None where it is another prompt. A student that begins in no such way is read as it wrote, unless the teacher's
-        prompt has that already, or the student's had what it lacks.
+        None where it is another prompt.
         """
         ours, theirs = self._leads
         if ours is None or theirs is None or not theirs.follows(prompt, self.teacher.tokenizer):
             return None
-        first = ours.behind if ours.again and not again else ours.content
-        thinks = not (first and plain.startswith(first))
-        if thinks and ours.thought and not again:  # it goes on with what its prompt has begun
-            opened = b"" if theirs.thought else ours.thought
-            return Content(opened + plain, (0, len(opened)), UNPAIRED if opened else BOUNDARY)
-        if thinks and theirs.thinks(plain):
-            behind = theirs.behind_thought(plain) if theirs.thought else plain
-            return Content(behind, (len(plain) - len(behind), 0), UNPAIRED if theirs.thought else BOUNDARY)
         ends_so = list(prompt[-len(theirs.again) :]) == theirs.again
-        if ends_so and ours.again and not again and not first and not theirs.thought:  # so have both
-            return Content(plain)
-        kind = BOUNDARY if first == theirs.content else UNPAIRED
-        if {first, theirs.content} == {b"", b" "}:
-            kind = _kind(bool(first), bool(theirs.content))
-        if not plain.startswith(first) and not theirs.thought:
-            return Content(plain, kind=kind)
-        text = plain.removeprefix(first)
-        written = theirs.content + text
-        return Content(written, _before(plain, written, text), kind, len(theirs.again) if ends_so else 0)
+        return answered(ours, theirs, plain, again, len(theirs.again) if ends_so else 0)
 
     def _counts(self, ids: Sequence[int], again: Sequence[int], content: Content) -> list[int]:
         """How many of the teacher's tokens end in each of the student's."""
@@ -383,14 +352,3 @@ class Retokeniser:
 def _side(student: Spelled, teacher: Spelled, pairs: PairedTokens) -> _Side:
     several = (pairs.outcomes.student.bincount(minlength=pairs.outcomes.rest + 1) > 1).tolist()
     return _Side(student, teacher, pairs, pairs.outcomes.student.tolist(), several)
-
-
-def _kind(ours: bool, theirs: bool) -> int:
-    """That of a place at which the student, or the teacher, writes a space that is not in the text."""
-    if ours == theirs:
-        return BOUNDARY
-    return STUDENTS_SPACE if ours else TEACHERS_SPACE
-
-
-def _before(plain: bytes, again: bytes, text: bytes) -> tuple[int, int]:
-    return len(plain) - len(text), len(again) - len(text)

@@ -41,7 +41,7 @@ class Space(NamedTuple):
 
 
 class Spelled:
-    """A tokenizer with the bytes of its tokens; `silent` are such as are no text, beside its special ones.
+    """A tokenizer with the bytes of its tokens; the `silent` are no text, by default those that it calls special.
 
     Attributes:
         unknown: the token for what it cannot write; None without one.
@@ -51,7 +51,7 @@ class Spelled:
         ValueError: as `token_bytes`: the tokenizer changes text, or its tokens cannot be read as bytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, silent: Collection[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, silent: Collection[int] | None = None):
         self.tokenizer = tokenizer
         self.bytes = self._words = token_bytes(tokenizer, silent)
         backend: Any = tokenizer
@@ -198,7 +198,7 @@ def completed(begun: bytes) -> Iterator[str]:
                 yield (begun + bytes(following)).decode()
 
 
-def _without_space(spec: dict[str, Any], silent: Collection[int]) -> Tokenizer:
+def _without_space(spec: dict[str, Any], silent: Collection[int] | None) -> Tokenizer:
     """The tokenizer of a tokenizer.json that writes no space in front of a text, and what writes nothing as text."""
     made = copy.deepcopy({name: spec[name] for name in ("normalizer", "pre_tokenizer")})
     normalizer: dict[str, Any] = made["normalizer"] or {"type": "Sequence", "normalizers": []}
@@ -209,7 +209,8 @@ def _without_space(spec: dict[str, Any], silent: Collection[int]) -> Tokenizer:
         part |= {"prepend_scheme": "never"} if "prepend_scheme" in part else {}
         part |= {"add_prefix_space": False} if "add_prefix_space" in part else {}
     made["added_tokens"] = [
-        {**token, "special": token["special"] or token["id"] in silent} for token in spec["added_tokens"]
+        {**token, "special": token["special"] if silent is None else token["id"] in silent}
+        for token in spec["added_tokens"]
     ]
     written = Tokenizer.from_str(json.dumps({**spec, **made, "truncation": None, "padding": None}))
     written.encode_special_tokens = True

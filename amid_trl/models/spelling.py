@@ -18,13 +18,14 @@ TRIALS = (
 )
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase, silent: Collection[int] = ()) -> list[bytes | None]:
+def token_bytes(tokenizer: PreTrainedTokenizerBase, silent: Collection[int] | None = None) -> list[bytes | None]:
     """The bytes that each token writes, by its id; None for special tokens, the unknown one, and ids without a token.
+
+    Special are the `silent`; by default those that the tokenizer calls so.
 
     What a row of ids writes is the concatenation, valid UTF-8 or not: `b"".join(table[i] for i in ids)`. A token may
     be a part of a character. SentencePiece tokenizers write one space more in front of a text, which
-    `shared_boundaries` knows. An added token that is not special is its own text, unless it is
-    one of the `silent`.
+    `shared_boundaries` knows. An added token that is not special is its own text.
 
     Known are byte-level tokens (GPT-2, Llama 3, Qwen) and those of SentencePiece, with a mark for a space and bytes
     such as <0x0A> (Llama 2, Gemma). Whatever a tokenizer's `decode` tidies up has no part in it.
@@ -42,12 +43,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, silent: Collection[int] = ()
     spec = json.loads(backend.to_str())
     spelled = _spelling(spec["decoder"], {token["content"] for token in spec["added_tokens"]}, who)
     vocabulary = tokenizer.get_vocab()
-    special = {*tokenizer.all_special_ids, *(token["id"] for token in spec["added_tokens"] if token["special"])}
+    if silent is None:
+        silent = {*tokenizer.all_special_ids, *(token["id"] for token in spec["added_tokens"] if token["special"])}
     unknown = spec["model"].get("unk_token")
-    special.add(vocabulary.get(unknown, spec["model"].get("unk_id")))
+    no_text = {*silent, vocabulary.get(unknown, spec["model"].get("unk_id"))}
     table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
-        if i not in special and i not in silent:
+        if i not in no_text:
             table[i] = spelled(token)
     _check_trials(tokenizer, table, who)
     return table

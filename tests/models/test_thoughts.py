@@ -22,12 +22,12 @@ OPENS_ITSELF, IN_PROMPT = ["qwen3"], ["qwen3_5_think", "deepseek_r1_distill", "n
 THINK, DO_NOT = [*OPENS_ITSELF, *IN_PROMPT], ["qwen2_5", "llama3_1"]
 
 
-def with_template(build, name: str, marks: bool):
-    """As these models have it, <think> is an added token that is not special; or it is none."""
+def with_template(build, name: str, marks: bool | None):
+    """As most of these models have it, <think> is an added token that is not special; or it is that, or none."""
     tokenizer = build()
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    if marks:
-        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")])
+    if marks is not None:
+        tokenizer.add_tokens([AddedToken(mark, special=marks, normalized=False) for mark in ("<think>", "</think>")])
     return tokenizer
 
 
@@ -41,7 +41,7 @@ def chat(tokenizer, *messages: dict[str, str]) -> str:
 
 
 @cache
-def pair_of(ours: str, theirs: str, marks: tuple[bool, bool] = (True, True)) -> Retokeniser:
+def pair_of(ours: str, theirs: str, marks: tuple[bool | None, bool | None] = (False, False)) -> Retokeniser:
     return Retokeniser(with_template(other_order, ours, marks[0]), with_template(special_first, theirs, marks[1]))
 
 
@@ -49,10 +49,14 @@ def pair_of(ours: str, theirs: str, marks: tuple[bool, bool] = (True, True)) -> 
 @pytest.mark.parametrize(
     ("ours", "theirs", "marks"),
     [
-        *((*names, (True, True)) for names in product(THINK, [*THINK, *DO_NOT])),
-        ("qwen3", "qwen3_5_think", (False, True)),
-        ("qwen3_5_think", "qwen3", (True, False)),
-        ("deepseek_r1_distill", "llama3_1", (True, False)),
+        *((*names, (False, False)) for names in product(THINK, [*THINK, *DO_NOT])),
+        ("qwen3", "qwen3_5_think", (None, False)),
+        ("qwen3_5_think", "qwen3", (False, None)),
+        ("deepseek_r1_distill", "llama3_1", (False, None)),
+        ("qwen3", "qwen3_5_think", (True, False)),
+        ("qwen3", "deepseek_r1_distill", (False, True)),
+        ("nemotron_3_nano", "qwen3", (True, True)),
+        ("qwen3_5_think", "llama3_1", (True, None)),
     ],
 )
 def test_a_thought_is_read_once_and_as_a_thought(ours, theirs, marks, end):
@@ -99,3 +103,12 @@ def test_what_opens_an_answer_is_no_thought():
     )
     lead = answer_lead(Spelled(tokenizer))
     assert lead is not None and lead.mark == lead.thought == b""
+
+
+@pytest.mark.parametrize("marks", [(False, False), (True, False), (True, True), (True, None), (None, True)])
+def test_what_marks_a_thought_is_text_whatever_either_calls_special(marks):
+    """So that one without such a token knows how it begins."""
+    pair = pair_of("qwen3", "qwen3_5_think", marks)
+    outcomes = pair.pairs.outcomes
+    ours, theirs = (ids(each.tokenizer, "<think>")[0] for each in (pair.student, pair.teacher))
+    assert outcomes.student[ours] == outcomes.teacher[theirs] != outcomes.rest
