@@ -230,7 +230,8 @@ def _padded(
 def teachers_view(batch: Batch) -> Batch:
     """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any.
 
-    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written.
+    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written; `prompt_again`
+    how many of the last tokens of the student's prompt the completion writes anew.
     """
     if "teacher_input_ids" not in batch:
         return batch
@@ -238,8 +239,9 @@ def teachers_view(batch: Batch) -> Batch:
     names = (("prompts", "prompt_attention_mask"), ("input_ids", "attention_mask"))
     rows = (unpadded(batch[ids], batch[mask]) for ids, mask in names)
     lengths = [completion_length(prompt.tolist(), row.tolist()) for prompt, row in zip(*rows, strict=True)]
-    whole = batch["teacher_attention_mask"].sum(-1)
-    read["own_prompt"] = whole - torch.tensor(lengths, device=whole.device)
+    completions = torch.tensor(lengths, device=batch["input_ids"].device)
+    prompts, own, whole = (batch[f"{name}attention_mask"].sum(-1) for name in ("prompt_", "", "teacher_"))
+    read["own_prompt"], read["prompt_again"] = whole - completions, prompts + completions - own
     return {**read, TEACHER: batch[TEACHER]} if TEACHER in batch else read
 
 

@@ -1,15 +1,40 @@
 """What a chat template writes between the prompt for an answer and the answer itself, in a tokenizer's tokens."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from amid_trl._trl import common_prefix_length
 from amid_trl.data.messages import Message
 from amid_trl.data.rendering import renderer
 from amid_trl.data.rows import BadRow
+from amid_trl.maths.outcomes import BOUNDARY, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
 from amid_trl.models.spelled import Spelled
 from amid_trl.models.turn_ends import ANSWER, QUESTION
+
+
+# The mark that a prompt ends in, as <think>; and one that is closed as soon as it is opened.
+OPEN = re.compile(r"<([^<>/|\uff5c]+)>\s*$")
+EMPTY = re.compile(r"<([^<>/|\uff5c]+)>\s*</\1>")
+
+
+class Content(NamedTuple):
+    """What the teacher writes for a text between special tokens.
+
+    Attributes:
+        teacher: the bytes.
+        before: how many bytes in front, of the student's and of these, are not in the text.
+        kind: what the place in front of it is.
+        again: how many of the teacher's tokens in front of it are written anew with it.
+    """
+
+    teacher: bytes
+    before: tuple[int, int] = (0, 0)
+    kind: int = BOUNDARY
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,11 +45,17 @@ class AnswerLead:
         opening: the text behind a question, in which a prompt for an answer ends.
         again: the last tokens of such a prompt, if they are other ones where an answer follows.
         content: the bytes that stand before the answer's text in the tokens that the answer begins with.
+        behind: those that stand there behind all of the prompt, if that is what the answer follows.
+        mark: what opens a thought, if the template writes any.
+        thought: the bytes from there to the end of the prompt, if that opens one.
     """
 
     opening: str
     again: list[int]
     content: bytes
+    behind: bytes
+    mark: bytes
+    thought: bytes
 
     def follows(self, ids: Sequence[int], tokenizer: Any) -> bool:
         """Whether a prompt of these tokens is one for an answer."""
@@ -32,22 +63,99 @@ class AnswerLead:
         text = str(tokenizer.decode(last, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return text.endswith(self.opening)
 
+    def thinks(self, answer: bytes) -> bool:
+        """Whether an answer begins with a thought that it opens itself."""
+        return bool(self.mark) and answer.lstrip().startswith(self.mark)
+
+    def behind_thought(self, answer: bytes) -> bytes:
+        """What is left of such an answer behind a prompt that has opened the thought."""
+        own = self.thought if answer.startswith(self.thought) else self.mark
+        return answer.lstrip().removeprefix(own)
+
 
 def answer_lead(spelled: Spelled) -> AnswerLead | None:
     """That of the tokenizer's chat template; None without one, or where the template shows none."""
     tokenizer: Any = spelled.tokenizer
-    if tokenizer.chat_template is None:
+    texts = _rendered(tokenizer)
+    opening, lead = _behind_question(*texts)
+    prompt, whole = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    start = common_prefix_length(prompt, whole)
+    ends = [len(whole)] + [i for i in range(start, len(whole)) if spelled.written(whole[i : i + 1]) is None]
+    content, found, _ = (spelled.written(whole[start : min(ends[1:] or ends)]) or b"").partition(ANSWER.encode())
+    if not found or not opening:
         return None
+    behind = lead.removeprefix(opening) if lead.startswith(opening) else ""
+    return AnswerLead(opening, prompt[start:], content, behind.encode(), *_thought(opening, lead))
+
+
+def thought_marks(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """What its chat template writes around a thought."""
+    mark, _ = _thought(*_behind_question(*_rendered(tokenizer)))
+    return {mark.decode(), f"</{mark.decode()[1:]}"} if mark else set()
+
+
+def answered(ours: AnswerLead, theirs: AnswerLead, plain: bytes, again: int, teachers_again: int) -> Content:
+    """What the teacher writes for an answer of the student's behind a prompt of its own template.
+
+    The student's prompt has stood in front of it but for the last `again` of its tokens; of the teacher's the last
+    `teachers_again` may be written anew. A student that begins in no way that its template lets it begin is read as it
+    wrote, unless the teacher's prompt has that already, or the student's had what it lacks.
+    """
+    first = ours.behind if ours.again and not again else ours.content
+    thinks = not (first and plain.startswith(first))
+    if thinks and ours.thought and not again:  # it goes on with what its prompt has begun
+        opened = b"" if theirs.thought else ours.thought
+        return Content(opened + plain, (0, len(opened)), UNPAIRED if opened else BOUNDARY)
+    if thinks and theirs.thinks(plain):
+        behind = theirs.behind_thought(plain) if theirs.thought else plain
+        return Content(behind, (len(plain) - len(behind), 0), UNPAIRED if theirs.thought else BOUNDARY)
+    if teachers_again and ours.again and not again and not first and not theirs.thought:  # so have both
+        return Content(plain)
+    kind = BOUNDARY if first == theirs.content else UNPAIRED
+    if {first, theirs.content} == {b"", b" "}:
+        kind = kind_of_place(bool(first), bool(theirs.content))
+    if not plain.startswith(first) and not theirs.thought:
+        return Content(plain, kind=kind)
+    text = plain.removeprefix(first)
+    written = theirs.content + text
+    return Content(written, bytes_before(plain, written, text), kind, teachers_again)
+
+
+def kind_of_place(ours: bool, theirs: bool) -> int:
+    """That of a place at which the student, or the teacher, writes a space that is not in the text."""
+    if ours == theirs:
+        return BOUNDARY
+    return STUDENTS_SPACE if ours else TEACHERS_SPACE
+
+
+def bytes_before(plain: bytes, again: bytes, text: bytes) -> tuple[int, int]:
+    """How many bytes of either stand in front of the text that both write."""
+    return len(plain) - len(text), len(again) - len(text)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A prompt for an answer, and the chat with it; nothing without a template, or if it refuses them."""
     question: Message = {"role": "user", "content": QUESTION}
     answer: Message = {"role": "assistant", "content": ANSWER}
     try:
         render = renderer(tokenizer, None, {})
-        texts = render([question], generation_prompt=True).text, render([question, answer]).text
+        return render([question], generation_prompt=True).text, render([question, answer]).text
     except (BadRow, ValueError):
-        return None
-    prompt, whole = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    _, _, opening = texts[0].partition(QUESTION)
-    start = common_prefix_length(prompt, whole)
-    ends = [len(whole)] + [i for i in range(start, len(whole)) if spelled.written(whole[i : i + 1]) is None]
-    content, found, _ = (spelled.written(whole[start : min(ends[1:] or ends)]) or b"").partition(ANSWER.encode())
-    return AnswerLead(opening, prompt[start:], content) if found and opening else None
+        return "", ""
+
+
+def _behind_question(prompt: str, whole: str) -> tuple[str, str]:
+    """What stands there in a prompt, and in front of the answer."""
+    return prompt.partition(QUESTION)[2], whole.partition(QUESTION)[2].partition(ANSWER)[0]
+
+
+def _thought(opening: str, lead: str) -> tuple[bytes, bytes]:
+    """What opens a thought, and all of a prompt's end that does, by what stands between a question and its answer.
+
+    A mark at the end of a prompt that stays open there opens the answer itself.
+    """
+    found = OPEN.search(opening)
+    if found and (f"</{found[1]}>" in lead or f"<{found[1]}>" not in lead):
+        return f"<{found[1]}>".encode(), found[0].encode()
+    empty = EMPTY.search(lead)
+    return f"<{empty[1]}>".encode() if empty else b"", b""

@@ -8,15 +8,14 @@ token that goes with none is in the rest.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from itertools import islice, product
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from amid_trl.maths.outcomes import ENDS, Outcomes
 from amid_trl.models.kept_pairs import kept_pair
-from amid_trl.models.spelled import Spelled
+from amid_trl.models.spelled import Spelled, completed
 
 
 Path = tuple[int, ...]
@@ -102,28 +101,18 @@ def parts_of_characters(student: Spelled, teacher: Spelled) -> Iterator[tuple[in
     """
     words = sorted({word for spelled in (student, teacher) for word in spelled.bytes if word})
     known = {character for word in words for character in word.decode(errors="ignore") if not character.isascii()}
-    completed = {begun: list(_completed(begun)) for begun in {word[-size:] for word in words for size in (1, 2, 3)}}
-    characters = known.union(*completed.values())
+    endings = {begun: list(completed(begun)) for begun in {word[-size:] for word in words for size in (1, 2, 3)}}
+    characters = known.union(*endings.values())
     tried = {before + character.encode() for character in characters for before in (b"", b" ")}
     for word in words:
         for size in (1, 2, 3):
-            ends = completed.get(word[-size:], [])
+            ends = endings.get(word[-size:], [])
             ends = [end for end in ends if end in known] or ends[:1]
             tried.update(word[:-size] + end.encode() for end in ends)
     texts = sorted(tried)
     for s, t in zip(student.words(texts), teacher.words(texts), strict=True):
         if s and t and (_is_part(student.bytes[s[0]]) or _is_part(teacher.bytes[t[0]])):
             yield s[0], t[0]
-
-
-def _completed(begun: bytes) -> Iterator[str]:
-    """Some of the characters that begin with these bytes; none where they are no part of one."""
-    missing = next((size for lead, size in ((0xF0, 4), (0xE0, 3), (0xC2, 2)) if begun[0] >= lead), 0) - len(begun)
-    if missing > 0:
-        first = range(0x80, 0xC0) if missing == 1 else (0x80, 0x90, 0xA0, 0xB0)
-        for following in product(first, *[(0x80, 0xBF)] * (missing - 1)):
-            with suppress(UnicodeDecodeError):
-                yield (begun + bytes(following)).decode()
 
 
 def _is_part(word: bytes | None) -> bool:

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
-from amid_trl.models.answer_leads import answer_lead
+from amid_trl.models.answer_leads import Content, answer_lead, answered, bytes_before, kind_of_place, thought_marks
 from amid_trl.models.paired_tokens import PairedTokens, paired_tokens
-from amid_trl.models.same_tokens import beginning, opening, partners, special_pairs
+from amid_trl.models.same_tokens import beginning, opening, partners, silent_tokens, special_pairs
 from amid_trl.models.spelled import Space, Spelled
 from amid_trl.models.spelling import boundaries_before_change, shared_boundaries
 
@@ -35,22 +35,6 @@ class WrittenAgain(NamedTuple):
     spaced: dict[int, int]
     counts: list[int]
     unsaid: dict[int, int]
-
-
-class Content(NamedTuple):
-    """What the teacher writes for a text between special tokens.
-
-    Attributes:
-        teacher: the bytes.
-        before: how many bytes in front, of the student's and of these, are not in the text.
-        kind: what the place in front of it is.
-        again: how many of the teacher's tokens in front of it are written anew with it.
-    """
-
-    teacher: bytes
-    before: tuple[int, int] = (0, 0)
-    kind: int = BOUNDARY
-    again: int = 0
 
 
 class _Side(NamedTuple):
@@ -94,15 +78,24 @@ class Place:
 
 
 class Retokeniser:
-    """Student and teacher by their tokenizers.
+    """Student and teacher by their tokenizers, and by the `ends` at which either model stops.
 
     Raises:
         ValueError: one of them changes text, or its tokens cannot be read as bytes.
     """
 
-    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
-        self.student, self.teacher = Spelled(student), Spelled(teacher)
-        roles = special_pairs(student, teacher)
+    def __init__(
+        self,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        ends: Sequence[Sequence[int]] = ((), ()),
+    ):
+        marks = thought_marks(student) | thought_marks(teacher)
+        roles = special_pairs(student, teacher, ends, marks)
+        self.student, self.teacher = (
+            Spelled(each, silent_tokens(each, marks).union(pair[side] for pair in roles))
+            for side, each in enumerate((student, teacher))
+        )
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
         if not self.teacher.loses:  # it would know what the student's unknown token stands for
             specials = {s: t for s, t in specials.items() if s != self.student.unknown}
@@ -133,10 +126,12 @@ class Retokeniser:
         prompt: int = 0,
         teacher_prompt: Sequence[int] | None = None,
         longest: int | None = None,
+        again: int = 0,
     ) -> WrittenAgain:
         """The row for the teacher, cut where it is `longest` in the teacher's tokens.
 
-        With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens.
+        With a `teacher_prompt`, in its own tokens, it is that, and what is behind the row's first `prompt` tokens: an
+        answer that writes the last `again` tokens of the student's own prompt anew.
         """
         marked = False  # the row begins with a token that its tokenizer does not write in front of a text
         if teacher_prompt is None:
@@ -147,9 +142,8 @@ class Retokeniser:
         written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt, {})
         for start, end in self._pieces(ids, prompt):
             before = ids[start - 1] if start > prompt or marked else None
-            if not self._write_piece(
-                list(ids[start:end]), start, written, before, is_answer=teacher_prompt is not None
-            ):
+            answers = None if teacher_prompt is None else again
+            if not self._write_piece(list(ids[start:end]), start, written, before, answers):
                 break
         boundaries = written.boundaries
         if longest is not None and len(made) > longest:
@@ -193,11 +187,12 @@ class Retokeniser:
             yield begin, len(ids)
 
     def _write_piece(
-        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, *, is_answer: bool
+        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, answers: int | None
     ) -> bool:
-        """Append a special token, or the tokens between two; whether there was a way to write it.
+        """Append a special token, or the tokens between two; whether there was a way to write all of it.
 
-        `before` is the student's token that it follows; None of the row's first, or of an answer's.
+        `before` is the student's token that it follows; None of the row's first, or of an answer's. `answers` are the
+        tokens of the student's prompt that an answer writes anew; None where the row is no answer.
         """
         plain, state = self.student.written(ids), len(written.ids)
         if plain is None:
@@ -208,43 +203,46 @@ class Retokeniser:
             written.counts.append(len(again))
             written.boundaries[start + 1] = len(written.ids)
             return True
-        content = self._answer(plain, written.ids) if before is None and is_answer else None
-        content = content or self._content(plain, before, written.ids, is_answer=is_answer)
-        again = self._again(ids, plain, content)
-        if again is None:
-            return False
+        content = None if before is not None or answers is None else self._answer(plain, written.ids, answers)
+        content = content or self._content(plain, before, written.ids, is_answer=answers is not None)
+        again, end = self._again(ids, plain, content)
         if plain[: content.before[0]] == b" ":
             written.unsaid[start] = content.before[0]
         state -= content.again
         written.ids[state:] = again
-        written.boundaries.update({start: state, start + len(ids): len(written.ids)})
+        written.boundaries[start] = state
         if content.kind not in self._sides:
             del written.boundaries[start]
+        is_whole = end == len(content.teacher)
+        if is_whole:
+            written.boundaries[start + len(ids)] = len(written.ids)
         rows = ids, self.student.bytes, again, self.teacher.bytes, content.before
         try:
             shared = shared_boundaries(*rows)
             written.counts.extend(self._counts(ids, again, content))
-        except ValueError:  # the teacher's tokenizer has changed the text: from there on nothing is known within it
+        except ValueError:  # the teacher's tokenizer changes the text or cannot write it: behind that nothing is known
             shared = boundaries_before_change(*rows)
-            written.counts.extend([0] * (len(ids) - 1) + [len(again)])
+            ends = accumulate(len(self.student.bytes[token] or b"") for token in ids)
+            count = sum(place - content.before[0] <= end - content.before[1] for place in ends)
+            written.counts.extend([0] * (count - 1) + [len(again)] * bool(count))
         for place in shared:
             written.boundaries[start + place.tokens_a] = state + place.tokens_b
         if content.kind in self._sides and content.kind != BOUNDARY:
             written.boundaries[start], written.spaced[start] = state, content.kind
-        return True
+        return is_whole
 
-    def _again(self, ids: list[int], plain: bytes, content: Content) -> list[int] | None:
-        """What the teacher writes for it.
+    def _again(self, ids: list[int], plain: bytes, content: Content) -> tuple[list[int], int]:
+        """What the teacher writes for it, and for how many of its bytes.
 
         Where both tokenizers write it in the same tokens, and the student has split it in others, these are the
         student's: a student splits words as no tokenizer would.
         """
-        theirs = self.teacher.write(content.teacher)
-        if content.teacher == plain and self._partners.keys() >= {*ids} and theirs is not None:
-            own = self.student.write(plain) or []
+        theirs, end = self.teacher.write(content.teacher)
+        if content.teacher == plain and self._partners.keys() >= {*ids}:
+            own, _ = self.student.write(plain)
             if own != ids and [self._partners.get(token) for token in own] == theirs:
-                return [self._partners[token] for token in ids]
-        return theirs
+                return [self._partners[token] for token in ids], len(plain)
+        return theirs, end
 
     def _special(self, token: int) -> list[int] | None:
         """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for."""
@@ -252,7 +250,7 @@ class Retokeniser:
         if own is not None:
             return [own]
         name: Any = self.student.tokenizer.convert_ids_to_tokens(token)
-        return None if name is None or token == self.student.unknown else self.teacher.write(name.encode())
+        return None if name is None or token == self.student.unknown else self.teacher.write(name.encode())[0]
 
     def _content(self, plain: bytes, before: int | None, written: Sequence[int], *, is_answer: bool) -> Content:
         """What the teacher writes for the student's bytes, behind what is `written`."""
@@ -266,31 +264,20 @@ class Retokeniser:
             ours, theirs = (side.behind_special if begins else Space() for side in (self.student, self.teacher))
         text = ours.text_of(plain)
         if ours == theirs:
-            return Content(plain, _before(plain, plain, text))
+            return Content(plain, bytes_before(plain, plain, text))
         again = text if ours.written and not plain.startswith(b" ") else theirs.before(text)
-        return Content(again, _before(plain, again, text), _kind(ours.written, theirs.written))
+        return Content(again, bytes_before(plain, again, text), kind_of_place(ours.written, theirs.written))
 
-    def _answer(self, plain: bytes, prompt: Sequence[int]) -> Content | None:
+    def _answer(self, plain: bytes, prompt: Sequence[int], again: int) -> Content | None:
         """What it writes for an answer to a prompt of its template, which begins as that template lets it begin.
 
-        None where it is another prompt. A student that begins in no such way is read as it wrote, unless its prompt
-        may have that already.
+        None where it is another prompt.
         """
         ours, theirs = self._leads
         if ours is None or theirs is None or not theirs.follows(prompt, self.teacher.tokenizer):
             return None
-        begun, ends_so = plain.startswith(ours.content), list(prompt[-len(theirs.again) :]) == theirs.again
-        if not begun and ours.again and ends_so:  # so have both
-            return Content(plain)
-        first = b"" if not begun and ours.again else ours.content
-        kind = BOUNDARY if first == theirs.content else UNPAIRED
-        if {first, theirs.content} == {b"", b" "}:
-            kind = _kind(bool(first), bool(theirs.content))
-        if not plain.startswith(first):
-            return Content(plain, kind=kind)
-        text = plain.removeprefix(first)
-        again = theirs.content + text
-        return Content(again, _before(plain, again, text), kind, len(theirs.again) if ends_so else 0)
+        ends_so = list(prompt[-len(theirs.again) :]) == theirs.again
+        return answered(ours, theirs, plain, again, len(theirs.again) if ends_so else 0)
 
     def _counts(self, ids: Sequence[int], again: Sequence[int], content: Content) -> list[int]:
         """How many of the teacher's tokens end in each of the student's."""
@@ -365,14 +352,3 @@ class Retokeniser:
 def _side(student: Spelled, teacher: Spelled, pairs: PairedTokens) -> _Side:
     several = (pairs.outcomes.student.bincount(minlength=pairs.outcomes.rest + 1) > 1).tolist()
     return _Side(student, teacher, pairs, pairs.outcomes.student.tolist(), several)
-
-
-def _kind(ours: bool, theirs: bool) -> int:
-    """That of a place at which the student, or the teacher, writes a space that is not in the text."""
-    if ours == theirs:
-        return BOUNDARY
-    return STUDENTS_SPACE if ours else TEACHERS_SPACE
-
-
-def _before(plain: bytes, again: bytes, text: bytes) -> tuple[int, int]:
-    return len(plain) - len(text), len(again) - len(text)

@@ -1,5 +1,7 @@
 """What two tokenizers have in common: special tokens that mean the same, and tokens that write the same."""
 
+from collections.abc import Collection, Sequence
+from itertools import product
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,27 +19,45 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
-def special_pairs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+def special_pairs(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    ends: Sequence[Sequence[int]] = ((), ()),
+    spoken: Collection[str] = (),
+) -> list[tuple[int, int]]:
     """The special tokens that mean the same: those of one name, the ends of a turn, the ends of a text.
 
-    Where one model has a single token for several ends, they all are one outcome.
+    `ends` are the tokens at which either model stops: of these all that have no partner yet end a text. An added token
+    that is special in one of them, or an end, is it in both; the `spoken` are text in both. Where one model has
+    one token for several ends, they all are one outcome.
     """
-    names = [
-        {
-            token.content: i
-            for i, token in each.added_tokens_decoder.items()
-            if token.special or i in each.all_special_ids
-        }
+    names = [{token.content: i for i, token in each.added_tokens_decoder.items()} for each in (student, teacher)]
+    special = {
+        each.added_tokens_decoder[i].content
         for each in (student, teacher)
-    ]
-    ends = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
-    ours, theirs = (eos if end is None else end for end, eos in ends)
+        for i in silent_tokens(each, spoken) & each.added_tokens_decoder.keys()
+    }
+    turns = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
+    ours, theirs = (eos if end is None else end for end, eos in turns)
     pairs: list[tuple[Any, Any]] = [
         (ours, theirs),
         (student.eos_token_id, teacher.eos_token_id),
-        *((i, names[1][name]) for name, i in names[0].items() if name in names[1]),
+        *((i, names[1][name]) for name, i in names[0].items() if name in names[1] and name in special),
     ]
+    left: list[list[Any]] = [
+        [end for end in ends[side] if end in names[side].values() and end not in {pair[side] for pair in pairs}]
+        or [each.eos_token_id]
+        for side, each in enumerate((student, teacher))
+    ]
+    pairs += product(*left)
     return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]
+
+
+def silent_tokens(tokenizer: PreTrainedTokenizerBase, spoken: Collection[str]) -> set[int]:
+    """Those that it calls special, without the `spoken`."""
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return {i for i in special if i not in added or added[i].content not in spoken}
 
 
 def opening(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[int | None, list[int]]:

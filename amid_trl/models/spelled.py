@@ -2,7 +2,10 @@
 
 import copy
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from itertools import product, takewhile, zip_longest
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -17,6 +20,8 @@ BEFORE = ("\n", "a", ".", "1")
 
 # What no vocabulary has as a token: only bytes can write it, or the unknown token.
 UNHEARD_OF = "\ue000\U000f0000\U0010fffd"
+# Bytes that are no text, as `surrogateescape` decodes them.
+BROKEN = re.compile("([\udc80-\udcff]+)")
 
 
 class Space(NamedTuple):
@@ -36,7 +41,7 @@ class Space(NamedTuple):
 
 
 class Spelled:
-    """A tokenizer with the bytes of its tokens.
+    """A tokenizer with the bytes of its tokens; the `silent` are no text, by default those that it calls special.
 
     Attributes:
         unknown: the token for what it cannot write; None without one.
@@ -46,13 +51,13 @@ class Spelled:
         ValueError: as `token_bytes`: the tokenizer changes text, or its tokens cannot be read as bytes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, silent: Collection[int] | None = None):
         self.tokenizer = tokenizer
-        self.bytes = self._words = token_bytes(tokenizer)
+        self.bytes = self._words = token_bytes(tokenizer, silent)
         backend: Any = tokenizer
         self._backend = backend.backend_tokenizer
         spec = json.loads(self._backend.to_str())
-        self._without_space = _without_space(spec)
+        self._without_space = _without_space(spec, silent)
         unknown = spec["model"].get("unk_token")
         self.unknown: int | None = tokenizer.get_vocab().get(unknown, spec["model"].get("unk_id"))
         self.is_behind_space = False
@@ -110,23 +115,38 @@ class Spelled:
         return content[1:] if content.startswith(b" ") else None
 
     def write_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text and no space in front; the name of a special token is text in it."""
+        """The tokens of each text and no space in front; the name of a silent token is text in it."""
         return [made.ids for made in self._without_space.encode_batch(list(texts), add_special_tokens=False)]
 
-    def write(self, content: bytes) -> list[int] | None:
-        """The tokens of any bytes: what is no text byte by byte; None where there is no token for such a byte."""
-        ids: list[int] = []
-        while content:
-            try:
-                text, broken, content = content.decode(), b"", b""
-            except UnicodeDecodeError as error:
-                text = content[: error.start].decode()
-                broken, content = content[error.start : error.end], content[error.end :]
-            ids += self.write_texts([text])[0] if text else []
-            if any(byte not in self._single for byte in broken):
-                return None
-            ids += [self._single[byte] for byte in broken]
-        return ids
+    def write(self, content: bytes) -> tuple[list[int], int]:
+        """The tokens of any bytes, and of how many: up to the first that is no text and has no token."""
+        parts, ids, end = BROKEN.split(content.decode(errors="surrogateescape")), list[int](), 0
+        for text, escaped in zip_longest(parts[::2], parts[1::2], fillvalue=""):
+            broken = escaped.encode(errors="surrogateescape")
+            known = bytes(takewhile(self._single.__contains__, broken))
+            ids += self._write_broken(text, known)
+            end += len(text.encode()) + len(known)
+            if known != broken:
+                break
+        return ids, end
+
+    def _write_broken(self, text: str, broken: bytes) -> list[int]:
+        """The tokens of a text and of bytes behind it that are none: by the merges of the whole, or byte by byte."""
+        if self._letters is not None:
+            kinds = {character.isalnum(): character for character in completed(broken) if not character.isspace()}
+            cut = [self._write_cut(text, broken, character) for character in kinds.values()]
+            if any(cut):
+                return min(filter(None, cut), key=len)
+        alone = self._fragment(broken) or [self._single[byte] for byte in broken]
+        return [*self.write_texts([text])[0], *alone]
+
+    def _write_cut(self, text: str, begun: bytes, character: str) -> list[int] | None:
+        """As a text is written that goes on with this character, of which it has what is `begun`."""
+        made = self._without_space.encode(f"{text}{character}", add_special_tokens=False)
+        first = made.word_ids.index(made.word_ids[-1])
+        last = "".join(made.tokens[first:])[: len(begun) - len(character.encode())]
+        ids = [*made.ids[:first], *(token.id for token in self._backend.model.tokenize(last))]
+        return ids if self.written(ids) == text.encode() + begun else None
 
     def words(self, words: Sequence[bytes | None]) -> list[tuple[int, ...] | None]:
         """The tokens that each word is written in, in the middle of a text; None where it is never written alone."""
@@ -167,8 +187,19 @@ class Spelled:
         return None
 
 
-def _without_space(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json that writes no space in front of a text, and special tokens as text."""
+def completed(begun: bytes) -> Iterator[str]:
+    """Some of the characters that begin with these bytes; none where they are no part of one."""
+    lead = begun[0] if begun else 0
+    missing = next((size for least, size in ((0xF0, 4), (0xE0, 3), (0xC2, 2)) if lead >= least), 0) - len(begun)
+    if missing > 0:
+        first = range(0x80, 0xC0) if missing == 1 else (0x80, 0x90, 0xA0, 0xB0)
+        for following in product(first, *[(0x80, 0xBF)] * (missing - 1)):
+            with suppress(UnicodeDecodeError):
+                yield (begun + bytes(following)).decode()
+
+
+def _without_space(spec: dict[str, Any], silent: Collection[int] | None) -> Tokenizer:
+    """The tokenizer of a tokenizer.json that writes no space in front of a text, and what writes nothing as text."""
     made = copy.deepcopy({name: spec[name] for name in ("normalizer", "pre_tokenizer")})
     normalizer: dict[str, Any] = made["normalizer"] or {"type": "Sequence", "normalizers": []}
     parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
@@ -177,6 +208,10 @@ def _without_space(spec: dict[str, Any]) -> Tokenizer:
     for part in splitter.get("pretokenizers", [splitter]):
         part |= {"prepend_scheme": "never"} if "prepend_scheme" in part else {}
         part |= {"add_prefix_space": False} if "add_prefix_space" in part else {}
+    made["added_tokens"] = [
+        {**token, "special": token["special"] if silent is None else token["id"] in silent}
+        for token in spec["added_tokens"]
+    ]
     written = Tokenizer.from_str(json.dumps({**spec, **made, "truncation": None, "padding": None}))
     written.encode_special_tokens = True
     return written

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -18,8 +18,10 @@ TRIALS = (
 )
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+def token_bytes(tokenizer: PreTrainedTokenizerBase, silent: Collection[int] | None = None) -> list[bytes | None]:
     """The bytes that each token writes, by its id; None for special tokens, the unknown one, and ids without a token.
+
+    Special are the `silent`; by default those that the tokenizer calls so.
 
     What a row of ids writes is the concatenation, valid UTF-8 or not: `b"".join(table[i] for i in ids)`. A token may
     be a part of a character. SentencePiece tokenizers write one space more in front of a text, which
@@ -41,12 +43,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     spec = json.loads(backend.to_str())
     spelled = _spelling(spec["decoder"], {token["content"] for token in spec["added_tokens"]}, who)
     vocabulary = tokenizer.get_vocab()
-    silent = {*tokenizer.all_special_ids, *(token["id"] for token in spec["added_tokens"] if token["special"])}
+    if silent is None:
+        silent = {*tokenizer.all_special_ids, *(token["id"] for token in spec["added_tokens"] if token["special"])}
     unknown = spec["model"].get("unk_token")
-    silent.add(vocabulary.get(unknown, spec["model"].get("unk_id")))
+    no_text = {*silent, vocabulary.get(unknown, spec["model"].get("unk_id"))}
     table: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
-        if i not in silent:
+        if i not in no_text:
             table[i] = spelled(token)
     _check_trials(tokenizer, table, who)
     return table

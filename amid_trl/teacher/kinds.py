@@ -9,6 +9,7 @@ from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import States
 from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher
+from amid_trl.models.generation import eos_token_ids, generation_config_of
 from amid_trl.run import Run
 from amid_trl.teacher.adapter import AdapterTeacher
 from amid_trl.teacher.cache import LOAD_IT, CachedTeacher, open_cache, whole_cache
@@ -85,7 +86,11 @@ def open_teacher(
         how: Any = {"name": name, "offloaded": run.args.teacher_offload, "padding_free": padding_free}
         own = ModelTeacher(model, run.accelerator, run.renamed, **how)
         other = run.teacher_tokenizer
-        teacher = own if other is None else OtherTokenizerTeacher(own, run.tokenizer, other, datasets)
+        teacher = own
+        if other is not None:
+            known: Any = (run.tokenizer, student), (other, run.accelerator.unwrap_model(model))
+            ends = [eos_token_ids(tokenizer, generation_config_of(each)) for tokenizer, each in known]
+            teacher = OtherTokenizerTeacher(own, run.tokenizer, other, datasets, ends)
     if not run.args.teacher_cache_fill:
         return teacher
     if teacher.is_sparse:

@@ -28,7 +28,8 @@ UNALIGNED_NAMED = 5
 class OtherTokenizerTeacher:
     """A teacher in memory that is asked in the student's tokens, and answers in its own.
 
-    What a text is in the teacher's tokens is found by the bytes of the student's, whoever wrote it.
+    What a text is in the teacher's tokens is found by the bytes of the student's, whoever wrote it. `ends` are the
+    tokens at which the student stops, and those at which the teacher does.
     """
 
     rows_at_once = 1
@@ -42,8 +43,9 @@ class OtherTokenizerTeacher:
         tokenizer: PreTrainedTokenizerBase,
         teachers: PreTrainedTokenizerBase,
         datasets: Mapping[str, Any],
+        ends: Sequence[Sequence[int]],
     ):
-        self._teacher, self._retokeniser = teacher, Retokeniser(tokenizer, teachers)
+        self._teacher, self._retokeniser = teacher, Retokeniser(tokenizer, teachers, ends)
         self.unaligned_rows = 0
         for name, dataset in datasets.items():
             self._check(name, dataset)
@@ -94,15 +96,17 @@ class OtherTokenizerTeacher:
         for number, (ids, labels) in enumerate(rows):
             # In a row behind a prompt of the teacher's own this many tokens are the teacher's already.
             own = int(batch["own_prompt"][number]) if "own_prompt" in batch else None
-            prompt = None if own is None else ids[:own]
-            written, places = self._row(ids, labels, prompt)
+            prompt, again = (None, 0) if own is None else (ids[:own], int(batch["prompt_again"][number]))
+            written, places = self._row(ids, labels, prompt, again)
             if places and all(place.kind == UNPAIRED for place in places):
                 self._name(prompt or [], ids)
             made.append((written, places))
         return made
 
-    def _row(self, ids: list[int], labels: list[int], prompt: list[int] | None) -> tuple[WrittenAgain, list[Place]]:
-        written = self._retokeniser.write(ids, len(prompt or ()), prompt, self._teacher.positions)
+    def _row(
+        self, ids: list[int], labels: list[int], prompt: list[int] | None, again: int = 0
+    ) -> tuple[WrittenAgain, list[Place]]:
+        written = self._retokeniser.write(ids, len(prompt or ()), prompt, self._teacher.positions, again)
         return written, self._retokeniser.places(ids, labels, written)
 
     def _name(self, prompt: list[int], ids: list[int]) -> None:
@@ -123,10 +127,11 @@ class OtherTokenizerTeacher:
         for example in dataset:
             row: Any = example
             prefix = "teacher_" if "teacher_input_ids" in row else ""
-            ids, prompt = row[f"{prefix}input_ids"], None
+            ids, prompt, again = row[f"{prefix}input_ids"], None, 0
             if prefix:
-                prompt = ids[: len(ids) - completion_length(row["prompt_ids"], row["input_ids"])]
-            _, places = self._row(ids, row[f"{prefix}labels"], prompt)
+                count = completion_length(row["prompt_ids"], row["input_ids"])
+                prompt, again = ids[: len(ids) - count], len(row["prompt_ids"]) + count - len(row["input_ids"])
+            _, places = self._row(ids, row[f"{prefix}labels"], prompt, again)
             if any(place.kind != UNPAIRED for place in places):
                 return
             trained += bool(places)

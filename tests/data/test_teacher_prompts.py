@@ -70,7 +70,7 @@ def test_in_tokens_of_the_teachers_own_the_end_is_the_same_text(tokenizer, colum
             context = other(f"{HINT}Q: it is")["input_ids"]
             assert got["teacher_prompt_ids"] == whole and got["teacher_input_ids"] == context + completion
             read = teachers_view(DistillationCollator(0)([got]))
-            assert read["own_prompt"].tolist() == [len(context)]
+            assert read["own_prompt"].tolist() == [len(context)] and read["prompt_again"].tolist() == [1]
         else:
             with pytest.raises(ValueError, match=r"it ends in '.*Q: it is', and these tokens in ' '"):
                 prepared([{**row, **given}], tokenizer, teacher_tokenizer=other)

@@ -125,9 +125,9 @@ def test_an_answer_begins_for_the_teacher_as_its_own_template_lets_it_begin(ours
     )
     pair = Retokeniser(student, teacher)
     for text in (ANSWER, "amid the water"):
-        prompt, answer = chat(teacher, text)[0], chat(student, text)[1]
+        prompt, (_, answer, again) = chat(teacher, text)[0], chat(student, text)
         row = [*prompt, *answer]
-        written = pair.write(row, len(prompt), prompt)
+        written = pair.write(row, len(prompt), prompt, again=len(again))
         whole = [*prompt[: len(prompt) - len(chat(teacher, text)[2])], *chat(teacher, text)[1]]
         read, would_read = (teacher.decode(tokens).partition(text)[:2] for tokens in (written.ids, whole))
         assert read == would_read

@@ -115,6 +115,15 @@ def every_split() -> PreTrainedTokenizerFast:
     return wrapped(byte_level(models.BPE(vocabulary, merges, ignore_merges=True)))
 
 
+def other_ends() -> PreTrainedTokenizerFast:
+    """As Llama 3's too: its special tokens have names of their own, and a text ends with another than a turn."""
+    vocabulary, merges = trained("bytes")
+    numbered = {token: i for i, token in enumerate(reversed(vocabulary))}
+    tokenizer = wrapped(byte_level(models.BPE(numbered, merges)), ["<|end_of_text|>", "<|start|>", "<|eot_id|>"])
+    tokenizer.chat_template = CHATML.replace("<|im_start|>", "<|start|>").replace("<|im_end|>", "<|eot_id|>")
+    return tokenizer
+
+
 def byte_fallback() -> PreTrainedTokenizerFast:
     """As Llama 2's: pieces of characters, of bytes what is no known character, and a space in front of every text."""
     vocabulary, merges = trained("characters")

@@ -46,6 +46,10 @@ THINKS = (
 )
 
 
+# As DeepSeek's: the prompt opens a thought, and an answer without one has no trace of it.
+OPENS_A_THOUGHT = THINKS.replace("<think>\\n\\n</think>\\n\\n", "").replace("assistant\\n'", "assistant\\n<think>\\n'")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One teacher for the student's tokenizer, for one of other numbers, and for that with a template of its own."""
@@ -84,6 +88,22 @@ def test_with_one_template_it_is_the_dense_loss(train, folder, name):
         found.append(logged(trainer, "loss"))
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     assert logged(trainer, "aligned") == [1, 1]
+
+
+def test_behind_a_thought_that_the_prompt_opens_it_is_the_dense_loss(train, tmp_path):
+    """Also where the teacher's template is another one, which writes the same."""
+    rows, settings = TRAINED["the student's answers"]
+    one, two, found = in_order(), other_order(), []
+    one.chat_template, two.chat_template = OPENS_A_THOUGHT, OPENS_A_THOUGHT + "{#- its own -#}"
+    teacher = tiny_llama(one, seed=1)
+    save_tiny(tmp_path / "same", teacher, one)
+    save_tiny(tmp_path / "other", renumbered(teacher, one, two), two)
+    for folder in ("same", "other"):
+        given = {"model": tiny_llama(one, seed=0), "teacher_model": str(tmp_path / folder)}
+        trainer = train(**given, processing_class=one, train_dataset=rows(4), max_steps=1, **settings)
+        trainer.train()
+        found.append(logged(trainer, "loss"))
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_where_the_teacher_has_a_template_of_its_own_the_last_answer_is_trained_and_that_is_said(

@@ -11,6 +11,7 @@ from small_tokenizers import (
     byte_fallback,
     in_order,
     lossy,
+    other_ends,
     other_order,
     renumbered,
     spaces_by,
@@ -352,6 +353,21 @@ def test_rows_without_padding_give_the_loss_of_padded_ones(train, folder, arrang
     (loss, weight), (other, weight_of_other) = found
     assert other == pytest.approx(loss, abs=1e-5)
     torch.testing.assert_close(weight_of_other, weight, atol=1e-6, rtol=1e-4)
+
+
+def test_where_the_generation_configs_of_both_stop_a_text_ends(train, folder, tmp_path):
+    """Not only with the EOS that either tokenizer has, which ends a turn."""
+    other, given = other_ends(), settings(folder)
+    tokenizer, student, teacher = given["processing_class"], given["model"], tiny_llama(other, seed=1)
+    ours, theirs = (
+        each.convert_tokens_to_ids(list(ends))
+        for each, ends in ((tokenizer, ("<|im_end|>", "<|endoftext|>")), (other, ("<|eot_id|>", "<|end_of_text|>")))
+    )
+    student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = ours, theirs
+    save_tiny(tmp_path / "teacher", teacher, other)
+    outcomes = train(**given | {"teacher_model": str(tmp_path / "teacher")}).teacher.outcomes
+    found = outcomes.student[ours].tolist()
+    assert found == outcomes.teacher[theirs].tolist() and len({*found, outcomes.rest}) == 3
 
 
 def test_a_cache_of_such_a_teacher_is_refused(train, folder, tmp_path):
