@@ -98,13 +98,14 @@ def begin(wanted: Sequence[tuple[Any, str, RowTypes]]) -> None:
     """Begin to compile, in this order, what is not there yet: (object, name of its method, rows)."""
     if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
         return
-    jobs: list[Job] = []
     threads = torch.get_num_threads()
-    for owner, method, rows in wanted:
-        file = _file(owner, method, rows, threads)
-        if file.name not in _begun:
-            jobs.append(Job(owner, method, rows, threads, file))
-    missing = [job for job in jobs if not job.file.exists()]
+    try:
+        jobs = [Job(*each, threads, _file(*each, threads)) for each in wanted]
+        jobs = [job for job in jobs if job.file.name not in _begun]
+        missing = [job for job in jobs if not job.file.exists()]
+    except (OSError, RuntimeError) as error:  # there is no home, or it is somebody else's
+        logger.debug("Not compiled ahead:", exc_info=error)
+        return
     waiting = threading.Thread(target=_run, args=(missing,), daemon=True)
     waiting.start()
     _begun.update({job.file.name: waiting for job in jobs})

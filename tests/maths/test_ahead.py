@@ -127,6 +127,25 @@ def test_what_fails_ahead_is_compiled_when_it_is_needed(monkeypatch, caplog):
     assert "no compiler" in caplog.text
 
 
+def without_home(monkeypatch):
+    """As for a user that no list of users has."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+
+
+def with_a_home_that_cannot_be_looked_at(monkeypatch):
+    """Its name is too long: an OSError for root too, who may look into everybody's."""
+    monkeypatch.setenv("HOME", "/" + 300 * "x")
+
+
+@pytest.mark.parametrize("home", [without_home, with_a_home_that_cannot_be_looked_at])
+def test_without_a_folder_of_its_own_a_process_compiles_when_it_needs_to(monkeypatch, home):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    home(monkeypatch)
+    ahead.begin(wanted(row_kernel()))
+    assert ahead.compiled(*wanted(row_kernel())[0], wait=lambda: None) is None
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_another_process_is_told_of_the_same_kernel(name):
     token_loss = DistillationTokenLoss(OBJECTIVES[name](), 0.5, selection=Selection("prefix", count=3))
