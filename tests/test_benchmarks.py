@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: real runs at tiny sizes, memory of a known size, invented records."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
+
+from amid_trl.maths.kernel import COMPILE_FROM_VOCAB
 
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +129,31 @@ def test_the_first_minute_is_told_as_it_was_measured(monkeypatch):
     text = first_minute.report(results)
     assert "The ratio of the medians is 1.00" in text and "says “begins” after 1.0 s" in text
     assert "| compiled ahead, second start | 2.0 | 9.0 | 5.0 | 4.0 | 2.25 | 28 |" in text
+
+
+def test_what_reads_the_cache_trains_as_the_teacher_says_and_without_it(monkeypatch, tmp_path, tokenizer, teacher):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import cached_teacher
+    import trainer_step
+
+    monkeypatch.setattr(trainer_step, "load_teacher", lambda models: (copy.deepcopy(teacher), tokenizer))
+    monkeypatch.setattr(trainer_step, "conversations", lambda tokenizer, count: messages_dataset(count))
+    monkeypatch.setattr(trainer_step, "DROPPED_LAYERS", "1")
+    built, build = [], cached_teacher.build
+    monkeypatch.setattr(cached_teacher, "build", lambda *args, **more: built.append(build(*args, **more)) or built[-1])
+    runs = [
+        cached_teacher.measure(True, 1, tmp_path, *where)
+        for where in ((None,), (tmp_path / "cache", True), (tmp_path / "cache",))
+    ]
+    assert [trainer.teacher_model is not None for trainer in built] == [True, True, False]
+    assert all(run["losses"] == pytest.approx(runs[0]["losses"], rel=1e-4) for run in runs)
+
+
+def test_the_models_of_a_measured_step_have_a_loss_that_is_compiled(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import padding_free
+
+    assert padding_free.FULL.vocabulary >= COMPILE_FROM_VOCAB
 
 
 def test_the_peak_counts_memory_that_is_freed_before_the_call_ends(measure):
