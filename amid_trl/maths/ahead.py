@@ -117,18 +117,28 @@ def compiled(
     """The function, once it is compiled; None if that was not begun or has failed. `wait` is called before a wait."""
     if not _begun:
         return None
-    file = _file(owner, method, rows, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    file = _file(owner, method, rows, threads)
     if (waiting := _begun.get(file.name)) is None:
         return None
     if not file.exists():
         wait()
     while not file.exists() and waiting.is_alive():
         waiting.join(0.02)
+    if (found := _loaded(file)) is None and file.exists():
+        wait()
+        _run([Job(owner, method, rows, threads, file)])  # anew: the file is damaged
+        found = _loaded(file)
+    return found
+
+
+def _loaded(file: Path) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The function in a file; None if the file is not there, or torch cannot read it."""
     try:
         # What torch._inductor.aoti_load_package wraps; to import that takes longer than all else here.
         loader: Any = import_module("torch._C._aoti")
         runner: Any = loader.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
-    except Exception as error:  # the file is not there, or torch cannot read it
+    except Exception as error:
         logger.debug("Not compiled ahead:", exc_info=error)
         return None
     # The library takes it for granted that its tensors are contiguous.
@@ -227,11 +237,13 @@ def from_json(value: Any) -> Any:
 
 
 def work(jobs: list[Any]) -> None:
-    """Compile the jobs, each unless its file is there by then."""
+    """Compile the jobs, each unless its file is there by then and whole."""
     until = time.monotonic() + PATIENCE
     for job in from_json(jobs):
         with sole_use(job.file.parent, until - time.monotonic()):
-            if not job.file.exists():
+            for left in job.file.parent.glob(".*.pt2"):
+                left.unlink()  # by a process that was killed, or it would still have the folder to itself
+            if _loaded(job.file) is None:
                 _compile(job)
 
 
@@ -240,6 +252,8 @@ def _compile(job: Job) -> None:
     beside = job.file.with_name(f".{os.getpid()}.{job.file.name}")
     inductor: Any = import_module("torch._inductor")
     inductor.aoti_compile_and_package(exported(job), package_path=str(beside), inductor_configs=INDUCTOR)
+    with beside.open("rb+") as written:
+        os.fsync(written.fileno())  # or a machine that stops might keep the name without the content
     os.replace(beside, job.file)
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,11 @@ def file_of(each: RowKernel):
     return ahead._file(*each.ahead(*rows(2, "meta")), torch.get_num_threads())
 
 
+def start_again(monkeypatch):
+    monkeypatch.setattr(ahead, "_begun", {})
+    kernel._compiled.cache_clear()
+
+
 @pytest.mark.parametrize("each", [row_kernel(), row_kernel(differentiates=False), row_kernel(moves=True)])
 def test_what_the_compiler_is_given_is_the_plain_kernel(each, tmp_path):
     owner, method, types = each.ahead(*rows(2, "meta"))
@@ -77,6 +83,43 @@ def test_one_that_holds_the_folder_and_does_nothing_is_not_waited_for_for_ever(m
     assert done == jobs and 0.3 <= time.monotonic() - begun < 10
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch's, which makes in a moment a file that says how often it was asked."""
+    asked = []
+
+    def compile_and_package(program, package_path, inductor_configs):
+        asked.append(program)
+        Path(package_path).write_text(f"compiled {len(asked)}")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_and_package)
+    return asked
+
+
+def test_a_damaged_file_is_compiled_anew_and_what_was_left_beside_it_goes(compiler):
+    file = file_of(row_kernel())
+    job = ahead.Job(*wanted(row_kernel())[0], 1, file)
+    file.parent.mkdir()
+    file.write_bytes(b"half of a file")
+    (file.parent / f".123.{file.name}").write_bytes(b"of a compilation that was killed")
+    ahead.work(ahead.as_json([job]))
+    assert file.read_text() == "compiled 1"
+    assert {path.name for path in file.parent.iterdir()} == {".lock", file.name}
+
+
+@pytest.mark.parametrize(("there", "runs"), [(True, 1), (False, 0)])
+def test_a_process_that_cannot_read_a_file_has_it_compiled_once_more(monkeypatch, there, runs):
+    monkeypatch.setattr(ahead, "COMPILER", "open('runs', 'a').write('.')")
+    monkeypatch.chdir(folder := file_of(row_kernel()).parent.parent)
+    (folder / "amid_trl").mkdir()
+    file_of(row_kernel()).write_bytes(b"half of a file")
+    ahead.begin(wanted(row_kernel()))
+    if not there:
+        file_of(row_kernel()).unlink()
+    assert ahead.compiled(*wanted(row_kernel())[0], wait=lambda: None) is None
+    assert (Path("runs").read_text() if Path("runs").exists() else "") == runs * "."
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
@@ -96,9 +139,15 @@ def test_a_kernel_compiled_ahead_is_the_plain_one_and_is_compiled_once(monkeypat
     process.join()
 
     first = row_kernel()(*rows())
-    monkeypatch.setattr(ahead, "_begun", {})  # a second start
-    kernel._compiled.cache_clear()
-    monkeypatch.setattr(ahead.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    with monkeypatch.context() as patched:
+        patched.setattr(ahead.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+        start_again(monkeypatch)
+        ahead.begin(wanted(*kernels))
+        assert all(map(torch.equal, row_kernel()(*rows()), first))
+
+    file = file_of(row_kernel())
+    file.write_bytes(file.read_bytes()[:-1000])  # as of a machine that stopped while it wrote
+    start_again(monkeypatch)
     ahead.begin(wanted(*kernels))
     assert all(map(torch.equal, row_kernel()(*rows()), first))
 
