@@ -74,12 +74,12 @@ def test_one_that_holds_the_folder_and_does_nothing_is_not_waited_for_for_ever(m
     """Such as a process that was stopped while it compiled."""
     monkeypatch.setattr(ahead, "PATIENCE", 0.3)
     done = []
-    monkeypatch.setattr(ahead, "_compile", done.append)
+    monkeypatch.setattr(ahead, "_compile", lambda job, sources: done.append(job))
     file = file_of(row_kernel())
     jobs = [ahead.Job(*wanted(row_kernel())[0], 1, file.with_name(name)) for name in ("one.pt2", "two.pt2")]
     with sole_use(file.parent):
         begun = time.monotonic()
-        ahead.work(ahead.as_json(jobs))
+        ahead.work(ahead.as_json(jobs), ahead._sources())
     assert done == jobs and 0.3 <= time.monotonic() - begun < 10
 
 
@@ -102,9 +102,50 @@ def test_a_damaged_file_is_compiled_anew_and_what_was_left_beside_it_goes(compil
     file.parent.mkdir()
     file.write_bytes(b"half of a file")
     (file.parent / f".123.{file.name}").write_bytes(b"of a compilation that was killed")
-    ahead.work(ahead.as_json([job]))
+    ahead.work(ahead.as_json([job]), ahead._sources())
     assert file.read_text() == "compiled 1"
     assert {path.name for path in file.parent.iterdir()} == {".lock", file.name}
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """The maths in a folder of its own, where it may change."""
+    folder = tmp_path / "maths"
+    shutil.copytree(Path(ahead.__file__).parent, folder)
+    monkeypatch.setattr(ahead, "__file__", str(folder / "ahead.py"))
+    return folder
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_what_is_made_of_changed_sources_is_not_kept(compiler, sources, monkeypatch, when):
+    job = ahead.Job(*wanted(row_kernel())[0], 1, file_of(row_kernel()))
+    of_run = ahead._sources()
+
+    def change(*_, package_path="", **__):
+        sources.joinpath("objective.py").write_text("# another one\n")
+        Path(package_path or sources / "built").touch()
+
+    if when == "before":
+        change()
+    else:
+        monkeypatch.setattr("torch._inductor.aoti_compile_and_package", change)
+    with pytest.raises(RuntimeError, match="the code is no longer that of the run"):
+        ahead.work(ahead.as_json([job]), of_run)
+    assert not compiler and [path.name for path in job.file.parent.iterdir()] == [".lock"]
+
+
+def test_a_run_tells_the_compiler_of_which_sources_it_is(monkeypatch, tmp_path, sources):
+    """Also where they have changed since: its file is named after what it computes with."""
+    monkeypatch.setattr(ahead, "COMPILER", "import sys; open('given', 'w').write(sys.stdin.read())")
+    monkeypatch.chdir(tmp_path)
+    ahead._sources_of_run.cache_clear()
+    of_run, file = ahead._sources(), file_of(row_kernel())
+    sources.joinpath("objective.py").write_text("# another one\n")
+    assert file_of(row_kernel()) == file
+    ahead.begin(wanted(row_kernel()))
+    ahead.compiled(*wanted(row_kernel())[0], wait=lambda: None)
+    assert json.loads(Path("given").read_text())["sources"] == of_run
+    ahead._sources_of_run.cache_clear()
 
 
 @pytest.mark.parametrize(("there", "runs"), [(True, 1), (False, 0)])
@@ -161,7 +202,7 @@ def test_a_file_is_of_one_number_of_threads_and_of_the_code_behind_it(monkeypatc
     given = row_kernel().ahead(*rows(2, "meta"))
     assert ahead._file(*given, 1) == ahead._file(*given, 1) != ahead._file(*given, 2)
     before = ahead._file(*given, 1)
-    monkeypatch.setattr(ahead, "_sources", lambda: "other code")
+    monkeypatch.setattr(ahead, "_sources_of_run", lambda: "other code")
     assert ahead._file(*given, 1) != before
 
 
