@@ -46,7 +46,7 @@ def measure(monkeypatch):
 
 
 def test_the_script_measures_and_writes_its_three_files(tmp_path):
-    methods = ("products", "dense_gkd", "gkd", "gkd_frozen")
+    methods = ("products", "dense_gkd", "gkd", "gkd_frozen", "amid_kl")
     settings = ("--repeats", "2", "--threads", "1", "--output", tmp_path)
     subprocess.run(
         [sys.executable, BENCHMARKS / "linear_loss.py", "--tiny", "--methods", *methods, *settings],
@@ -59,12 +59,12 @@ def test_the_script_measures_and_writes_its_three_files(tmp_path):
     for record in records:
         assert len(record["all_seconds"]) == 2
         assert record["seconds"] > 0
-    products, dense, ours, frozen = (record["values"] for record in records)
+    products, dense, ours, frozen, _ = (record["values"] for record in records)
     assert not products
     assert ours.keys() == dense.keys() == {"loss", "hidden_gradient", "weight_gradient"}
     assert frozen.keys() == {"loss", "hidden_gradient"}
     report = (tmp_path / "linear_loss.md").read_text()
-    assert "| ours, JSD: time / four matrix products | 1.25 |" in report
+    assert "| ours, JSD: time / four matrix products | 1.05 |" in report
     assert (tmp_path / "linear_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -208,11 +208,13 @@ def test_a_target_counts_the_worst_of_ours(linear_loss):
         record("trl_chunked", 10.0, 100.0),
         record("gkd", 1.2, 12.0),
         record("amid", 1.3, 11.0),
+        record("amid_kl", 1.4, 11.5),
         {"method": "liger", **SIZE, "failure": "out of memory"},
     ]
     rows = [(row["what"], row["at_most"], row["measured"]) for row in linear_loss.targets(records, linear_loss.TINY)]
     assert rows == [
-        ("ours, AMiD: time / four matrix products", 1.25, 1.3),
+        ("ours, AMiD's KL(p‖r), α = -5: time / four matrix products", 1.2, 1.4),
+        ("ours, JSD: time / four matrix products", 1.05, 1.2),
         ("ours, JSD: time / TRL DistillationTrainer, chunked JSD", 0.35, 0.12),
         ("ours, JSD: memory / TRL DistillationTrainer, chunked JSD", 0.12, 0.12),
     ]
