@@ -152,7 +152,8 @@ def check_own_balance(base: PreTrainedModel, top_k: int) -> None:
     with torch.no_grad(), _as_it_was(base), _same_draws(base), gathered_as_they_run(base):
         try:
             own = base(**inputs).aux_loss
-            read = balance_loss(routing(routed_states(base, ids, mask)[1], mask, top_k))
+            _, router_logits, _ = routed_states(base, ids, mask, mask.bool())
+            read = balance_loss(routing(router_logits, mask, top_k))
         except (
             AttributeError,
             IndexError,

@@ -9,7 +9,7 @@ import torch
 from families import NOT_APART, OWN_LENGTHS, REFUSED, all_families, family_model
 from tiny import tiny_llama, tiny_tokenizer
 
-from amid_trl.models.heads import backbone_of, backbone_states
+from amid_trl.models.heads import backbone_of, states_at
 from amid_trl.models.own_logits import check_rows_apart
 from amid_trl.models.packing import best_bins, is_flash, one_bin, pack
 
@@ -93,7 +93,7 @@ def test_a_family_reads_each_row_as_it_is_alone_or_is_refused_by_name(tokenizer,
     results = []
     for padding_free in (False, True):
         model.zero_grad()
-        states = backbone_states(model, ids, mask, padding_free)[mask.bool()]
+        states = states_at(model, ids, mask, mask.bool(), padding_free)
         states.square().mean().backward()
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         results.append([states.detach(), *gradients])

@@ -7,6 +7,7 @@ from families import family_model
 from observe import LORA, Windows, completions_of, logged, same_runs
 from peft import LoraConfig
 from tiny import QUESTIONS, messages_dataset, multi_turn_dataset, tiny_gpt2, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_trl.data.packing import PACKED_ROWS
 from amid_trl.models.packing import PackedRows
@@ -37,14 +38,13 @@ def run(train, tokenizer):
 def read(monkeypatch):
     """How many tokens models are given in packed rows, and how many of them are of a row; not those of the check."""
     seen = []
-    unpacked = PackedRows.unpacked
+    at = PackedRows.at
 
-    def noted(self, values):
-        if self.shown.shape != (3, 8):
-            seen.append((self.input_ids.numel(), int(self.shown.sum())))
-        return unpacked(self, values)
+    def noted(self, places, values):
+        seen.append((self.input_ids.numel(), int(self.shown.sum())))
+        return at(self, places, values)
 
-    monkeypatch.setattr(PackedRows, "unpacked", noted)
+    monkeypatch.setattr(PackedRows, "at", noted)
     return seen
 
 
@@ -114,6 +114,41 @@ def test_experts_are_balanced_as_ever(train, tokenizer, rows):
     free, padded = balanced(True), balanced(False)
     assert logged(free, "aux_loss") == pytest.approx(logged(padded, "aux_loss"), rel=1e-5)
     same_runs(free, padded)
+
+
+class MostTokens(TorchDispatchMode):
+    """Remembers the most tokens, rows of a tensor of more than one dimension, that any operation gave something of."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.is_floating_point():
+                self.count = max(self.count, tensor.numel() // max(1, tensor.shape[-1]))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_nothing_has_an_entry_for_padding(train, tokenizer, kind):
+    """One long row and many short ones, which padded have twenty times the tokens."""
+    lengths = [512, *([4] * 60)]
+    rows = [
+        {"input_ids": [5] * n, "labels": [-100] * (n // 2) + [5] * (n - n // 2), "prompt_ids": [5]} for n in lengths
+    ]
+    models = {name: family_model(kind, tokenizer, seed=i) for i, name in enumerate(("model", "teacher_model"))}
+    given = {"per_device_train_batch_size": len(rows), "max_steps": 1, "gradient_accumulation_steps": 1}
+    if kind == "mixtral":
+        given["router_aux_loss_coef"] = 0.5
+    counts = {}
+    for padding_free in (True, False):
+        trainer = train(**models, train_dataset=Dataset.from_list(rows), padding_free=padding_free, **given)
+        with MostTokens() as most:
+            trainer.train()
+        counts[padding_free] = most.count
+    assert counts[True] < len(rows) * max(lengths) / 4 < len(rows) * max(lengths) <= counts[False]
 
 
 def test_a_window_is_dealt_into_batches_of_like_size(train):
