@@ -14,7 +14,8 @@ from amid_trl import OBJECTIVES
 from amid_trl.maths import ahead, kernel
 from amid_trl.maths.kernel import Finish, RowKernel
 from amid_trl.maths.selection import Selection
-from amid_trl.maths.token_loss import DistillationTokenLoss
+from amid_trl.maths.sparse import SparseTokenLoss, sparse_top_k
+from amid_trl.maths.token_loss import DistillationTokenLoss, cross_entropy
 from amid_trl.outputs import sole_use
 
 
@@ -59,9 +60,29 @@ def start_again(monkeypatch):
     kernel._compiled.cache_clear()
 
 
-@pytest.mark.parametrize("each", [row_kernel(), row_kernel(differentiates=False), row_kernel(moves=True)])
-def test_what_the_compiler_is_given_is_the_plain_kernel(each, tmp_path):
-    owner, method, types = each.ahead(*rows(2, "meta"))
+def without_teacher(count: int) -> tuple[torch.Tensor, ...]:
+    student, _, labels = rows(count)
+    return student, labels
+
+
+def with_likeliest(count: int) -> tuple[torch.Tensor, ...]:
+    student, teacher, labels = rows(count)
+    return student, labels, *sparse_top_k(teacher, 7)
+
+
+@pytest.mark.parametrize(
+    ("each", "rows"),
+    [
+        (row_kernel(), rows),
+        (row_kernel(differentiates=False), rows),
+        (row_kernel(moves=True), rows),
+        (RowKernel(cross_entropy, Finish(), None, True), without_teacher),
+        (RowKernel(SparseTokenLoss(OBJECTIVES["amid"]()), Finish(), None, True), with_likeliest),
+    ],
+    ids=["fixed", "without gradient", "moving", "cross-entropy", "likeliest tokens"],
+)
+def test_what_the_compiler_is_given_is_the_plain_kernel(each, rows, tmp_path):
+    owner, method, types = ahead.from_json(ahead.as_json(each.ahead(*rows(2))))
     given = ahead.exported(ahead.Job(owner, method, types, 1, tmp_path / "file.pt2")).module()
     for count in (5, 2):
         _, tensors = each._traced(*rows(count))
