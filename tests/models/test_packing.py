@@ -115,11 +115,10 @@ def test_half_precision_tells_a_leak_from_rounding(tokenizer, attention, dtype):
         check_rows_apart(family_model("opt", tokenizer, attn_implementation=attention).to(dtype), "student")
 
 
-def test_a_model_that_cannot_run_yet_is_named(tokenizer, monkeypatch, caplog):
+def test_a_model_that_cannot_run_yet_is_not_tried(tokenizer, monkeypatch):
     model = tiny_llama(tokenizer)
     monkeypatch.setattr(backbone_of(model), "forward", lambda **_: 1 / 0)
-    check_rows_apart(model, "student")
-    assert "the student does not run here yet, so that its rows were not tried" in caplog.text
+    assert not check_rows_apart(model, "student")
 
 
 def test_flash_attention_gets_one_row():

@@ -165,12 +165,46 @@ def test_a_window_is_dealt_into_batches_of_like_size(train):
 
 
 def test_a_model_that_does_not_tell_rows_apart_is_refused_by_name(train, tokenizer):
-    models = {name: family_model("opt", tokenizer, seed=i) for i, name in enumerate(("model", "teacher_model"))}
+    model = family_model("opt", tokenizer)
     with pytest.raises(ValueError, match="but the student, a OPTForCausalLM, does not tell rows apart"):
-        train(**models, padding_free=True)
+        train(model=model, padding_free=True)
     with pytest.raises(ValueError, match="but the teacher, a OPTForCausalLM, does not tell rows apart"):
-        train(teacher_model=models["teacher_model"], packing=True)
-    train(teacher_model=models["teacher_model"])
+        train(teacher_model=model, packing=True)
+    train(teacher_model=model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("family", "is_refused"), [("opt", True), ("llama", False)])
+def test_a_student_that_does_not_run_when_it_is_given_is_tried_before_the_first_step(
+    train, tokenizer, family, is_refused, bf16
+):
+    def on_no_device_yet(*_):
+        raise RuntimeError("flash attention does not run here")
+
+    model = family_model(family, tokenizer)
+    before = [weight.clone() for weight in model.parameters()]
+    here = model.get_input_embeddings().register_forward_pre_hook(on_no_device_yet)
+    trainer = train(model=model, padding_free=True, bf16=bf16)
+    here.remove()
+    if is_refused:
+        with pytest.raises(ValueError, match="but the student, a OPTForCausalLM, does not tell rows apart"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert is_refused == all(map(torch.equal, model.parameters(), before))
+
+
+def test_an_offloaded_teacher_that_runs_on_the_device_alone_is_tried_there(train, tokenizer):
+    model = family_model("opt", tokenizer)
+    at_home = model.get_input_embeddings().weight.data_ptr()
+
+    def away_from_home(embeddings, _):
+        if embeddings.weight.data_ptr() == at_home:
+            raise RuntimeError("flash attention does not run here")
+
+    model.get_input_embeddings().register_forward_pre_hook(away_from_home)
+    with pytest.raises(ValueError, match="but the teacher, a OPTForCausalLM, does not tell rows apart"):
+        train(teacher_model=model, teacher_offload=True, padding_free=True)
 
 
 # ---- packing ----
