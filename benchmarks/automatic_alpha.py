@@ -39,7 +39,7 @@ from amid_trl.data.batches import Batch, teachers_view
 from amid_trl.data.row_teachers import SINGLE
 from amid_trl.launch import script
 from amid_trl.maths.linear import States
-from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.models.heads import causal_lm, evaluating, language_model_head, states_at, trained_places
 
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "amid_trl")
@@ -84,8 +84,7 @@ class AutomaticTrainer(ComparedTrainer):
         teacher: Any = self.teacher
         with evaluating(self.model), torch.no_grad():
             for batch in window:
-                hidden = backbone_states(base, batch["input_ids"], batch["attention_mask"])
-                of_student.append(trained_states(hidden, language_model_head(base), batch).hidden)
+                of_student.append(states_at(base, *trained_places(batch)))
                 answers.append(teacher(teachers_view(batch)))
             heads = language_model_head(base).cut(self.vocabulary), answers[0].head.cut(self.vocabulary)
             states = (

@@ -4,7 +4,8 @@
 
 needs the wheels of examples/embedded.py. The work is that of trainer_step.py, off-policy: SmolLM2-135M-Instruct
 teaches itself less six layers, with a LoRA adapter. Every run is a process of its own; the one that fills the cache
-comes first and is not measured. cached_teacher.md and cached_teacher.json are written at the end.
+comes first and is not measured, and those that read it train without the teacher. cached_teacher.md and
+cached_teacher.json are written at the end.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what the first run compiles the others read
         cache = Path(folder, "cache")
-        in_new_process(args.threads, measure, True, args.steps, args.models, cache)
+        in_new_process(args.threads, measure, True, args.steps, args.models, cache, True)
         stored = sum(file.stat().st_size for file in cache.glob("shard-*"))
         for _ in range(args.rounds):
             for checkpointing in (True, False):
@@ -69,9 +70,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(checkpointing: bool, steps: int, models: Path, cache: Path | None) -> Record:
+def measure(checkpointing: bool, steps: int, models: Path, cache: Path | None, fills: bool = False) -> Record:
     """Seconds of `steps` optimizer steps after a first one, their losses, and the most memory that was resident."""
-    more = {} if cache is None else {"teacher_cache": str(cache), "teacher_cache_fill": True}
+    more: dict[str, Any] = {"has_teacher": cache is None or fills}
+    if cache is not None:
+        more |= {"teacher_cache": str(cache), "teacher_cache_fill": fills}
     with tempfile.TemporaryDirectory() as folder:
         built = build(OURS_DEFAULT, "off-policy", checkpointing, steps + 1, models, folder, logging_steps=1, **more)
         watch = Stopwatch()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Method:
 
     title: str
     load: Callable[[], Step]
-    objective: str | None = None  # a name in OBJECTIVES: methods with the same one must agree
+    objective: str | None = None  # what it is called: methods with the same one must agree
     frozen_head: bool = False
 
 
@@ -131,9 +132,9 @@ def liger(compiled: bool) -> Step:
     return with_backward(loss)
 
 
-def ours(objective: str) -> Step:
+def ours(objective: str, **settings: Any) -> Step:
     """`linear_distillation_loss` with its own chunk size."""
-    token_losses = OBJECTIVES[objective]()
+    token_losses = OBJECTIVES[objective](**settings)
 
     def loss(inputs: Inputs) -> Tensor:
         total, _ = linear_distillation_loss(
@@ -180,5 +181,6 @@ METHODS = {
     "skl": Method("ours, skew KL", partial(ours, "skl"), "skl"),
     "taid": Method("ours, TAID", partial(ours, "taid"), "taid"),
     "amid": Method("ours, AMiD", partial(ours, "amid"), "amid"),
+    "amid_kl": Method("ours, AMiD's KL(p‖r), α = -5", partial(ours, "amid", divergence="kl", alpha=-5.0), "amid_kl"),
 }
-OURS = ("gkd", "kd", "rkl", "skl", "taid", "amid")
+OURS = ("gkd", "kd", "rkl", "skl", "taid", "amid", "amid_kl")

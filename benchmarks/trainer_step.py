@@ -142,7 +142,17 @@ def together(runs: list[Record]) -> Record:
     }
 
 
-def build(trainer: str, mode: str, checkpointing: bool, steps: int, models: Path, folder: str, **more: Any) -> Trainer:
+def build(
+    trainer: str,
+    mode: str,
+    checkpointing: bool,
+    steps: int,
+    models: Path,
+    folder: str,
+    *,
+    has_teacher: bool = True,
+    **more: Any,
+) -> Trainer:
     """The trainer, with its library's default for whatever the work and `more` settings do not fix."""
     teacher, tokenizer = load_teacher(models)
     settings = {
@@ -174,7 +184,7 @@ def build(trainer: str, mode: str, checkpointing: bool, steps: int, models: Path
         )
     built = trainer_class(
         model=drop_layers(teacher, parse_layers(DROPPED_LAYERS)),
-        teacher_model=teacher,
+        teacher_model=teacher if has_teacher else None,
         args=config,
         train_dataset=conversations(tokenizer, steps * BATCH_SIZE * ACCUMULATION),
         processing_class=tokenizer,

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: real runs at tiny sizes, memory of a known size, invented records."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
+
+from amid_trl.maths.kernel import COMPILE_FROM_VOCAB
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +46,7 @@ def measure(monkeypatch):
 
 
 def test_the_script_measures_and_writes_its_three_files(tmp_path):
-    methods = ("products", "dense_gkd", "gkd", "gkd_frozen")
+    methods = ("products", "dense_gkd", "gkd", "gkd_frozen", "amid_kl")
     settings = ("--repeats", "2", "--threads", "1", "--output", tmp_path)
     subprocess.run(
         [sys.executable, BENCHMARKS / "linear_loss.py", "--tiny", "--methods", *methods, *settings],
@@ -56,12 +59,12 @@ def test_the_script_measures_and_writes_its_three_files(tmp_path):
     for record in records:
         assert len(record["all_seconds"]) == 2
         assert record["seconds"] > 0
-    products, dense, ours, frozen = (record["values"] for record in records)
+    products, dense, ours, frozen, _ = (record["values"] for record in records)
     assert not products
     assert ours.keys() == dense.keys() == {"loss", "hidden_gradient", "weight_gradient"}
     assert frozen.keys() == {"loss", "hidden_gradient"}
     report = (tmp_path / "linear_loss.md").read_text()
-    assert "| ours, JSD: time / four matrix products | 1.25 |" in report
+    assert "| ours, JSD: time / four matrix products | 1.05 |" in report
     assert (tmp_path / "linear_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -128,6 +131,31 @@ def test_the_first_minute_is_told_as_it_was_measured(monkeypatch):
     assert "| compiled ahead, second start | 2.0 | 9.0 | 5.0 | 4.0 | 2.25 | 28 |" in text
 
 
+def test_what_reads_the_cache_trains_as_the_teacher_says_and_without_it(monkeypatch, tmp_path, tokenizer, teacher):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import cached_teacher
+    import trainer_step
+
+    monkeypatch.setattr(trainer_step, "load_teacher", lambda models: (copy.deepcopy(teacher), tokenizer))
+    monkeypatch.setattr(trainer_step, "conversations", lambda tokenizer, count: messages_dataset(count))
+    monkeypatch.setattr(trainer_step, "DROPPED_LAYERS", "1")
+    built, build = [], cached_teacher.build
+    monkeypatch.setattr(cached_teacher, "build", lambda *args, **more: built.append(build(*args, **more)) or built[-1])
+    runs = [
+        cached_teacher.measure(True, 1, tmp_path, *where)
+        for where in ((None,), (tmp_path / "cache", True), (tmp_path / "cache",))
+    ]
+    assert [trainer.teacher_model is not None for trainer in built] == [True, True, False]
+    assert all(run["losses"] == pytest.approx(runs[0]["losses"], rel=1e-4) for run in runs)
+
+
+def test_the_models_of_a_measured_step_have_a_loss_that_is_compiled(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import padding_free
+
+    assert padding_free.FULL.vocabulary >= COMPILE_FROM_VOCAB
+
+
 def test_the_peak_counts_memory_that_is_freed_before_the_call_ends(measure):
     mebibytes = 2**20 / measure.MB
     torch.ones(64, 2**20)  # an earlier, higher peak
@@ -180,11 +208,13 @@ def test_a_target_counts_the_worst_of_ours(linear_loss):
         record("trl_chunked", 10.0, 100.0),
         record("gkd", 1.2, 12.0),
         record("amid", 1.3, 11.0),
+        record("amid_kl", 1.4, 11.5),
         {"method": "liger", **SIZE, "failure": "out of memory"},
     ]
     rows = [(row["what"], row["at_most"], row["measured"]) for row in linear_loss.targets(records, linear_loss.TINY)]
     assert rows == [
-        ("ours, AMiD: time / four matrix products", 1.25, 1.3),
+        ("ours, AMiD's KL(p‖r), α = -5: time / four matrix products", 1.2, 1.4),
+        ("ours, JSD: time / four matrix products", 1.05, 1.2),
         ("ours, JSD: time / TRL DistillationTrainer, chunked JSD", 0.35, 0.12),
         ("ours, JSD: memory / TRL DistillationTrainer, chunked JSD", 0.12, 0.12),
     ]

@@ -14,7 +14,7 @@ from amid_trl.choosing.landscape import Landscape, landscape
 from amid_trl.data.batches import Batch, teachers_view, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import States
-from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.models.heads import causal_lm, evaluating, language_model_head, states_at, trained_places
 from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.trainer import AMiDTrainer
@@ -77,8 +77,7 @@ def trained_tokens(trainer: AMiDTrainer, rows: int = ROWS) -> TrainedTokens:
     of_student, of_teacher, of_row, seen = [], [], [], 0
     with evaluating(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         for batch in _batches(trainer, rows):
-            hidden = backbone_states(base, batch["input_ids"], batch["attention_mask"])
-            of_student.append(trained_states(hidden, language_model_head(base), batch).hidden)
+            of_student.append(states_at(base, *trained_places(batch)))
             answer = cast(States, teacher(teachers_view(batch)))
             of_teacher.append(answer.hidden)
             of_row.append((trained_targets(batch) != UNTRAINED).sum(-1).cpu())

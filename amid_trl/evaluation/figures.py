@@ -15,7 +15,7 @@ from amid_trl.maths.figures import Figures
 from amid_trl.maths.linear import States, linear_token_loss
 from amid_trl.maths.published import kd
 from amid_trl.maths.token_loss import cross_entropy, expectations, label_nll
-from amid_trl.models.heads import backbone_states, causal_lm, evaluating, language_model_head, trained_states
+from amid_trl.models.heads import causal_lm, evaluating, language_model_head, states_at, trained_places
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ def _figures_at_trained(
 
 
 def _states(model: PreTrainedModel, batch: Batch, vocabulary: int) -> States:
-    hidden = backbone_states(model, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
-    return trained_states(hidden, language_model_head(model).cut(vocabulary), batch)
+    ids, mask, places = (tensor.to(model.device) for tensor in trained_places(batch))
+    return States(states_at(model, ids, mask, places), language_model_head(model).cut(vocabulary))

@@ -55,7 +55,7 @@ import json, sys
 given = json.load(sys.stdin)
 sys.path[:] = given["path"]
 from amid_trl.maths.ahead import work
-work(given["jobs"])
+work(given["jobs"], given["sources"])
 """
 
 
@@ -98,13 +98,14 @@ def begin(wanted: Sequence[tuple[Any, str, RowTypes]]) -> None:
     """Begin to compile, in this order, what is not there yet: (object, name of its method, rows)."""
     if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
         return
-    jobs: list[Job] = []
     threads = torch.get_num_threads()
-    for owner, method, rows in wanted:
-        file = _file(owner, method, rows, threads)
-        if file.name not in _begun:
-            jobs.append(Job(owner, method, rows, threads, file))
-    missing = [job for job in jobs if not job.file.exists()]
+    try:
+        jobs = [Job(*each, threads, _file(*each, threads)) for each in wanted]
+        jobs = [job for job in jobs if job.file.name not in _begun]
+        missing = [job for job in jobs if not job.file.exists()]
+    except (OSError, RuntimeError) as error:  # there is no home, or it is somebody else's
+        logger.debug("Not compiled ahead:", exc_info=error)
+        return
     waiting = threading.Thread(target=_run, args=(missing,), daemon=True)
     waiting.start()
     _begun.update({job.file.name: waiting for job in jobs})
@@ -116,18 +117,28 @@ def compiled(
     """The function, once it is compiled; None if that was not begun or has failed. `wait` is called before a wait."""
     if not _begun:
         return None
-    file = _file(owner, method, rows, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    file = _file(owner, method, rows, threads)
     if (waiting := _begun.get(file.name)) is None:
         return None
     if not file.exists():
         wait()
     while not file.exists() and waiting.is_alive():
         waiting.join(0.02)
+    if (found := _loaded(file)) is None and file.exists():
+        wait()
+        _run([Job(owner, method, rows, threads, file)])  # anew: the file is damaged
+        found = _loaded(file)
+    return found
+
+
+def _loaded(file: Path) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The function in a file; None if the file is not there, or torch cannot read it."""
     try:
         # What torch._inductor.aoti_load_package wraps; to import that takes longer than all else here.
         loader: Any = import_module("torch._C._aoti")
         runner: Any = loader.AOTIModelPackageLoader(str(file), "model", False, 1, -1)
-    except Exception as error:  # the file is not there, or torch cannot read it
+    except Exception as error:
         logger.debug("Not compiled ahead:", exc_info=error)
         return None
     # The library takes it for granted that its tensors are contiguous.
@@ -136,15 +147,20 @@ def compiled(
 
 def _file(owner: Any, method: str, rows: RowTypes, threads: int) -> Path:
     """Named after everything that the library depends on."""
-    parts = (as_json(owner), method, as_json(rows), threads, _sources(), torch.__version__, *_machine())
+    parts = (as_json(owner), method, as_json(rows), threads, _sources_of_run(), torch.__version__, *_machine())
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     return (Path(given, "amid_trl") if given else Path(FOLDER).expanduser()) / f"{name}.pt2"
 
 
 @functools.cache
+def _sources_of_run() -> str:
+    """Of those that this process computes with: they may change while it runs."""
+    return _sources()
+
+
 def _sources() -> str:
-    """A hash of the code that functions are made of."""
+    """A hash of the code that functions are made of, as it lies there now."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -164,8 +180,9 @@ def _run(jobs: list[Job]) -> None:
         return
     with tempfile.TemporaryFile() as output:
         try:
-            given = json.dumps({"path": sys.path, "jobs": as_json(jobs)}).encode()
-            done = subprocess.run([sys.executable, "-c", COMPILER], input=given, stdout=output, stderr=output)
+            given = json.dumps({"path": sys.path, "sources": _sources_of_run(), "jobs": as_json(jobs)})
+            command = [sys.executable, "-c", COMPILER]
+            done = subprocess.run(command, input=given.encode(), stdout=output, stderr=output)
         except Exception as error:  # no interpreter, for one
             logger.debug("Not compiled ahead:", exc_info=error)
             return
@@ -225,21 +242,35 @@ def from_json(value: Any) -> Any:
 # ---- In the process that compiles ----
 
 
-def work(jobs: list[Any]) -> None:
-    """Compile the jobs, each unless its file is there by then."""
+def work(jobs: list[Any], sources: str) -> None:
+    """Compile the jobs, each unless its file is there by then and whole. Their files are named after these sources."""
     until = time.monotonic() + PATIENCE
     for job in from_json(jobs):
         with sole_use(job.file.parent, until - time.monotonic()):
-            if not job.file.exists():
-                _compile(job)
+            for left in job.file.parent.glob(".*.pt2"):
+                left.unlink()  # by a process that was killed, or it would still have the folder to itself
+            if _loaded(job.file) is None:
+                _compile(job, sources)
 
 
-def _compile(job: Job) -> None:
+def _compile(job: Job, sources: str) -> None:
+    _check(sources)
     torch.set_num_threads(job.threads)  # the library has their number in it
     beside = job.file.with_name(f".{os.getpid()}.{job.file.name}")
     inductor: Any = import_module("torch._inductor")
-    inductor.aoti_compile_and_package(exported(job), package_path=str(beside), inductor_configs=INDUCTOR)
-    os.replace(beside, job.file)
+    try:
+        inductor.aoti_compile_and_package(exported(job), package_path=str(beside), inductor_configs=INDUCTOR)
+        with beside.open("rb+") as written:
+            os.fsync(written.fileno())  # or a machine that stops might keep the name without the content
+        _check(sources)  # again: of a module that was imported meanwhile
+        os.replace(beside, job.file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _check(sources: str) -> None:
+    if _sources() != sources:
+        raise RuntimeError("the code is no longer that of the run which began this compilation")
 
 
 def exported(job: Job) -> torch.export.ExportedProgram:

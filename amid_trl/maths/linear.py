@@ -6,6 +6,7 @@ tokens is projected once, differentiated at once, and forgotten. Backward only s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -222,10 +223,10 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[_Chunk]:
         vocab = max(len(states.head.weight) for states in (self.student, self.teacher) if states is not None)
-        tokens_at_a_time = chunk_tokens(vocab, self.student.hidden.device, self.chunk_size)
+        tokens_at_a_time = max(1, chunk_tokens(vocab, self.student.hidden.device, self.chunk_size))
         slices = _slices(len(self.student.hidden), tokens_at_a_time)
         # Memory that every chunk uses again, because on a CPU fresh memory is slow; a chunk is lost with the next one.
-        rows = min(slices[0].stop, len(self.student.hidden))
+        rows = max(tokens.stop - tokens.start for tokens in slices)
         buffers = [
             states.head.weight.new_empty(rows, len(states.head.weight))
             for states in (self.student, self.teacher)
@@ -243,7 +244,8 @@ class _Chunks:
             others.insert(0, teacher.to(student.device))
         outputs: list[Tensor] = []
         vocab = max(student.shape[1], *(other.shape[1] for other in others if other.ndim > 1), 1)
-        for rows in _slices(len(student), _elements(student.device)[1] // vocab):
+        # However large the vocabulary, two rows at least: the kernel is not compiled for one.
+        for rows in _slices(len(student), max(2, _elements(student.device)[1] // vocab)):
             *block, gradient = self.kernel(student[rows], *(other[rows] for other in others))
             # Copied, because results that stay between gradients that go would leave holes in the memory.
             outputs = outputs or [part.new_empty(len(student), *part.shape[1:]) for part in block]
@@ -256,8 +258,8 @@ class _Chunks:
 
 
 def _slices(length: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `length`; an empty one for length 0."""
-    return [slice(start, start + max(1, size)) for start in range(0, max(1, length), max(1, size))]
+    """Slices of `size` that cover `length`, the last one with what is left, also `size` + 1: none is left alone."""
+    return [slice(*ends) for ends in pairwise([0, *range(size, length - 1, size), length])]
 
 
 class _GradientInForward(torch.autograd.Function):

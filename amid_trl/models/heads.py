@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from amid_trl.data.batches import Batch, trained_targets
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.kernel import Finish
-from amid_trl.maths.linear import Head, States
+from amid_trl.maths.linear import Head
 from amid_trl.models.packing import PackedRows, packed_for
 
 
@@ -36,15 +37,24 @@ def forward_inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor)
     return inputs
 
 
-def backbone_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, padding_free: bool = False
-) -> Tensor:
-    """Hidden states (batch, tokens, dim) that the head's matrix multiplies; with `padding_free` padding's are zero."""
-    if padding_free:
-        packed = packed_for(model, input_ids, attention_mask)
-        return packed.unpacked(states_of_packed(model, packed))
+def backbone_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states (batch, tokens, dim) that the head's matrix multiplies."""
     backbone = backbone_of(model)
     return _states(model, forward_inputs(backbone or model, input_ids, attention_mask))
+
+
+def states_at(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, places: Tensor, padding_free: bool = False
+) -> Tensor:
+    """Those where a mask (batch, tokens) is true, row by row: (places, dim).
+
+    With `padding_free` there is never a state for padding.
+    """
+    if padding_free:
+        packed = packed_for(model, input_ids, attention_mask)
+        return packed.at(places, states_of_packed(model, packed))
+    hidden = backbone_states(model, input_ids, attention_mask)
+    return hidden[places.to(hidden.device)]
 
 
 def states_of_packed(model: PreTrainedModel, packed: PackedRows) -> Tensor:
@@ -175,19 +185,18 @@ def whole_head(model: PreTrainedModel) -> Head:
     return language_model_head(model)
 
 
-def tokens_or_some(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of the rows, and of a batch without rows those of one: no model runs on none.
+def trained_places(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What `states_at` reads for the loss: token ids, mask, and where a trained token is predicted.
 
-    A model that processes hold in pieces has to run on all of them, also for the rows of one.
+    Of a batch without rows those of one, without such a place: no model runs on none, and one that processes hold in
+    pieces has to run on all of them, also for the rows of one.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    return (ids, mask) if len(ids) else (ids.new_zeros(1, ids.shape[1]), mask.new_ones(1, mask.shape[1]))
-
-
-def trained_states(hidden: Tensor, head: Head, batch: Batch) -> States:
-    """Those of (rows, tokens, dim) hidden states that predict a trained token, rows one after the other."""
-    trained = trained_targets(batch) != UNTRAINED
-    return States(hidden[: len(trained), :-1][trained.to(hidden.device)], head)
+    places = F.pad(trained_targets(batch) != UNTRAINED, (0, 1))  # the last token of a row predicts none
+    if len(ids):
+        return ids, mask, places
+    one = (1, ids.shape[1])
+    return ids.new_zeros(one), mask.new_ones(one), places.new_zeros(one)
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from amid_trl._trl import forward_redirection
 from amid_trl.maths.balance import balance_loss, routing
 from amid_trl.models.deepspeed import gathered_as_they_run, gathered_head, own_shard
+from amid_trl.models.fsdp import reshard
 from amid_trl.models.heads import (
     backbone_states,
     causal_lm,
@@ -92,28 +95,63 @@ def check_own_logits(model: nn.Module, role: str, device: torch.device | None = 
         _compare(base, role, own[tokens], read[..., : own.shape[-1]].to(own.device)[tokens], kind)
 
 
-def check_rows_apart(model: nn.Module, role: str) -> None:
+def check_rows_apart(model: nn.Module, role: str) -> bool:
     """Refuse a model that does not tell rows apart by their position ids, as it must without padding.
 
     Three short rows are read as ever, then as one, then the second and the third as one beside the first: each has to
     be what it is alone, and the third the same after other rows. Two passes would not tell a small leak from rounding
-    in half precision. Where the model cannot run yet a warning says that this was not tried.
+    in half precision. False where the model cannot run yet, as before its engine has it, and was not tried.
     """
     base = causal_lm(model)
     if _has_no_values(base):
         logger.debug("The %s's rows are not tried without padding: it has no values in this process", role)
+        return True
+    with gathered_as_they_run(base):
+        return _tells_rows_apart(base, role)
+
+
+def check_rows_apart_at_last(
+    wrapped: nn.Module,
+    role: str,
+    accelerator: Accelerator,
+    *,
+    tried: bool,
+    there: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """The same of a model that its engine has, unless it has been `tried` by every process; all have to ask.
+
+    Within `there()` it lies where it runs.
+    """
+    untried: Any = accelerator.reduce(torch.tensor(float(not tried), device=accelerator.device))
+    if not untried:
         return
+    model: Any = accelerator.unwrap_model(wrapped)
+    given = (causal_lm(model), role)
+    with torch.no_grad(), accelerator.autocast(), there():
+        could = forward_redirection(wrapped, model, _in_forward, *given)
+    reshard(wrapped)
+    if not could:
+        logger.warning("padding_free=True: the %s does not run on three short rows, which were not tried", role)
+
+
+def _in_forward(base: PreTrainedModel, role: str) -> Tensor:
+    """As a tensor, because engines look for tensors in what a forward gives."""
+    return torch.tensor(_tells_rows_apart(base, role))
+
+
+def _tells_rows_apart(base: PreTrainedModel, role: str) -> bool:
+    """Whether it was tried; a ValueError if it does not."""
     [ids, mask] = (torch.cat([rows, rows[-1:]]) for rows in _rows(base, base.device))
     others = torch.stack([ids[0].roll(1), ids[0], ids[2]])
     arrangements: list[Any] = [one_bin, lambda lengths: [[0], [1, 2]]]
-    with torch.no_grad(), _as_it_was(base), gathered_as_they_run(base):
+    with torch.no_grad(), _as_it_was(base):
         try:
             with _same_draws(base):
                 alone = backbone_states(base, ids, mask)
         except Exception as error:
-            logger.warning("padding_free=True: the %s does not run here yet, so that its rows were not tried", role)
-            logger.debug("What it said", exc_info=error)
-            return
+            logger.debug("The %s's rows are not tried without padding: it does not run here", role, exc_info=error)
+            return False
+        precision = _precision(alone)
         for arrange in arrangements[: 1 if is_flash(base) else 2]:
             try:
                 with _same_draws(base):
@@ -127,10 +165,17 @@ def check_rows_apart(model: nn.Module, role: str) -> None:
                 ) from error
             moved = _difference(after_others[2], first[2])
             off = _difference(first, alone * mask[..., None].to(alone))
-            if moved > LEAK_TOLERANCES.get(base.dtype, HALF_PRECISION[1]):
+            if moved > LEAK_TOLERANCES.get(precision, HALF_PRECISION[1]):
                 raise ValueError(_not_apart(base, role, f"a row changes by {moved:.2g} with the one before it"))
-            if off > _company_tolerance(base):
+            if off > _company_tolerance(precision):
                 raise ValueError(_not_apart(base, role, f"a row is off by {off:.2g} from what it is alone"))
+    return True
+
+
+def _precision(states: Tensor) -> torch.dtype:
+    """The dtype that their pass has rounded to."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _difference(states: Tensor, wanted: Tensor) -> float:
@@ -152,7 +197,8 @@ def check_own_balance(base: PreTrainedModel, top_k: int) -> None:
     with torch.no_grad(), _as_it_was(base), _same_draws(base), gathered_as_they_run(base):
         try:
             own = base(**inputs).aux_loss
-            read = balance_loss(routing(routed_states(base, ids, mask)[1], mask, top_k))
+            _, router_logits, _ = routed_states(base, ids, mask, mask.bool())
+            read = balance_loss(routing(router_logits, mask, top_k))
         except (
             AttributeError,
             IndexError,
@@ -184,11 +230,11 @@ def _same_in_company(base: PreTrainedModel, ids: Tensor, mask: Tensor, states: T
         logger.debug("A padded row of %s is not compared with the row alone", type(base).__name__, exc_info=error)
         return True
     difference = (alone - states[-1:, :length]).float().abs().max()
-    return bool(difference <= _company_tolerance(base) * alone.float().abs().max())
+    return bool(difference <= _company_tolerance(base.dtype) * alone.float().abs().max())
 
 
-def _company_tolerance(base: PreTrainedModel) -> float:
-    return COMPANY_TOLERANCES.get(base.dtype, HALF_PRECISION[0] * 4)
+def _company_tolerance(dtype: torch.dtype) -> float:
+    return COMPANY_TOLERANCES.get(dtype, HALF_PRECISION[0] * 4)
 
 
 def _has_no_values(base: PreTrainedModel) -> bool:

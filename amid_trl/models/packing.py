@@ -34,6 +34,18 @@ class PackedRows:
     shown: Tensor
     slots: Tensor
 
+    def at(self, places: Tensor, values: Tensor) -> Tensor:
+        """Of what a model says of the tokens, (…, dim) in their order there, that at some of them, row by row.
+
+        `places` is a mask (rows, tokens) that shows no padding; the result (places, dim).
+        """
+        return values.flatten(0, -2).index_select(0, self.slots[places[self.shown]].to(values.device))
+
+    @property
+    def of_rows(self) -> Tensor:
+        """A 0/1 mask, (packed rows, width), of the tokens that are of a row."""
+        return torch.zeros_like(self.input_ids).view(-1).index_fill(0, self.slots, 1).view_as(self.input_ids)
+
     def unpacked(self, values: Tensor) -> Tensor:
         """What a model says of the tokens, (…, dim) in their order there, as (rows, tokens, dim); padding is zero."""
         values = values.reshape(-1, values.shape[-1])

@@ -21,13 +21,14 @@ def experts_per_token(model: PreTrainedModel) -> int:
 
 
 def routed_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, padding_free: bool = False
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`backbone_states`, and the logits of each layer's router in the same pass, with an entry for each token."""
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, places: Tensor, padding_free: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """`states_at`, the logits of each layer's router in the same pass, and the 0/1 mask of their tokens."""
     backbone: Any = backbone_of(model)
     if padding_free:
         packed = packed_for(model, input_ids, attention_mask)
         outputs = backbone(**packed_inputs(packed), output_router_logits=True)
-        return packed.unpacked(outputs.last_hidden_state), tuple(map(packed.unpacked, outputs.router_logits))
+        return packed.at(places, outputs.last_hidden_state), outputs.router_logits, packed.of_rows
     outputs = backbone(**forward_inputs(backbone, input_ids, attention_mask), output_router_logits=True)
-    return outputs.last_hidden_state, outputs.router_logits
+    hidden = outputs.last_hidden_state
+    return hidden[places.to(hidden.device)], outputs.router_logits, attention_mask

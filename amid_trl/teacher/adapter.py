@@ -13,14 +13,7 @@ from torch import nn
 from amid_trl._trl import forward_redirection, use_adapter
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import Head, States
-from amid_trl.models.heads import (
-    backbone_states,
-    causal_lm,
-    evaluating,
-    language_model_head,
-    tokens_or_some,
-    trained_states,
-)
+from amid_trl.models.heads import causal_lm, evaluating, language_model_head, states_at, trained_places
 from amid_trl.models.pairs import common_positions
 from amid_trl.models.quantised import compare_base
 
@@ -93,8 +86,8 @@ def student_states(wrapped: nn.Module, batch: Batch, accelerator: Accelerator, p
     student: Any = accelerator.unwrap_model(wrapped)
     base = causal_lm(student)
     with torch.no_grad(), accelerator.autocast(), evaluating(student):
-        hidden = forward_redirection(wrapped, student, backbone_states, base, *tokens_or_some(batch), padding_free)
-        return trained_states(hidden, language_model_head(base), batch)
+        hidden = forward_redirection(wrapped, student, states_at, base, *trained_places(batch), padding_free)
+        return States(hidden, language_model_head(base))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from amid_trl._trl import forward_redirection
 from amid_trl.data.batches import Batch
 from amid_trl.maths.linear import Head, States
 from amid_trl.models.fsdp import reshard
-from amid_trl.models.heads import backbone_states, causal_lm, language_model_head, tokens_or_some, trained_states
+from amid_trl.models.heads import causal_lm, language_model_head, states_at, trained_places
 from amid_trl.models.pairs import common_positions
 from amid_trl.run import RenamedTokens
 
@@ -76,12 +76,12 @@ class ModelTeacher:
             self._at_home.on_device() if self._at_home else nullcontext(),
         ):
             hidden = forward_redirection(
-                self._wrapped, teacher, backbone_states, base, *tokens_or_some(batch), self._padding_free
+                self._wrapped, teacher, states_at, base, *trained_places(batch), self._padding_free
             )
             reshard(self._wrapped)
             head = language_model_head(base)
             # The parameter goes home with the others; the tensor that it had on the device stays for the loss.
-            return trained_states(hidden, head.frozen() if self._at_home else head, batch)
+            return States(hidden, head.frozen() if self._at_home else head)
 
 
 class HostWeights:

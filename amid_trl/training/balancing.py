@@ -12,7 +12,7 @@ from amid_trl.data.batches import Batch
 from amid_trl.fields import json_dict
 from amid_trl.maths.balance import Routing, routing
 from amid_trl.models.fsdp import reshard
-from amid_trl.models.heads import causal_lm
+from amid_trl.models.heads import causal_lm, trained_places
 from amid_trl.models.own_logits import check_own_balance
 from amid_trl.models.routers import experts_per_token, routed_states
 from amid_trl.run import Run
@@ -58,8 +58,8 @@ class Balancing:
     def _counted(self, batch: Batch) -> Routing:
         wrapped = self._wrapped()
         student: Any = self._accelerator.unwrap_model(wrapped)
-        tokens = [batch[name].to(self._accelerator.device) for name in ("input_ids", "attention_mask")]
+        tokens = [tensor.to(self._accelerator.device) for tensor in trained_places(batch)]
         given = (causal_lm(student), *tokens, self._padding_free)
-        _, router_logits = forward_redirection(wrapped, student, routed_states, *given)
+        _, router_logits, mask = forward_redirection(wrapped, student, routed_states, *given)
         reshard(wrapped)
-        return routing(router_logits, tokens[1], self._top_k)
+        return routing(router_logits, mask, self._top_k)

@@ -18,7 +18,7 @@ from amid_trl.maths.selection import RowTokens
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.maths.token_loss import DistillationTokenLoss, cross_entropy
 from amid_trl.models.deepspeed import gathered_head
-from amid_trl.models.heads import backbone_states, causal_lm, whole_head
+from amid_trl.models.heads import backbone_states, causal_lm, states_at, trained_places, whole_head
 from amid_trl.models.routers import routed_states
 from amid_trl.sources.windows import Balance
 from amid_trl.teacher.several import TeachersAnswers
@@ -65,16 +65,16 @@ def batch_loss(
     """
     base = causal_lm(student)
     head = whole_head(base)
-    tokens, aux_loss = (batch["input_ids"], batch["attention_mask"]), None
+    aux_loss = None
     if balance is None:
-        hidden = backbone_states(base, *tokens, padding_free)
+        hidden = states_at(base, *trained_places(batch), padding_free)
     else:
-        hidden, router_logits = routed_states(base, *tokens, padding_free)
-        aux_loss = balance(router_logits, batch["attention_mask"])
+        hidden, router_logits, mask = routed_states(base, *trained_places(batch), padding_free)
+        aux_loss = balance(router_logits, mask)
     hidden = hidden.to(head.weight.device)
     targets = trained_targets(batch).to(hidden.device)
     trained = targets != UNTRAINED
-    states = States(hidden[:, :-1][trained], head.cut(vocabulary))
+    states = States(hidden, head.cut(vocabulary))
     labels = targets[trained]
     rows = trained.nonzero()[:, 0]
     total, figures = _compared(states, labels, rows, len(trained), answers, token_losses, chunk_size)

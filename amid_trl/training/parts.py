@@ -33,6 +33,7 @@ from amid_trl.training.lookahead import Lookahead
 from amid_trl.training.memory import MemoryReport
 from amid_trl.training.named_teachers import naming_teacher
 from amid_trl.training.nonfinite import NonfiniteLoss
+from amid_trl.training.rows_apart import RowsApart
 from amid_trl.training.run_objective import RunObjectives
 from amid_trl.training.seconds import StepSeconds
 from amid_trl.training.sigterm import StopOnSigterm
@@ -61,6 +62,7 @@ class Parts:
     unmoved: UnmovedWeights
     seconds: StepSeconds
     stop_on_sigterm: StopOnSigterm
+    rows_apart: RowsApart
     window: Window = field(default_factory=Window)
     lookahead: Lookahead = field(default_factory=Lookahead)
 
@@ -101,8 +103,8 @@ class Parts:
     @property
     def callbacks(self) -> tuple[TrainerCallback, ...]:
         """Those that want to know what the trainer does."""
-        parts = (self.stop_on_sigterm, self.memory, self.unmoved, self.seconds, *self.teachers.by_name.values())
-        return tuple(part for part in parts if isinstance(part, TrainerCallback))
+        parts = (self.rows_apart, self.stop_on_sigterm, self.memory, self.unmoved, self.seconds)
+        return tuple(part for part in (*parts, *self.teachers.by_name.values()) if isinstance(part, TrainerCallback))
 
     @property
     def stateful(self) -> tuple[Stateful, ...]:
@@ -199,4 +201,5 @@ def open_parts(
         unmoved=UnmovedWeights(run),
         seconds=StepSeconds(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),
+        rows_apart=RowsApart(run, student, wrapped_student),
     )

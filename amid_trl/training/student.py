@@ -14,7 +14,7 @@ from amid_trl.models.dropout import disable_dropout
 from amid_trl.models.fsdp import check_fsdp
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import note_dtype_at_start
-from amid_trl.models.own_logits import check_own_logits, check_rows_apart
+from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.pairs import check_text_only
 from amid_trl.models.quantised import keep_weights_as_packed, record_base
 from amid_trl.outputs import let_others_read_weights
@@ -50,8 +50,6 @@ def prepare_student(
     announce_head(student)
     check_fsdp(accelerator, student)
     check_own_logits(student, "student")
-    if args.padding_free:
-        check_rows_apart(student, "student")
 
 
 # What SFTTrainer sets in the configuration of a mixture of experts, for a loss that is not used here.

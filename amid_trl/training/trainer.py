@@ -109,7 +109,8 @@ class AMiDTrainer(GKDTrainer):
         functions = {"formatting_func": formatting_func, "compute_metrics": compute_metrics, "collator": data_collator}
         args = own_arguments(args, model, teacher_model, train_dataset, eval_dataset, **functions)
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
-        compile_ahead(args, pair, evaluates=eval_dataset is not None)
+        reads_plain_text = pretrain_dataset is not None or args.pretrain_dataset is not None
+        compile_ahead(args, pair, evaluates=eval_dataset is not None, reads_plain_text=reads_plain_text)
         tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
         self._student_generation, self._teacher_tokenizer = pair.generation, pair.teacher_tokenizer
         with own_router_fields(pair.student), padded_for_sft(args):

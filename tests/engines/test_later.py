@@ -27,6 +27,16 @@ def test_what_is_saved_is_the_student_that_was_trained(two, case, tmp_path):
     engines.assert_saved_is_what_was_trained(two, case, tmp_path)
 
 
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_a_student_that_runs_under_its_engine_alone_is_tried_there(engine, models, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    two = engines.launch(models, tmp_path, engine, engines.LATE)
+    for mixes, apart in zip(two.ranks["opt"], two.ranks["gpt2"], strict=True):
+        assert "OPTForCausalLM, does not tell rows apart" in mixes["refused"]
+        assert len([entry for entry in apart["log"] if "loss" in entry]) == 3
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_run_with_the_students_average_goes_on_like_the_uninterrupted_one(engine, models, tmp_path):
     if engine.startswith("zero"):

@@ -10,7 +10,7 @@ from reference import assistant, over_tokens, random_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_trl import DIVERGENCES, OBJECTIVES, Objective, linear_distillation_loss
-from amid_trl.maths.kernel import Finish
+from amid_trl.maths.kernel import Finish, _compiled
 from amid_trl.maths.linear import Head, States, linear_token_loss
 from amid_trl.maths.objective import ORDERS
 from amid_trl.maths.token_loss import DistillationTokenLoss
@@ -80,6 +80,28 @@ def test_compiled_it_equals_the_dense_objective_whatever_is_left_for_the_last_ch
 def test_blocks_within_a_chunk_change_nothing(monkeypatch):
     monkeypatch.setattr("amid_trl.maths.linear.CPU_ELEMENTS", (10 * VOCAB, 4 * VOCAB))
     assert_is_dense(Objective(), chunk_size=None)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4, None])
+def test_no_row_is_left_out_of_the_compiled_kernel_however_large_the_vocabulary(chunk_size, monkeypatch):
+    rows = []
+
+    def compiled(graph, dynamic):
+        return lambda *tensors: rows.append(len(tensors[0])) or graph(*tensors)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    _compiled.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    sizes = (5, 2**18 + 1, 5, 2**18 + 1)
+    hidden, weight, *of_teacher = (torch.randn(size, 2, generator=generator).requires_grad_() for size in sizes)
+    total, _ = linear_distillation_loss(hidden, weight, *of_teacher, objective=Objective(), chunk_size=chunk_size)
+    want = Objective()(hidden @ weight.T, of_teacher[0] @ of_teacher[1].T).sum()
+    torch.testing.assert_close(total, want)
+    gradients = (torch.autograd.grad(value, (hidden, weight)) for value in (total, want))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+    assert rows == [2, 3]
+    _compiled.cache_clear()
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one():

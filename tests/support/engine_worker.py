@@ -5,6 +5,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +30,8 @@ from tiny import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Model
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.data.batches import DistillationCollator
@@ -72,7 +75,7 @@ def save_models(folder: Path) -> None:
     """Everything that a case can name.
 
     A student with a head of its own, one with a tied head, an adapter of each, one that a word breaks, a mixture of
-    experts, one that is read wrongly, one of another architecture, and a teacher for all; their vocabularies are
+    experts, one that is read wrongly, two of other architectures, and a teacher for all; their vocabularies are
     padded. Plain text whose blocks are all the same, and some whose blocks differ.
     """
     tokenizer = tiny_tokenizer()
@@ -91,6 +94,7 @@ def save_models(folder: Path) -> None:
     save_tiny(folder / "mixture", family_model("mixtral", tokenizer, vocab_size=364), tokenizer)
     save_tiny(folder / "scaled", family_model("mpt", tokenizer, logit_scale=0.5), tokenizer)
     save_tiny(folder / "gpt2", tiny_gpt2(tokenizer), tokenizer)
+    save_tiny(folder / "opt", family_model("opt", tokenizer, vocab_size=364), tokenizer)
     save_tiny(folder / "teacher", tiny_llama(tokenizer, seed=1, hidden_size=48, vocab_size=368), tokenizer)
     other = special_behind()
     save_tiny(folder / "other_teacher", tiny_llama(other, seed=1, hidden_size=48), other)
@@ -114,12 +118,13 @@ def run(
     evaluates_first: bool = False,
     trains: bool = True,
     resumes: str | None = None,
+    late: bool = False,
     **settings,
 ) -> dict:
     """Train one epoch if asked to, evaluate, save the student; returns what was logged and seen.
 
     `resumes` names the case whose second step the run goes on from; `settings` are those of `build`. A
-    `teacher_cache` is written first, by all processes.
+    `teacher_cache` is written first, by all processes. A `late` student does not run before it is trained.
     """
     if "teacher_cache" in settings:
         settings["teacher_cache"] = str(output_dir / settings["teacher_cache"])
@@ -129,7 +134,8 @@ def run(
         caching.args.teacher_cache_states = settings.get("teacher_cache_states", False)
         cache_teacher(caching, settings["teacher_cache"], settings.get("teacher_top_k", 100), "float32")
         settings["teacher"] = None
-    trainer = build(models, output_dir, **settings)
+    with running_nowhere(settings["student"]) if late else nullcontext():
+        trainer = build(models, output_dir, **settings)
     seen, filled = Windows(trainer), fillings(trainer)
     if evaluates_first:
         trainer.evaluate()
@@ -150,6 +156,21 @@ def run(
         "logits": logits(trainer.model.eval()),
         "runs under": runs_under(trainer.accelerator),
     }
+
+
+@contextmanager
+def running_nowhere(student: str) -> Iterator[None]:
+    """Within it that student does not, as with flash attention where it is not on a GPU yet."""
+
+    def fail(*_, **__):
+        raise RuntimeError("not here")
+
+    decoder = {"opt": OPTDecoder, "gpt2": GPT2Model}[student]
+    forward, decoder.forward = decoder.forward, fail
+    try:
+        yield
+    finally:
+        decoder.forward = forward
 
 
 def fillings(trainer: AMiDTrainer) -> list[float]:

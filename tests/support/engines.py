@@ -218,6 +218,8 @@ REPLAYED = {
 }
 # A student whose configuration has a scale that transformers' model does not apply.
 MISREAD = {"other logits": {"student": "scaled"}}
+# Students that run once their engine has them; of the first one rows are not told apart.
+LATE = {name: {"student": name, "padding_free": True, "late": True} for name in ("opt", "gpt2")}
 # The student does not survive a word of the fourth row.
 SKIPPED = {"row left out": {"student": "broken_student", "nonfinite_loss": "skip"}}
 # Blocks of text that differ, so that one process cannot read what two read.

@@ -7,6 +7,7 @@ from families import family_model
 from observe import LORA, Windows, completions_of, logged, same_runs
 from peft import LoraConfig
 from tiny import QUESTIONS, messages_dataset, multi_turn_dataset, tiny_gpt2, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_trl.data.packing import PACKED_ROWS
 from amid_trl.models.packing import PackedRows
@@ -37,14 +38,13 @@ def run(train, tokenizer):
 def read(monkeypatch):
     """How many tokens models are given in packed rows, and how many of them are of a row; not those of the check."""
     seen = []
-    unpacked = PackedRows.unpacked
+    at = PackedRows.at
 
-    def noted(self, values):
-        if self.shown.shape != (3, 8):
-            seen.append((self.input_ids.numel(), int(self.shown.sum())))
-        return unpacked(self, values)
+    def noted(self, places, values):
+        seen.append((self.input_ids.numel(), int(self.shown.sum())))
+        return at(self, places, values)
 
-    monkeypatch.setattr(PackedRows, "unpacked", noted)
+    monkeypatch.setattr(PackedRows, "at", noted)
     return seen
 
 
@@ -116,6 +116,41 @@ def test_experts_are_balanced_as_ever(train, tokenizer, rows):
     same_runs(free, padded)
 
 
+class MostTokens(TorchDispatchMode):
+    """Remembers the most tokens, rows of a tensor of more than one dimension, that any operation gave something of."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1 and tensor.is_floating_point():
+                self.count = max(self.count, tensor.numel() // max(1, tensor.shape[-1]))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_nothing_has_an_entry_for_padding(train, tokenizer, kind):
+    """One long row and many short ones, which padded have twenty times the tokens."""
+    lengths = [512, *([4] * 60)]
+    rows = [
+        {"input_ids": [5] * n, "labels": [-100] * (n // 2) + [5] * (n - n // 2), "prompt_ids": [5]} for n in lengths
+    ]
+    models = {name: family_model(kind, tokenizer, seed=i) for i, name in enumerate(("model", "teacher_model"))}
+    given = {"per_device_train_batch_size": len(rows), "max_steps": 1, "gradient_accumulation_steps": 1}
+    if kind == "mixtral":
+        given["router_aux_loss_coef"] = 0.5
+    counts = {}
+    for padding_free in (True, False):
+        trainer = train(**models, train_dataset=Dataset.from_list(rows), padding_free=padding_free, **given)
+        with MostTokens() as most:
+            trainer.train()
+        counts[padding_free] = most.count
+    assert counts[True] < len(rows) * max(lengths) / 4 < len(rows) * max(lengths) <= counts[False]
+
+
 def test_a_window_is_dealt_into_batches_of_like_size(train):
     sizes = {}
     for padding_free in (False, True):
@@ -130,12 +165,46 @@ def test_a_window_is_dealt_into_batches_of_like_size(train):
 
 
 def test_a_model_that_does_not_tell_rows_apart_is_refused_by_name(train, tokenizer):
-    models = {name: family_model("opt", tokenizer, seed=i) for i, name in enumerate(("model", "teacher_model"))}
+    model = family_model("opt", tokenizer)
     with pytest.raises(ValueError, match="but the student, a OPTForCausalLM, does not tell rows apart"):
-        train(**models, padding_free=True)
+        train(model=model, padding_free=True)
     with pytest.raises(ValueError, match="but the teacher, a OPTForCausalLM, does not tell rows apart"):
-        train(teacher_model=models["teacher_model"], packing=True)
-    train(teacher_model=models["teacher_model"])
+        train(teacher_model=model, packing=True)
+    train(teacher_model=model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("family", "is_refused"), [("opt", True), ("llama", False)])
+def test_a_student_that_does_not_run_when_it_is_given_is_tried_before_the_first_step(
+    train, tokenizer, family, is_refused, bf16
+):
+    def on_no_device_yet(*_):
+        raise RuntimeError("flash attention does not run here")
+
+    model = family_model(family, tokenizer)
+    before = [weight.clone() for weight in model.parameters()]
+    here = model.get_input_embeddings().register_forward_pre_hook(on_no_device_yet)
+    trainer = train(model=model, padding_free=True, bf16=bf16)
+    here.remove()
+    if is_refused:
+        with pytest.raises(ValueError, match="but the student, a OPTForCausalLM, does not tell rows apart"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert is_refused == all(map(torch.equal, model.parameters(), before))
+
+
+def test_an_offloaded_teacher_that_runs_on_the_device_alone_is_tried_there(train, tokenizer):
+    model = family_model("opt", tokenizer)
+    at_home = model.get_input_embeddings().weight.data_ptr()
+
+    def away_from_home(embeddings, _):
+        if embeddings.weight.data_ptr() == at_home:
+            raise RuntimeError("flash attention does not run here")
+
+    model.get_input_embeddings().register_forward_pre_hook(away_from_home)
+    with pytest.raises(ValueError, match="but the teacher, a OPTForCausalLM, does not tell rows apart"):
+        train(teacher_model=model, teacher_offload=True, padding_free=True)
 
 
 # ---- packing ----

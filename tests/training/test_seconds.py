@@ -32,7 +32,7 @@ def test_a_pause_is_in_the_seconds_of_its_phase_alone(train, student, monkeypatc
     elif slow == "teacher":
         monkeypatch.setattr(trainer.teacher_model.model, "forward", slowed(trainer.teacher_model.model.forward))
     elif slow == "student":
-        monkeypatch.setattr(batch_loss, "backbone_states", slowed(batch_loss.backbone_states))
+        monkeypatch.setattr(batch_loss, "states_at", slowed(batch_loss.states_at))
     elif slow == "loss":
         monkeypatch.setattr("amid_trl.maths.linear._Chunks.__iter__", slowed(_chunks_iter()))
     else:
