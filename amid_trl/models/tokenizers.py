@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.run import RenamedTokens
 
 
@@ -48,7 +49,7 @@ def renamed_tokens(
     foreign += lacked
     if foreign:
         example = foreign[0]
-        files = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
+        files = map(tokenizer_name, (tokenizer, teacher_tokenizer))
         places = f"{student_ids.get(example)} and {teacher_ids.get(example)}"
         raise OtherTokenizer(
             f"student and teacher need the same tokenizer; {' and '.join(files)} differ in "

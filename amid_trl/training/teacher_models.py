@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.fields import json_dict
 from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
@@ -107,7 +108,7 @@ def load_checked_teacher(
         logger.warning(
             "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
             "both are compared on what they have in common (docs/teacher.md).",
-            *(each.name_or_path for each in (teacher_tokenizer, tokenizer) if each is not None),
+            *(tokenizer_name(each) for each in (teacher_tokenizer, tokenizer) if each is not None),
         )
         return teacher, RenamedTokens(), teacher_tokenizer
 

@@ -235,3 +235,6 @@ def test_a_token_that_there_is_not_is_refused(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, 6], "prompt_ids": [5], "teacher_prompt_ids": [99999]}
     with pytest.raises(ValueError, match="teacher_prompt_ids hold token 99999"):
         prepared([row], tokenizer)
+    other = special_first()  # it was made here, and has no path
+    with pytest.raises(ValueError, match=f"the teacher's tokenizer {type(other).__name__} has {len(other)} tokens"):
+        prepared([row], tokenizer, teacher_tokenizer=other)
