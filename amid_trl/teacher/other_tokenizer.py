@@ -61,6 +61,11 @@ class OtherTokenizerTeacher:
         return self._teacher.name
 
     @property
+    def tokenizers(self) -> tuple[str, str]:
+        """The names of the student's tokenizer and of its own."""
+        return self._retokeniser.student.name, self._retokeniser.teacher.name
+
+    @property
     def head(self) -> Head:
         """On the device."""
         return self._teacher.head
@@ -131,10 +136,10 @@ class OtherTokenizerTeacher:
                 return
             trained += bool(places)
         if trained:
+            students, own = self.tokenizers
             raise ValueError(
-                f"student ({self._retokeniser.student.name}) and teacher ({self._retokeniser.teacher.name}) share no "
-                f"boundary of their tokens at a trained token in any of the {trained} rows of the {name} dataset: "
-                "there is nothing to compare"
+                f"student ({students}) and teacher ({own}) share no boundary of their tokens at a trained token in "
+                f"any of the {trained} rows of the {name} dataset: there is nothing to compare"
             )
 
 
