@@ -102,19 +102,20 @@ def load_checked_teacher(
     try:
         return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes), None
     except OtherTokenizer as error:
-        check_other_tokenizer(args, error)
-        for each in (tokenizer, teacher_tokenizer):
-            token_bytes(cast(PreTrainedTokenizerBase, each))  # one that cannot be read is refused before any text is
+        other = cast(PreTrainedTokenizerBase, teacher_tokenizer)  # None is no other
+        check_other_tokenizer(args, other, error)
+        for each in (tokenizer, other):
+            token_bytes(each)  # one that cannot be read is refused before any text is
         logger.warning(
             "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
             "both are compared on what they have in common (docs/teacher.md).",
-            *(tokenizer_name(each) for each in (teacher_tokenizer, tokenizer) if each is not None),
+            *map(tokenizer_name, (other, tokenizer)),
         )
-        return teacher, RenamedTokens(), teacher_tokenizer
+        return teacher, RenamedTokens(), other
 
 
-def check_other_tokenizer(args: AMiDConfig, error: OtherTokenizer) -> None:
-    """Refuse what needs the teacher's answers in the student's tokens."""
+def check_other_tokenizer(args: AMiDConfig, other: PreTrainedTokenizerBase, error: OtherTokenizer) -> None:
+    """Refuse what needs the teacher's answers in the student's tokens, or a chat template of its own."""
     needs = {
         "teacher_cache": args.teacher_cache is not None,
         "seq_kd": args.seq_kd,
@@ -126,6 +127,11 @@ def check_other_tokenizer(args: AMiDConfig, error: OtherTokenizer) -> None:
             raise OtherTokenizer(
                 f"{name}={getattr(args, name)!r} needs a teacher with the student's tokenizer: {error}"
             )
+    if (told := args.teacher_chat_template_kwargs) and not other.chat_template:
+        raise ValueError(
+            f"teacher_chat_template_kwargs={told!r} has no effect: the teacher's tokenizer {tokenizer_name(other)} "
+            "has no chat template"
+        )
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:

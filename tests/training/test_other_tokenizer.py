@@ -104,7 +104,7 @@ SENTENCEPIECE = {"prepend": byte_fallback, "first": lambda: spaces_by("first"), 
         *(
             (name, prompts, TURNS)
             for name in ("prepend", "first")
-            for prompts in ("its own", "teacher_prompt", "the row")
+            for prompts in ("its own", "teacher_prompt", "the row", "text or the row")
         ),
         ("always", "its own", TURNS),
         ("prepend", "teacher_prompt", CHATML),
@@ -120,11 +120,14 @@ def test_two_equal_sentencepiece_tokenizers_give_the_dense_loss(train, tmp_path,
     save_tiny(tmp_path / "same", teacher, tokenizer)
     turned = renumbered(teacher, tokenizer, other)
     rows = messages_dataset(4)
-    if prompts == "the row":
+    if prompts in ("the row", "text or the row"):
         other.chat_template = None
-    elif prompts == "teacher_prompt":
-        hints = [[{"role": "user", "content": f"A hint: {row['messages'][0]['content'].lower()}"}] for row in rows]
-        rows = rows.add_column("teacher_prompt", hints)
+    if prompts != "its own" and prompts != "the row":
+        hints = [f"A hint: {row['messages'][0]['content'].lower()}" for row in rows]
+        read = hints[:2] + 2 * [None]
+        if prompts == "teacher_prompt":
+            read = [[{"role": "user", "content": hint}] for hint in hints]
+        rows = rows.add_column("teacher_prompt", read)
     save_tiny(tmp_path / "other", turned, other)
     found = []
     for kind in ("same", "other"):
@@ -319,6 +322,15 @@ def test_a_row_without_a_shared_boundary_is_counted_and_named(train, folder, tmp
 def test_what_needs_the_students_tokens_is_refused_by_name(train, folder, others, named):
     with pytest.raises(ValueError, match=named):
         train(**settings(folder, **others))
+
+
+def test_what_is_told_to_a_template_that_there_is_not_is_refused(train, folder, tmp_path):
+    shutil.copytree(folder / "another", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    given = settings(folder, teacher_chat_template_kwargs={"hint": 1}) | {"teacher_model": str(tmp_path / "plain")}
+    named = r"teacher_chat_template_kwargs=\{'hint': 1\} has no effect: the teacher's tokenizer .*plain has no"
+    with pytest.raises(ValueError, match=named):
+        train(**given)
 
 
 def test_one_of_several_by_name_is_refused_by_its_name(train, folder):
