@@ -230,17 +230,22 @@ def _padded(
 def teachers_view(batch: Batch) -> Batch:
     """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any.
 
-    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written.
+    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written; of a row that
+    is the student's, as some are beside others, it is -1.
     """
     if "teacher_input_ids" not in batch:
         return batch
     read = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
-    names = (("prompts", "prompt_attention_mask"), ("input_ids", "attention_mask"))
-    rows = (unpadded(batch[ids], batch[mask]) for ids, mask in names)
-    lengths = [completion_length(prompt.tolist(), row.tolist()) for prompt, row in zip(*rows, strict=True)]
-    whole = batch["teacher_attention_mask"].sum(-1)
-    read["own_prompt"] = whole - torch.tensor(lengths, device=whole.device)
+    names = [(f"{prefix}input_ids", f"{prefix}attention_mask") for prefix in PREFIXES]
+    names.append(("prompts", "prompt_attention_mask"))
+    rows = (map(Tensor.tolist, unpadded(batch[ids], batch[mask])) for ids, mask in names)
+    own = [_own_prompt(*row) for row in zip(*rows, strict=True)]
+    read["own_prompt"] = torch.tensor(own, device=batch["input_ids"].device)
     return {**read, TEACHER: batch[TEACHER]} if TEACHER in batch else read
+
+
+def _own_prompt(row: list[int], teachers: list[int], prompt: list[int]) -> int:
+    return -1 if teachers == row else len(teachers) - completion_length(prompt, row)
 
 
 def trained_targets(batch: Batch) -> Tensor:

@@ -98,8 +98,8 @@ class OtherTokenizerTeacher:
         made = []
         for number, (ids, labels) in enumerate(rows):
             # In a row behind a prompt of the teacher's own this many tokens are the teacher's already.
-            own = int(batch["own_prompt"][number]) if "own_prompt" in batch else None
-            prompt = None if own is None else ids[:own]
+            own = int(batch["own_prompt"][number]) if "own_prompt" in batch else -1
+            prompt = None if own < 0 else ids[:own]
             written, places = self._row(ids, labels, prompt)
             if places and all(place.kind == UNPAIRED for place in places):
                 self._name(prompt or [], ids)

@@ -7,7 +7,14 @@ from small_tokenizers import byte_fallback, special_first
 from tiny import CHATML, QUESTIONS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_rows, teachers_view
+from amid_trl.data.batches import (
+    DistillationCollator,
+    PromptTokens,
+    completion_batch,
+    deal_rows,
+    teachers_view,
+    window_prompts,
+)
 from amid_trl.data.datasets import prepare_dataset
 from amid_trl.data.rows import DataSettings
 
@@ -258,6 +265,17 @@ def test_rows_that_are_not_prepared_here_are_read_too():
     batch = teachers_view(DistillationCollator(0)(rows))
     assert batch["input_ids"].tolist() == [[8, 9, 6, 7], [5, 7, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, 7, -100, -100]]
+
+
+def test_a_row_without_a_prompt_of_the_teachers_is_told_apart_in_a_batch_of_both():
+    """It is the student's, in the student's tokens, whatever the teacher's are."""
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_ids": [5]}
+    rows = [{**row, "teacher_prompt_ids": [8, 9]}, row]
+    batch = DistillationCollator(0)(rows)
+    assert teachers_view(batch)["own_prompt"].tolist() == [2, -1]
+    assert teachers_view(deal_rows([batch], 0)[0])["own_prompt"].tolist() == [2, -1]
+    written = completion_batch(window_prompts([batch], "student"), [torch.tensor([3]), torch.tensor([4])], 0)
+    assert teachers_view(written)["own_prompt"].tolist() == [2, -1]
 
 
 def test_a_token_that_there_is_not_is_refused(tokenizer):
