@@ -1,5 +1,7 @@
 """Whether student and teacher mean the same by the ids of tokens."""
 
+import hashlib
+import json
 import logging
 from typing import Any, cast
 
@@ -14,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 class OtherTokenizer(ValueError):
     """Student and teacher do not have the same tokenizer."""
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary: which text has which id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def renamed_tokens(

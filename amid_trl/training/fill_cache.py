@@ -16,9 +16,9 @@ from amid_trl.maths.linear import States
 from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
-from amid_trl.models.tokenizers import OtherTokenizer
+from amid_trl.models.tokenizers import OtherTokenizer, tokenizer_fingerprint
 from amid_trl.run import Run
-from amid_trl.teacher.cache import CacheWriter, tokenizer_fingerprint
+from amid_trl.teacher.cache import CacheWriter
 from amid_trl.teacher.cache_about import CacheAbout
 from amid_trl.teacher.filling import StatesTeacher, check_same_teacher, hidden_rows, states_writer
 from amid_trl.teacher.kinds import Teacher

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.row_teachers import SINGLE
 from amid_trl.data.rows import tokenizer_name
 from amid_trl.fields import json_dict
 from amid_trl.models.gguf import warn_of_gguf
@@ -153,7 +154,8 @@ def placed_teachers(
 ) -> tuple[dict[str, RunTeacher], Run[AMiDConfig]]:
     """The teachers as they lie during the run, and the run with the tokens that mean another thing to any of them.
 
-    One that turns out to be needed for the prepared datasets is loaded now.
+    It has the tokenizer of the teacher of all rows too, where that is another one. A teacher that turns out to be
+    needed for the prepared datasets is loaded now.
     """
     placed = {}
     for name, teacher in loaded.items():
@@ -172,4 +174,5 @@ def placed_teachers(
                 own = dataclasses.replace(own, renamed=renamed)
             placed[name] = RunTeacher(own, None if model is None else place(freeze(model), own.args, run.accelerator))
     renamed = RenamedTokens.joined(teacher.run.renamed for teacher in placed.values())
-    return placed, dataclasses.replace(run, renamed=renamed)
+    other = loaded[SINGLE].tokenizer if SINGLE in loaded else None
+    return placed, dataclasses.replace(run, renamed=renamed, teacher_tokenizer=other)

@@ -48,3 +48,44 @@ def test_a_row_without_a_prompt_of_the_teachers_is_read_as_alone(train, folder):
         assert logged(trainer, "aligned")[0] > 0.9
         found.append(logged(trainer, "loss"))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+ADAPTIVE = {
+    **{"sampling": "adaptive", "adaptive_threshold": 1.0, "replay_capacity": 4, "lmbda": 0.5, "max_steps": 4},
+    **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+}
+
+
+def adaptive(train, folder, teacher: str, *, hinted: bool = True):
+    """A trainer that replays, and whose teacher reads hints."""
+    rows = messages_dataset(4)
+    if hinted:
+        rows = rows.add_column("teacher_prompt", [f"A hint: {question}" for question, _ in QUESTIONS[:4]])
+    return train(**settings(folder, teacher, **ADAPTIVE, train_dataset=rows, eval_dataset=rows))
+
+
+@pytest.mark.parametrize(("first", "second"), [("another", "third"), ("another", "same"), ("same", "another")])
+def test_prompts_that_are_replayed_are_not_read_by_a_teacher_of_other_tokens(train, folder, tmp_path, first, second):
+    named = {name: str(folder / name) for name in ("another", "third")} | {"same": "the student's tokenizer"}
+    adaptive(train, folder, first).train()
+    resumed, checkpoint = adaptive(train, folder, second), str(tmp_path / "run" / "checkpoint-2")
+    said = f"are in the tokens of {named[first]}, and this run's teacher reads those of {named[second]}. Resume"
+    with pytest.raises(ValueError, match=f"cannot be resumed: the teacher's prompts in its replay buffer {said}"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_same_teacher_goes_on_replaying(train, folder, tmp_path):
+    whole = adaptive(train, folder, "another")
+    whole.train()
+    resumed = adaptive(train, folder, "another")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert 1.0 in logged(whole, "replay_share")[2:]
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_text_without_prompts_of_the_teachers_is_replayed_to_any(train, folder, tmp_path):
+    """Each reads the student's tokens by their bytes."""
+    adaptive(train, folder, "same", hinted=False).train()
+    resumed = adaptive(train, folder, "another", hinted=False)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert 1.0 in logged(resumed, "replay_share")[2:]
