@@ -263,8 +263,13 @@ def counted(batch: Batch) -> Batch:
 
 
 def unpadded_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels of every row, on the CPU."""
-    columns = (unpadded(batch[name], batch["attention_mask"]) for name in ("input_ids", "labels"))
+    """Token ids and labels, as they are trained, of every row, on the CPU.
+
+    A trained token is one of the row's though a mask hides it, as one that hides all EOS where these are the padding.
+    """
+    labels = counted(batch)["labels"]
+    there = (batch["attention_mask"] != 0) | (labels != UNTRAINED)
+    columns = (unpadded(tensor, there) for tensor in (batch["input_ids"], labels))
     return ((ids.cpu(), labels.cpu()) for ids, labels in zip(*columns, strict=True))
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.data.batches import Batch, pad_rows, unpadded
+from amid_trl.data.batches import Batch, pad_rows, unpadded_rows
 from amid_trl.data.rows import UNTRAINED, completion_length
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.outcomes import AT_BOUNDARY, UNPAIRED, Outcomes
@@ -93,10 +93,9 @@ class OtherTokenizerTeacher:
 
     def _rows(self, batch: Batch) -> list[tuple[WrittenAgain, list[Place]]]:
         """Every row in the teacher's tokens, and what is asked about it."""
-        columns = (unpadded(batch[name], batch["attention_mask"]) for name in ("input_ids", "labels"))
-        rows = [(ids.tolist(), labels.tolist()) for ids, labels in zip(*columns, strict=True)]
         made = []
-        for number, (ids, labels) in enumerate(rows):
+        for number, row in enumerate(unpadded_rows(batch)):
+            ids, labels = (column.tolist() for column in row)
             # In a row behind a prompt of the teacher's own this many tokens are the teacher's already.
             own = int(batch["own_prompt"][number]) if "own_prompt" in batch else -1
             prompt = None if own < 0 else ids[:own]

@@ -1,11 +1,14 @@
-"""Prompts in the teacher's own tokens: beside rows that have none, and out of the replay buffer."""
+"""What a teacher with another tokenizer is asked: prompts in its own tokens or none, and what a mask hides."""
 
 import pytest
 from datasets import Dataset
 from observe import logged
 from small_tokenizers import in_order, special_first
-from tiny import QUESTIONS, messages_dataset, save_tiny, tiny_llama
+from tiny import QUESTIONS, messages_dataset, prompt_completion_dataset, save_tiny, tiny_llama
 
+from amid_trl.data.batches import DistillationCollator
+from amid_trl.data.datasets import prepare_dataset
+from amid_trl.data.rows import DataSettings
 from amid_trl.models.vocabulary import first_tokens
 
 
@@ -48,6 +51,23 @@ def test_a_row_without_a_prompt_of_the_teachers_is_read_as_alone(train, folder):
         assert logged(trainer, "aligned")[0] > 0.9
         found.append(logged(trainer, "loss"))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_collator_that_hides_the_ends_of_rows_gives_the_loss_of_one_that_does_not(train, folder):
+    """It pads with EOS and hides all of it, of which the last one of a row is trained."""
+    rows, found = prompt_completion_dataset(4), []
+    prepared = prepare_dataset(rows, in_order(), DataSettings(), name="train")
+    end = in_order().eos_token_id
+
+    def hides(rows):
+        batch = DistillationCollator(end)(rows)
+        return {**batch, "attention_mask": (batch["input_ids"] != end).long()}
+
+    for given in ({"train_dataset": rows}, {"train_dataset": prepared, "data_collator": hides}):
+        trainer = train(**settings(folder, "another", **given))
+        trainer.train()
+        found.append(logged(trainer, "loss"))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 ADAPTIVE = {
