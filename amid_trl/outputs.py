@@ -78,14 +78,14 @@ def sole_use(folder: Path, patience: float = math.inf) -> Iterator[None]:
         yield
 
 
-def as_json(content: Any) -> Any:
+def plain_json(content: Any) -> Any:
     """What a JSON file of it holds: keys are text, and so is what JSON has no word for, such as a date of YAML's."""
     return json.loads(json.dumps(content, default=str))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """`name THERE, not HERE` for every name whose values are not equal in JSON; a missing one is None."""
-    there, here = as_json(there), as_json(here)
+    there, here = plain_json(there), plain_json(here)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return "; ".join(f"{name} {there.get(name)!r}, not {here.get(name)!r}" for name in names)
 

@@ -24,7 +24,7 @@ from amid_trl.comparison.spec import (
     read_comparison,
     without_launcher,
 )
-from amid_trl.outputs import as_json, differences, write_whole
+from amid_trl.outputs import differences, plain_json, write_whole
 
 
 def compare(file: str | Path, output_dir: str | Path, report_only: bool = False) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _run(comparison: Comparison, folder: Path, settings: Mapping[str, Any]) -> s
     environment = {**without_launcher(os.environ), **of_config}
     if not (folder / RESULT).exists():
         _forget_evaluation(folder)  # of an earlier student
-        write_whole(folder / SETTINGS, json.dumps(as_json(settings), indent=2) + "\n")
+        write_whole(folder / SETTINGS, json.dumps(plain_json(settings), indent=2) + "\n")
         config = {**settings["config"], "output_dir": str(folder)}
         write_whole(folder / "run.yaml", yaml.safe_dump(config, sort_keys=False))
         if failure := _process(["compared-run", "--config", str(folder / "run.yaml")], folder, environment):

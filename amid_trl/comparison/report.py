@@ -102,7 +102,8 @@ def _difference(comparison: Comparison, results: Results, name: str, metric: str
         weights = pairs[0][0].rows[metric].weights
         if any(result.rows[metric].weights != weights for pair in pairs for result in pair):
             raise ValueError(
-                f"{name} and {comparison.baseline} read the same rows in other tokens: compare no {metric}"
+                f"{name} and {comparison.baseline} read the same rows in other tokens, or are compared with their "
+                f"teachers at others of them: compare no {metric}"
             )
     else:
         sums, weights = [[value] for value in values], [1.0]

@@ -51,7 +51,8 @@ def read_result(comparison: Comparison, folder: Path) -> Result | None:
     if missing := [name for name in comparison.metrics if name not in metrics]:
         raise ValueError(f"{folder} has no {', '.join(missing)}; there are {', '.join(metrics)}")
     rows = trained["rows"] or {"hash": None, "sums": {}}
-    of_training = {name: RowSums(sums, rows["tokens"]) for name, sums in rows["sums"].items()}
+    weights = rows.get("weights", {})  # of a metric that is no mean over tokens; earlier versions wrote none
+    of_training = {name: RowSums(sums, weights.get(name, rows["tokens"])) for name, sums in rows["sums"].items()}
     hashes = (rows["hash"], evaluated.get("settings", {}).get("set_rows"))
     figures = {**of_training, **_row_figures(evaluated)}
     facts = {"trained_rows": trained.get("trained_rows"), "num_processes": trained["num_processes"]}

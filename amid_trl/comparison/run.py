@@ -126,7 +126,8 @@ class ComparedTrainer(AMiDTrainer):
     def evaluated_rows(self) -> dict[str, Any]:
         """Sums over the trained tokens of each prompt's rows, their number, and a hash of the rows, sorted by content.
 
-        Answers to the same prompt depend on each other: to the interval, which resamples rows, they are one.
+        `weights` has what a metric is a mean over, where that is not tokens. Answers to the same prompt depend on each
+        other: to the interval, which resamples rows, they are one.
         """
         rows: Any = self.eval_dataset
         keys = [row_key(row["input_ids"], row["labels"]).hex() for row in rows]
@@ -138,11 +139,13 @@ class ComparedTrainer(AMiDTrainer):
             column = torch.cat([figures[name] for figures in self._evaluated]).cpu().double()
             return summed(column[order].tolist(), clusters)
 
-        metrics = [name for name in TRAINING_METRICS if name.removeprefix("eval_") in self._evaluated[0].names]
+        known, over = self._evaluated[0].names, self._parts.objectives.over
+        metrics = {name: figure for name in TRAINING_METRICS if (figure := name.removeprefix("eval_")) in known}
         return {
             "hash": fingerprint([(keys[i], prompts[i]) for i in order]),
             "tokens": of_prompts("tokens"),
-            "sums": {name: of_prompts(name.removeprefix("eval_")) for name in metrics},
+            "sums": {name: of_prompts(figure) for name, figure in metrics.items()},
+            "weights": {name: of_prompts(over[figure]) for name, figure in metrics.items() if figure in over},
         }
 
 

@@ -230,19 +230,25 @@ def _padded(
 def teachers_view(batch: Batch) -> Batch:
     """The rows as the teacher reads them: the same trained tokens, behind prompts of its own if there are any.
 
-    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written; `prompt_again`
-    how many of the last tokens of the student's prompt the completion writes anew.
+    Then `own_prompt` says how much of its rows that is, for a teacher in whose tokens they are written; of a row that
+    is the student's, as some are beside others, it is -1. `prompt_again` says how many of the last tokens of the
+    student's prompt the completion writes anew.
     """
     if "teacher_input_ids" not in batch:
         return batch
     read = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "labels")}
-    names = (("prompts", "prompt_attention_mask"), ("input_ids", "attention_mask"))
-    rows = (unpadded(batch[ids], batch[mask]) for ids, mask in names)
-    lengths = [completion_length(prompt.tolist(), row.tolist()) for prompt, row in zip(*rows, strict=True)]
-    completions = torch.tensor(lengths, device=batch["input_ids"].device)
-    prompts, own, whole = (batch[f"{name}attention_mask"].sum(-1) for name in ("prompt_", "", "teacher_"))
-    read["own_prompt"], read["prompt_again"] = whole - completions, prompts + completions - own
+    names = [(f"{prefix}input_ids", f"{prefix}attention_mask") for prefix in PREFIXES]
+    names.append(("prompts", "prompt_attention_mask"))
+    rows = (map(Tensor.tolist, unpadded(batch[ids], batch[mask])) for ids, mask in names)
+    counts = torch.tensor([teachers_prompt(*row) for row in zip(*rows, strict=True)], device=batch["input_ids"].device)
+    read["own_prompt"], read["prompt_again"] = counts.unbind(-1)
     return {**read, TEACHER: batch[TEACHER]} if TEACHER in batch else read
+
+
+def teachers_prompt(row: list[int], teachers: list[int], prompt: list[int]) -> tuple[int, int]:
+    """`own_prompt` and `prompt_again`, as `teachers_view` has them, of a row, the teacher's row and the prompt."""
+    count = completion_length(prompt, row)
+    return (-1, 0) if teachers == row else (len(teachers) - count, len(prompt) + count - len(row))
 
 
 def trained_targets(batch: Batch) -> Tensor:
@@ -260,8 +266,13 @@ def counted(batch: Batch) -> Batch:
 
 
 def unpadded_rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels of every row, on the CPU."""
-    columns = (unpadded(batch[name], batch["attention_mask"]) for name in ("input_ids", "labels"))
+    """Token ids and labels, as they are trained, of every row, on the CPU.
+
+    A trained token is one of the row's though a mask hides it, as one that hides all EOS where these are the padding.
+    """
+    labels = counted(batch)["labels"]
+    there = (batch["attention_mask"] != 0) | (labels != UNTRAINED)
+    columns = (unpadded(tensor, there) for tensor in (batch["input_ids"], labels))
     return ((ids.cpu(), labels.cpu()) for ids, labels in zip(*columns, strict=True))
 
 

@@ -45,7 +45,18 @@ from amid_trl.data.packing import unpacked_dataset
 from amid_trl.data.rendering import training_template
 from amid_trl.data.reports import StreamReport, noted, refuse, said_of
 from amid_trl.data.row_teachers import TEACHER, teacher_of
-from amid_trl.data.rows import BAD, DROPPED, NO_ANSWER, BadRow, DataSettings, Row, fit, text_row, tokens_row
+from amid_trl.data.rows import (
+    BAD,
+    DROPPED,
+    NO_ANSWER,
+    BadRow,
+    DataSettings,
+    Row,
+    fit,
+    text_row,
+    tokenizer_name,
+    tokens_row,
+)
 from amid_trl.data.teacher_prompts import has_teacher_prompts, with_teachers_row
 
 
@@ -328,7 +339,7 @@ def _row(
         _check_ids("input_ids", row["input_ids"] + row["prompt_ids"], tokenizer, "the tokenizer")
         other, whose = settings.teacher_tokenizer, "the tokenizer"
         if other is not None:
-            whose = f"the teacher's tokenizer {other.name_or_path}"
+            whose = f"the teacher's tokenizer {tokenizer_name(other)}"
         _check_ids("teacher_prompt_ids", example.get("teacher_prompt_ids") or [], other or tokenizer, whose)
         return row, []
     if format == "text":

@@ -245,6 +245,11 @@ def prompt_row(prompt_ids: list[int]) -> Row:
     return {"input_ids": prompt_ids, "labels": [UNTRAINED] * len(prompt_ids), "prompt_ids": prompt_ids}
 
 
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How messages call it: by its name or path, or by its class where it was made in memory."""
+    return tokenizer.name_or_path or type(tokenizer).__name__
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> list[int]:
     """Tokens that end a turn, the one to append first."""
     own: Any = tokenizer.eos_token_id

@@ -24,6 +24,7 @@ from amid_trl.data.rows import (
     is_trained,
     prompt_tokens,
     teachers_row,
+    tokenizer_name,
 )
 
 
@@ -111,14 +112,22 @@ def _teacher_prompt_ids(
     given = example.get(COLUMN)
     if example.get(IDS) is not None:
         return list(example[IDS])
-    is_chat = _is_chat(example)
-    if settings.teacher_tokenizer is not None:
-        tokenizer, given = settings.teacher_tokenizer, _read_by_other(example, given, is_chat=is_chat)
+    is_chat, whose, other = _is_chat(example), "the tokenizer", settings.teacher_tokenizer
+    if other is not None:
+        if given is None and not (is_chat and other.chat_template):
+            given = _students_text(example, tokenizer, settings, other)
+        whose, tokenizer = "the teacher's tokenizer", other
     if isinstance(given, str):
-        return prompt_tokens(given.removesuffix(again), tokenizer, end_tokens(tokenizer, settings))
-    renders = settings.teacher_chat_template_kwargs or settings.teacher_tokenizer is not None
+        ids = prompt_tokens(given.removesuffix(again), tokenizer, end_tokens(tokenizer, settings))
+        return ids[1:] if other is not None and ids[:2] == 2 * [other.bos_token_id] else ids  # the text has one too
+    renders = settings.teacher_chat_template_kwargs or other is not None
     if given is None and not (renders and is_chat):
         return prompt
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{whose} {tokenizer_name(tokenizer)} has no chat template: give teacher_prompt as text, or "
+            "teacher_prompt_ids"
+        )
     messages = messages_to_answer(*conversation_of(example)) if given is None else as_messages(given)
     options = {**template_options(example, settings), **settings.teacher_chat_template_kwargs}
     try:
@@ -136,10 +145,19 @@ def _is_chat(example: dict[str, Any]) -> bool:
     return not {"messages", "conversations"}.isdisjoint(example) or isinstance(example.get("prompt"), list)
 
 
-def _read_by_other(example: dict[str, Any], given: Any, *, is_chat: bool) -> Any:
-    """The text or messages of a prompt for a teacher whose tokens are other ones; None for the row's own chat."""
-    if given is not None or is_chat:
-        return given
+def _students_text(
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    other: PreTrainedTokenizerBase,
+) -> str:
+    """The student's prompt as text for a teacher of `other` tokens, without a beginning that is none to it."""
     if isinstance(example.get("prompt"), str):
         return example["prompt"]
-    raise BadRow("a row of the student's tokens needs teacher_prompt_ids in the tokens of the teacher, as others have")
+    if not _is_chat(example):
+        raise BadRow(
+            "a row of the student's tokens needs teacher_prompt_ids in the tokens of the teacher, as others have"
+        )
+    messages = messages_to_answer(*conversation_of(example))
+    text = renderer(tokenizer, None, template_options(example, settings))(messages, generation_prompt=True).text
+    return text if tokenizer.bos_token == other.bos_token else text.removeprefix(str(tokenizer.bos_token or ""))

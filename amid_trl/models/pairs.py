@@ -7,6 +7,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.models.heads import causal_lm, language_model_head
 from amid_trl.models.multimodal import has_text_inside
 
@@ -28,7 +29,7 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: 
 
 def check_own_tokenizer(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """A ValueError if a teacher with another tokenizer than the student's has fewer rows than that has tokens."""
-    tokens, named = max(tokenizer.get_vocab().values()) + 1, tokenizer.name_or_path
+    tokens, named = max(tokenizer.get_vocab().values()) + 1, tokenizer_name(tokenizer)
     _check_rows(teacher, tokens, f"the teacher's tokenizer {named}", "teacher", "teacher_tokenizer_name_or_path")
 
 

@@ -1,10 +1,13 @@
 """Whether student and teacher mean the same by the ids of tokens."""
 
+import hashlib
+import json
 import logging
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.run import RenamedTokens
 
 
@@ -13,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 class OtherTokenizer(ValueError):
     """Student and teacher do not have the same tokenizer."""
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary: which text has which id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def renamed_tokens(
@@ -48,7 +56,7 @@ def renamed_tokens(
     foreign += lacked
     if foreign:
         example = foreign[0]
-        files = [t.name_or_path or type(t).__name__ for t in (tokenizer, teacher_tokenizer)]
+        files = map(tokenizer_name, (tokenizer, teacher_tokenizer))
         places = f"{student_ids.get(example)} and {teacher_ids.get(example)}"
         raise OtherTokenizer(
             f"student and teacher need the same tokenizer; {' and '.join(files)} differ in "

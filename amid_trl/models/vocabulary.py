@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from amid_trl.data.rows import tokenizer_name
+
 
 class FirstTokens(NamedTuple):
     """A tokenizer of some of another's tokens: the token `new` has the id `ids[new]` there; `ids` ascends."""
@@ -62,7 +64,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> FirstTokens:
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+    return f"the tokenizer {tokenizer_name(tokenizer)}"
 
 
 def _specification(tokenizer: Any) -> dict[str, Any]:

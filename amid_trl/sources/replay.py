@@ -34,6 +34,11 @@ class ReplayBuffer:
         """Whether the next row makes the oldest one leave."""
         return len(self._rows) == self._rows.maxlen
 
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether the teacher reads a prompt of its own in any row."""
+        return any(prompt.teacher_ids is not None for prompt, _ in self._rows)
+
     def add(self, prompts: Sequence[PromptTokens], completions: Sequence[Tensor]) -> None:
         """Append rows, the newest last."""
         own = (PromptTokens(_own(ids), None if read is None else _own(read), n) for ids, read, n in prompts)

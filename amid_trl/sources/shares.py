@@ -5,14 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.batches import PromptTokens
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.fields import build_schedule
 from amid_trl.maths.schedules import AdaptiveShare
+from amid_trl.models.tokenizers import tokenizer_fingerprint
 from amid_trl.run import Run
 from amid_trl.sources.fields import SourceFields
 from amid_trl.sources.replay import ReplayBuffer, deal
 from amid_trl.sources.source import DATASET_TEXT, FRESH_PARTS, Source, next_source, replay_seed, window_draw
+
+
+# In a checkpoint: the teacher's tokenizer, if it is another than the student's; prompts that are replayed are in it.
+READ_IN = "replay_read_in"
 
 
 class WindowSources:
@@ -27,6 +34,7 @@ class WindowSources:
         if config.sampling == "adaptive":
             self._adaptive = AdaptiveShare(config.adaptive_threshold, config.adaptive_tolerance, config.adaptive_step)
             self._replay = ReplayBuffer(config.replay_capacity, replay_seed(config.seed, accelerator.process_index))
+            self._read_in = _tokens_of(run.teacher_tokenizer)
 
     def choose(self, step: int, steps: int) -> Source:
         """The source of window `step` of `steps`; all processes have to ask."""
@@ -96,12 +104,30 @@ class WindowSources:
         """Empty unless the share is adaptive."""
         if self._adaptive is None:
             return {}
-        return {"adaptive": self._adaptive.state_dict(), "replay": self._replay.state_dict()}
+        read_in = {READ_IN: self._read_in} if self._read_in else {}
+        return {"adaptive": self._adaptive.state_dict(), "replay": self._replay.state_dict(), **read_in}
 
     def resume(self, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
-        """Go on from where another run was; the replay rows of other processes than before are dealt anew."""
+        """Go on from where another run was; the replay rows of other processes than before are dealt anew.
+
+        ValueError where prompts of the teacher's own among them are in tokens of another tokenizer than its.
+        """
         if self._adaptive is not None:
             self._adaptive.load_state_dict(states[0]["adaptive"])  # the same on all
             as_many = len(states) == world  # then nobody reads what others had
             own = states[rank]["replay"] if as_many else deal([state["replay"] for state in states], rank, world)
             self._replay.load_state_dict(own)
+            if self._replay.has_teacher_prompts:
+                self._check_tokens(states[0].get(READ_IN, {}))
+
+    def _check_tokens(self, kept: Mapping[str, str]) -> None:
+        if kept.get("vocabulary") != self._read_in.get("vocabulary"):
+            was, now = (each.get("name", "the student's tokenizer") for each in (kept, self._read_in))
+            raise ValueError(
+                f"the teacher's prompts in its replay buffer are in the tokens of {was}, and this run's teacher reads "
+                f"those of {now}. Resume it with the teacher that it had, or start a new run from its weights"
+            )
+
+
+def _tokens_of(other: PreTrainedTokenizerBase | None) -> dict[str, str]:
+    return {} if other is None else {"name": tokenizer_name(other), "vocabulary": tokenizer_fingerprint(other)}

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from amid_trl.evaluation.metrics import TRAINING_METRICS
-from amid_trl.outputs import as_json, versions, write_whole
+from amid_trl.outputs import plain_json, versions, write_whole
 from amid_trl.sweep.search import Search
 
 
@@ -20,7 +20,7 @@ LISTED = 10  # trials in the table
 def write_sweep(search: Search) -> dict[str, Any]:
     """Write sweep.json and, if a trial has a figure, best.yaml; what sweep.json holds."""
     found = sweep_results(search)
-    write_whole(search.output_dir / "sweep.json", json.dumps(as_json(found), indent=2) + "\n")
+    write_whole(search.output_dir / "sweep.json", json.dumps(plain_json(found), indent=2) + "\n")
     if found["best"] is not None:
         config = {**search.sweep.config(found["best"]["params"]), "output_dir": str(search.output_dir / "best")}
         head = f"# The best of {len(found['trials'])} trials, {search.sweep.metric} {found['best']['value']:.6g}.\n"

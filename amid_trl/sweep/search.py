@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amid_trl.outputs import as_json, differences
+from amid_trl.outputs import differences, plain_json
 from amid_trl.sweep.spec import Axis, Choice, Parameters, Sweep
 from amid_trl.sweep.trials import Evaluated, TrialFailed, drop_weights, evaluations
 
@@ -52,7 +52,7 @@ class Search:
         if there is None and self.study.trials:
             raise ValueError(f"{output_dir / STUDY} is a study that was not made here. {ELSEWHERE}")
         if there is None:
-            self.study.set_user_attr("asked", as_json(asked))
+            self.study.set_user_attr("asked", plain_json(asked))
         elif different := differences(there, asked):
             raise ValueError(f"{output_dir / STUDY} is the study of another sweep: {different}. {ELSEWHERE}")
         self._unfinished = [trial for trial in self.study.trials if not trial.state.is_finished()]

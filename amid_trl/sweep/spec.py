@@ -11,7 +11,7 @@ import yaml
 
 from amid_trl.comparison.spec import OWN, check_each
 from amid_trl.evaluation.metrics import METRICS, OF_TRAININGS_TEACHER, TRAINING_METRICS
-from amid_trl.outputs import as_json
+from amid_trl.outputs import plain_json
 
 
 SAMPLERS = ("tpe", "random")
@@ -103,7 +103,7 @@ class Choice:
     def of_values(cls, name: str, values: Sequence[Any]) -> "Choice":
         """From a list of values; one that is a mapping or a list is labelled by its JSON."""
         scalars = (str, int, float, bool, type(None))
-        labels = [value if isinstance(value, scalars) else json.dumps(as_json(value)) for value in values]
+        labels = [value if isinstance(value, scalars) else json.dumps(plain_json(value)) for value in values]
         options = {label: {name: value} for label, value in zip(labels, values, strict=True)}
         if len(options) < len(values) or len(values) < 2:
             raise ValueError(f"space.{name} must have two values or more, all different; got {values}")

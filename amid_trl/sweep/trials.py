@@ -13,7 +13,7 @@ import yaml
 from amid_trl.comparison.processes import failed, logged_bytes, started
 from amid_trl.comparison.results import read_json
 from amid_trl.comparison.spec import ON_WAY, RESULT, SETTINGS, without_launcher
-from amid_trl.outputs import as_json, write_whole
+from amid_trl.outputs import plain_json, write_whole
 
 
 POLL_SECONDS = 0.2
@@ -44,7 +44,7 @@ def evaluations(
     if not (folder / RESULT).exists():
         folder.mkdir(parents=True, exist_ok=True)
         config = {**settings["config"], "output_dir": str(folder)}
-        write_whole(folder / SETTINGS, json.dumps(as_json(settings), indent=2) + "\n")
+        write_whole(folder / SETTINGS, json.dumps(plain_json(settings), indent=2) + "\n")
         write_whole(folder / "run.yaml", yaml.safe_dump(config, sort_keys=False))
         of_config = {name: str(value) for name, value in (settings["config"].get("env") or {}).items()}
         begin, arguments = logged_bytes(folder), ["compared-run", "--config", str(folder / "run.yaml")]

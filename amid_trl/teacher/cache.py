@@ -5,7 +5,6 @@ of every trained position, or the hidden states there, with the head that makes 
 A row is found by its tokens and by which of them are trained; only its trained positions are kept.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from amid_trl.data.row_teachers import own_rows
 from amid_trl.maths.kernel import Finish
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.sparse import SparseTeacher, joined
+from amid_trl.models.tokenizers import tokenizer_fingerprint
 from amid_trl.outputs import fingerprint, write_whole
 from amid_trl.run import Run
 from amid_trl.teacher.cache_about import ABOUT, About, StatesAbout, check_about, read_about
@@ -41,11 +41,6 @@ LOAD_IT = (
     "the teacher was not loaded, because the cache has all rows that the trainer was given; give these to the "
     "trainer as an eval_dataset, and it is loaded and asked about them"
 )
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary: which text has which id."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _kinds(format: int, dtype: str) -> Kinds:

@@ -13,16 +13,10 @@ from amid_trl.data.batches import Batch, row_key, trained_targets, unpadded_rows
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import Head, States
 from amid_trl.models.deepspeed import gathered_head
+from amid_trl.models.tokenizers import tokenizer_fingerprint
 from amid_trl.outputs import write_whole
 from amid_trl.run import Run, Stateful
-from amid_trl.teacher.cache import (
-    PROBE,
-    CacheWriter,
-    TeacherCache,
-    kept_probe,
-    loaded_as,
-    tokenizer_fingerprint,
-)
+from amid_trl.teacher.cache import PROBE, CacheWriter, TeacherCache, kept_probe, loaded_as
 from amid_trl.teacher.cache_about import StatesAbout
 from amid_trl.teacher.fields import TeacherFields
 from amid_trl.teacher.head_files import head_hash, packed_head, write_head

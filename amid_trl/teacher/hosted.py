@@ -17,7 +17,7 @@ from amid_trl.models.loading import load_causal_lm, load_tokenizer
 from amid_trl.models.own_logits import check_own_logits
 from amid_trl.models.pairs import check_start, check_text_only, common_positions, freeze
 from amid_trl.models.quantised import compare_base
-from amid_trl.teacher.cache import tokenizer_fingerprint
+from amid_trl.models.tokenizers import tokenizer_fingerprint
 from amid_trl.teacher.exchange import AboutTeacher, Question
 from amid_trl.teacher.loading import bitsandbytes_config
 

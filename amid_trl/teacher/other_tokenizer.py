@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from amid_trl.data.batches import Batch, pad_rows, unpadded
-from amid_trl.data.rows import UNTRAINED, completion_length
+from amid_trl.data.batches import Batch, pad_rows, teachers_prompt, unpadded_rows
+from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import Head, States
 from amid_trl.maths.outcomes import AT_BOUNDARY, UNPAIRED, Outcomes
 from amid_trl.maths.paired import PairedStates, Queries, QueriesOf
@@ -63,6 +63,11 @@ class OtherTokenizerTeacher:
         return self._teacher.name
 
     @property
+    def tokenizers(self) -> tuple[str, str]:
+        """The names of the student's tokenizer and of its own."""
+        return self._retokeniser.student.name, self._retokeniser.teacher.name
+
+    @property
     def head(self) -> Head:
         """On the device."""
         return self._teacher.head
@@ -90,13 +95,14 @@ class OtherTokenizerTeacher:
 
     def _rows(self, batch: Batch) -> list[tuple[WrittenAgain, list[Place]]]:
         """Every row in the teacher's tokens, and what is asked about it."""
-        columns = (unpadded(batch[name], batch["attention_mask"]) for name in ("input_ids", "labels"))
-        rows = [(ids.tolist(), labels.tolist()) for ids, labels in zip(*columns, strict=True)]
         made = []
-        for number, (ids, labels) in enumerate(rows):
+        for number, row in enumerate(unpadded_rows(batch)):
+            ids, labels = (column.tolist() for column in row)
             # In a row behind a prompt of the teacher's own this many tokens are the teacher's already.
-            own = int(batch["own_prompt"][number]) if "own_prompt" in batch else None
-            prompt, again = (None, 0) if own is None else (ids[:own], int(batch["prompt_again"][number]))
+            own, again = -1, 0
+            if "own_prompt" in batch:
+                own, again = int(batch["own_prompt"][number]), int(batch["prompt_again"][number])
+            prompt = None if own < 0 else ids[:own]
             written, places = self._row(ids, labels, prompt, again)
             if places and all(place.kind == UNPAIRED for place in places):
                 self._name(prompt or [], ids)
@@ -127,19 +133,18 @@ class OtherTokenizerTeacher:
         for example in dataset:
             row: Any = example
             prefix = "teacher_" if "teacher_input_ids" in row else ""
-            ids, prompt, again = row[f"{prefix}input_ids"], None, 0
+            ids, own, again = row[f"{prefix}input_ids"], -1, 0
             if prefix:
-                count = completion_length(row["prompt_ids"], row["input_ids"])
-                prompt, again = ids[: len(ids) - count], len(row["prompt_ids"]) + count - len(row["input_ids"])
-            _, places = self._row(ids, row[f"{prefix}labels"], prompt, again)
+                own, again = teachers_prompt(row["input_ids"], ids, row["prompt_ids"])
+            _, places = self._row(ids, row[f"{prefix}labels"], None if own < 0 else ids[:own], again)
             if any(place.kind != UNPAIRED for place in places):
                 return
             trained += bool(places)
         if trained:
+            students, own = self.tokenizers
             raise ValueError(
-                f"student ({self._retokeniser.student.name}) and teacher ({self._retokeniser.teacher.name}) share no "
-                f"boundary of their tokens at a trained token in any of the {trained} rows of the {name} dataset: "
-                "there is nothing to compare"
+                f"student ({students}) and teacher ({own}) share no boundary of their tokens at a trained token in "
+                f"any of the {trained} rows of the {name} dataset: there is nothing to compare"
             )
 
 

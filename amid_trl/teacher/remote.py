@@ -15,9 +15,8 @@ from torch import Tensor
 from amid_trl.data.batches import Batch, row_key, unpadded_rows
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.linear import Head, States
-from amid_trl.models.tokenizers import renamed_tokens
+from amid_trl.models.tokenizers import renamed_tokens, tokenizer_fingerprint
 from amid_trl.run import RenamedTokens, Run
-from amid_trl.teacher.cache import tokenizer_fingerprint
 from amid_trl.teacher.connection import REQUESTS, Connection
 from amid_trl.teacher.exchange import (
     ABOUT_PATH,

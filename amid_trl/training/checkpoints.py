@@ -25,6 +25,7 @@ from transformers import TrainerState, TrainingArguments
 from amid_trl._trl import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from amid_trl.models.deepspeed import ENGINE_FOLDER, check_engine_file, newest_engine_folder, zero_stage
 from amid_trl.run import Stateful
+from amid_trl.sources.shares import READ_IN
 from amid_trl.teacher.served import SERVED
 
 
@@ -42,7 +43,7 @@ IF_THERE_IS_ONE = "auto"
 
 
 # What checkpoints of earlier versions do not hold: a part goes on without it.
-LATER = {SERVED}
+LATER = {SERVED, READ_IN}
 
 
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

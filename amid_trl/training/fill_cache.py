@@ -16,11 +16,13 @@ from amid_trl.maths.linear import States
 from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher, joined, sparse_top_k
 from amid_trl.models.deepspeed import gathered_head
+from amid_trl.models.tokenizers import OtherTokenizer, tokenizer_fingerprint
 from amid_trl.run import Run
-from amid_trl.teacher.cache import CacheWriter, tokenizer_fingerprint
+from amid_trl.teacher.cache import CacheWriter
 from amid_trl.teacher.cache_about import CacheAbout
 from amid_trl.teacher.filling import StatesTeacher, check_same_teacher, hidden_rows, states_writer
 from amid_trl.teacher.kinds import Teacher
+from amid_trl.teacher.other_tokenizer import OtherTokenizerTeacher
 from amid_trl.training.config import AMiDConfig
 from amid_trl.training.named_teachers import settings_of_teachers
 from amid_trl.training.trainer import AMiDTrainer
@@ -35,10 +37,17 @@ def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | No
 
     Of several teachers that of the one of that `name`, and of its rows.
     The `top_k` likeliest tokens in float16 or `dtype`, or with `teacher_cache_states` the hidden states. A teacher of
-    which only the likeliest tokens are known is asked for as many as `teacher_top_k` says.
+    which only the likeliest tokens are known is asked for as many as `teacher_top_k` says. ValueError for one with
+    another tokenizer than the student's: its answers are to the text in its own tokens.
     """
     accelerator, teacher = trainer.accelerator, trainer.teachers[name]
     args = settings_of_teachers(trainer.args)[name]
+    if isinstance(teacher, OtherTokenizerTeacher):
+        students, own = teacher.tokenizers
+        raise OtherTokenizer(
+            f"teacher_cache={folder!r} needs a teacher with the student's tokenizer: the student's is {students}, and "
+            f"the teacher reads in its own, {own}"
+        )
     assert not teacher.is_sparse or top_k == args.teacher_top_k
     size = max(args.per_device_eval_batch_size, teacher.rows_at_once)
     with _writer(trainer, args, teacher, folder, top_k, dtype) as writer:
@@ -54,7 +63,7 @@ def cache_teacher(trainer: AMiDTrainer, folder: str, top_k: int, dtype: str | No
             if args.teacher_cache_states and isinstance(answer, States):
                 rows: Iterator[Any] = hidden_rows(answer, batch)
             else:
-                assert not isinstance(answer, PairedStates)  # a cache of such a teacher is refused
+                assert not isinstance(answer, PairedStates)  # of a teacher that is refused above
                 rows = _rows(answer, batch, trainer.vocabulary, top_k)
             for key, row in zip(keys, rows, strict=True):
                 writer.add(key, row)

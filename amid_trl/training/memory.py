@@ -105,10 +105,10 @@ def _elements(parameter: nn.Parameter) -> int:
 class MemoryReport(TrainerCallback):
     """Prints the table when training begins; from then on it has the figures for the logs."""
 
-    def __init__(self, run: Run[AMiDConfig], teachers: Mapping[str, nn.Module], *, are_sparse: Mapping[str, bool]):
-        """`teachers` are those that have a model here, of the names that `are_sparse` has."""
+    def __init__(self, run: Run[AMiDConfig], teachers: Mapping[str, nn.Module], *, vocabularies: Mapping[str, int]):
+        """`teachers` are those that have a model here; `vocabularies` has the tokens of each with logits."""
         self._accelerator, self._teachers, self._vocabulary = run.accelerator, teachers, run.vocabulary
-        self._are_sparse = are_sparse
+        self._vocabularies = vocabularies
 
     def on_train_begin(self, args: Any, state, control, **kwargs):
         """Print as transformers prints its logs: what a logger says as `info` is hidden by default."""
@@ -152,13 +152,14 @@ class MemoryReport(TrainerCallback):
 
         A teacher without a model of its own has the student's head.
         """
-        teachers = [self._teachers.get(name, self._student) for name, sparse in self._are_sparse.items() if not sparse]
+        teachers = [self._teachers.get(name, self._student) for name in self._vocabularies]
         unwrapped: list[Any] = [self._accelerator.unwrap_model(model) for model in (self._student, *teachers)]
+        counts = [self._vocabulary, *self._vocabularies.values()]
         with self._accelerator.autocast():
-            own, *others = [language_model_head(causal_lm(model)).product_dtype.itemsize for model in unwrapped]
-            size = own + max(others, default=0)
-        tokens = chunk_tokens(self._vocabulary, self._accelerator.device, args.logits_chunk_size)
-        return tokens * self._vocabulary * size, f"at most {tokens:,} tokens at a time"
+            sizes = [language_model_head(causal_lm(model)).product_dtype.itemsize for model in unwrapped]
+        own, *others = (count * size for count, size in zip(counts, sizes, strict=True))  # bytes of a token's logits
+        tokens = chunk_tokens(max(counts), self._accelerator.device, args.logits_chunk_size)
+        return tokens * (own + max(others, default=0)), f"at most {tokens:,} tokens at a time"
 
 
 def _counted(parameters: Iterable[nn.Parameter]) -> str:

@@ -177,6 +177,11 @@ def open_parts(
     are_sparse = {name: teacher.is_sparse for name, teacher in opened.by_name.items()}
     others = {name: each for name, each in opened.by_name.items() if isinstance(each, OtherTokenizerTeacher)}
     outcomes = {name: teacher.outcomes for name, teacher in others.items()}
+    vocabularies = {
+        name: len(outcomes[name].teacher) if name in outcomes else run.vocabulary
+        for name, sparse in are_sparse.items()
+        if not sparse
+    }
     runs = {name: teacher.run for name, teacher in teachers.items()}
     sources, objectives = WindowSources(run), RunObjectives(runs, are_sparse=are_sparse, outcomes=outcomes)
     # Where sources are mixed one curve would show their figures in turn.
@@ -197,7 +202,7 @@ def open_parts(
         windows=Windows(run, writers, sources, plain_text, train_means, deals=deals),
         balancing=Balancing(run, student, wrapped_student),
         nonfinite=NonfiniteLoss(run, student, datasets.get("train")),
-        memory=MemoryReport(run, models, are_sparse=are_sparse),
+        memory=MemoryReport(run, models, vocabularies=vocabularies),
         unmoved=UnmovedWeights(run),
         seconds=StepSeconds(run),
         stop_on_sigterm=StopOnSigterm(run.accelerator),

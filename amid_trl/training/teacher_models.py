@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.row_teachers import SINGLE
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.fields import json_dict
 from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
@@ -101,19 +103,20 @@ def load_checked_teacher(
     try:
         return teacher, renamed_tokens(tokenizer, teacher_tokenizer, writes=writes), None
     except OtherTokenizer as error:
-        check_other_tokenizer(args, error)
-        for each in (tokenizer, teacher_tokenizer):
-            token_bytes(cast(PreTrainedTokenizerBase, each))  # one that cannot be read is refused before any text is
+        other = cast(PreTrainedTokenizerBase, teacher_tokenizer)  # None is no other
+        check_other_tokenizer(args, other, error)
+        for each in (tokenizer, other):
+            token_bytes(each)  # one that cannot be read is refused before any text is
         logger.warning(
             "The teacher has another tokenizer (%s) than the student (%s): it reads the text in its own tokens, and "
             "both are compared on what they have in common (docs/teacher.md).",
-            *(each.name_or_path for each in (teacher_tokenizer, tokenizer) if each is not None),
+            *map(tokenizer_name, (other, tokenizer)),
         )
-        return teacher, RenamedTokens(), teacher_tokenizer
+        return teacher, RenamedTokens(), other
 
 
-def check_other_tokenizer(args: AMiDConfig, error: OtherTokenizer) -> None:
-    """Refuse what needs the teacher's answers in the student's tokens."""
+def check_other_tokenizer(args: AMiDConfig, other: PreTrainedTokenizerBase, error: OtherTokenizer) -> None:
+    """Refuse what needs the teacher's answers in the student's tokens, or a chat template of its own."""
     needs = {
         "teacher_cache": args.teacher_cache is not None,
         "seq_kd": args.seq_kd,
@@ -125,6 +128,11 @@ def check_other_tokenizer(args: AMiDConfig, error: OtherTokenizer) -> None:
             raise OtherTokenizer(
                 f"{name}={getattr(args, name)!r} needs a teacher with the student's tokenizer: {error}"
             )
+    if (told := args.teacher_chat_template_kwargs) and not other.chat_template:
+        raise ValueError(
+            f"teacher_chat_template_kwargs={told!r} has no effect: the teacher's tokenizer {tokenizer_name(other)} "
+            "has no chat template"
+        )
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -146,7 +154,8 @@ def placed_teachers(
 ) -> tuple[dict[str, RunTeacher], Run[AMiDConfig]]:
     """The teachers as they lie during the run, and the run with the tokens that mean another thing to any of them.
 
-    One that turns out to be needed for the prepared datasets is loaded now.
+    It has the tokenizer of the teacher of all rows too, where that is another one. A teacher that turns out to be
+    needed for the prepared datasets is loaded now.
     """
     placed = {}
     for name, teacher in loaded.items():
@@ -165,4 +174,5 @@ def placed_teachers(
                 own = dataclasses.replace(own, renamed=renamed)
             placed[name] = RunTeacher(own, None if model is None else place(freeze(model), own.args, run.accelerator))
     renamed = RenamedTokens.joined(teacher.run.renamed for teacher in placed.values())
-    return placed, dataclasses.replace(run, renamed=renamed)
+    other = loaded[SINGLE].tokenizer if SINGLE in loaded else None
+    return placed, dataclasses.replace(run, renamed=renamed, teacher_tokenizer=other)

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from compared import comparison
+from small_tokenizers import special_first
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
 from amid_trl import AMiDConfig, AMiDTrainer
 from amid_trl.comparison import run as compared_run
+from amid_trl.comparison.results import read_result
 from amid_trl.evaluation.metrics import TRAINING_METRICS
 from amid_trl.launch import script as train
 
@@ -94,6 +97,31 @@ def test_rows_add_up_to_the_metrics_and_are_those_of_the_saved_student(run, base
         alone.append(trainer.evaluate()["eval_kl"])
     means = [total / tokens for total, tokens in zip(rows["sums"]["eval_kl"], rows["tokens"], strict=True)]
     assert sorted(means) == pytest.approx(sorted(alone), rel=1e-4)
+
+
+def test_what_the_means_of_a_teacher_with_another_tokenizer_are_over_is_kept(run, tmp_path):
+    """It reads the beginning of a row alone, so that its figures are means over some of the trained tokens."""
+    other = special_first()
+    teacher = tiny_llama(other, seed=1, max_position_embeddings=24)
+    found = run(teacher_model_name_or_path=str(save_tiny(tmp_path / "other", teacher, other)))
+    asked = comparison("run", metrics=TRAINING_METRICS)
+    read = read_result(asked, tmp_path / "run")
+    for name, metric in found["metrics"].items():
+        sums, weights = read.rows[name]
+        assert sum(sums) / sum(weights) == pytest.approx(metric, rel=1e-5), name
+        of_all = sum(weights) == sum(found["rows"]["tokens"])
+        assert of_all if name == "eval_nll" else sum(weights) < sum(found["rows"]["tokens"])
+
+
+def test_a_result_without_weights_is_read_as_means_over_tokens(run, tmp_path):
+    """As an earlier version has written it."""
+    found = run()
+    file, asked = tmp_path / "run" / "result.json", comparison("run", metrics=TRAINING_METRICS)
+    read = read_result(asked, file.parent)
+    assert found["rows"].pop("weights") == {}
+    file.write_text(json.dumps(found))
+    assert read_result(asked, file.parent) == read
+    assert read.rows["eval_kl"].weights == found["rows"]["tokens"]
 
 
 def test_rows_have_their_places_in_whatever_order_they_are_evaluated(run):

@@ -13,7 +13,7 @@ from amid_trl import cli
 from amid_trl.comparison.spec import check_configs, read_comparison
 from amid_trl.evaluation.metrics import TRAINING_METRICS
 from amid_trl.maths.token_loss import DistillationTokenLoss
-from amid_trl.outputs import as_json, differences, fingerprint
+from amid_trl.outputs import differences, fingerprint, plain_json
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_a_fingerprint_is_of_the_settings_not_of_their_order():
 
 def test_settings_are_the_same_when_json_has_made_text_of_their_keys():
     memory = {"teacher_model_init_kwargs": {"max_memory": {0: "20GiB"}}, "teacher_model_revision": date(2026, 1, 1)}
-    read = json.loads(json.dumps(as_json(memory)))
+    read = json.loads(json.dumps(plain_json(memory)))
     assert read != memory and differences(read, memory) == ""
     memory["teacher_model_init_kwargs"]["max_memory"] = {1: "20GiB"}
     assert "'0': '20GiB'" in differences(read, memory)

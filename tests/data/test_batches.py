@@ -11,6 +11,8 @@ from amid_trl.data.batches import (
     completion_batch,
     deal_rows,
     pad_rows,
+    trained_targets,
+    unpadded_rows,
     window_prompts,
 )
 from amid_trl.data.rows import UNTRAINED
@@ -45,6 +47,20 @@ def test_the_width_is_rounded_up_and_prompts_are_not():
     assert batch["prompts"].shape == (1, 3)
     assert batch["attention_mask"].sum() == 9
     assert (batch["labels"][0, 9:] == UNTRAINED).all()
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_mask_that_hides_a_trained_token_hides_it_from_no_teacher(left):
+    """As that of a collator which pads with EOS, 2, and hides all of these: the loss trains them all the same."""
+    ids = torch.tensor([[5, 2, 6, 7, 2], [5, 6, 2, 2, 2]])
+    labels = torch.tensor([[-100, -100, 6, 7, 2], [5, 6, 2, -100, -100]])
+    if left:
+        ids, labels = (torch.stack([rows[0], rows[1].roll(2)]) for rows in (ids, labels))
+    batch = {"input_ids": ids, "attention_mask": (ids != 2).long(), "labels": labels}
+    rows = [[column.tolist() for column in row] for row in unpadded_rows(batch)]
+    assert rows == [[[5, 6, 7, 2], [-100, -100, 7, 2]], [[5, 6, 2], [-100, 6, 2]]]
+    trained = [sum(label != -100 for label in labels) for _, labels in rows]
+    assert trained == (trained_targets(batch) != -100).sum(-1).tolist()
 
 
 def test_a_completion_batch_is_the_batch_of_the_same_rows():

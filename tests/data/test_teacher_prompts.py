@@ -3,11 +3,18 @@
 import pytest
 import torch
 from datasets import Dataset
-from small_tokenizers import special_first
-from tiny import QUESTIONS
+from small_tokenizers import byte_fallback, special_first
+from tiny import CHATML, QUESTIONS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from amid_trl.data.batches import DistillationCollator, PromptTokens, completion_batch, deal_rows, teachers_view
+from amid_trl.data.batches import (
+    DistillationCollator,
+    PromptTokens,
+    completion_batch,
+    deal_rows,
+    teachers_view,
+    window_prompts,
+)
 from amid_trl.data.datasets import prepare_dataset
 from amid_trl.data.rows import DataSettings
 
@@ -74,6 +81,35 @@ def test_in_tokens_of_the_teachers_own_the_end_is_the_same_text(tokenizer, colum
         else:
             with pytest.raises(ValueError, match=r"it ends in '.*Q: it is', and these tokens in ' '"):
                 prepared([{**row, **given}], tokenizer, teacher_tokenizer=other)
+
+
+BEGINNING = "{{ bos_token }}" + CHATML
+
+
+@pytest.mark.parametrize(("student", "template"), [(tiny_tokenizer, CHATML), (byte_fallback, BEGINNING)])
+@pytest.mark.parametrize("teacher", [special_first, byte_fallback])
+def test_a_teacher_without_a_template_reads_the_students_prompt_as_text(student, template, teacher):
+    """With the beginning that its own tokenizer writes, in place of the student's."""
+    tokenizer, other = student(), teacher()
+    tokenizer.chat_template, other.chat_template = template, None
+    chats = chat("Where?", "Here."), chat("Who?", "I.")
+    rows = [{**row, "teacher_prompt": text} for row, text in zip(chats, ("Say where: ", None), strict=True)]
+    given, null = prepared(rows, tokenizer, teacher_tokenizer=other)
+    asked = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert null["teacher_prompt_ids"] == other(asked)["input_ids"]
+    assert null["teacher_input_ids"] == null["teacher_prompt_ids"] + behind(null)
+    assert given["teacher_prompt_ids"] == other("Say where: ")["input_ids"]
+
+
+@pytest.mark.parametrize("whose", ["", "teacher's "])
+def test_messages_for_a_tokenizer_without_a_template_are_refused_by_its_name(tokenizer, whose):
+    """An error at once: it is no matter of the row."""
+    other = special_first() if whose else None
+    (other or tokenizer).chat_template = None
+    row = chat("Where?", "Here.") if whose else {**chat("", ""), "prompt": "Where?", "completion": " Here."}
+    named = f"^the {whose}tokenizer {type(tokenizer).__name__} has no chat template: "
+    with pytest.raises(ValueError, match=f"{named}give teacher_prompt as text, or teacher_prompt_ids$"):
+        prepared([row], tokenizer, teacher_tokenizer=other)
 
 
 def test_text_that_shares_a_token_with_its_prompt_needs_the_same_end(tokenizer):
@@ -231,7 +267,21 @@ def test_rows_that_are_not_prepared_here_are_read_too():
     assert batch["labels"].tolist() == [[-100, -100, 6, 7], [-100, 7, -100, -100]]
 
 
+def test_a_row_without_a_prompt_of_the_teachers_is_told_apart_in_a_batch_of_both():
+    """It is the student's, in the student's tokens, whatever the teacher's are."""
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_ids": [5]}
+    rows = [{**row, "teacher_prompt_ids": [8, 9]}, row]
+    batch = DistillationCollator(0)(rows)
+    assert teachers_view(batch)["own_prompt"].tolist() == [2, -1]
+    assert teachers_view(deal_rows([batch], 0)[0])["own_prompt"].tolist() == [2, -1]
+    written = completion_batch(window_prompts([batch], "student"), [torch.tensor([3]), torch.tensor([4])], 0)
+    assert teachers_view(written)["own_prompt"].tolist() == [2, -1]
+
+
 def test_a_token_that_there_is_not_is_refused(tokenizer):
     row = {"input_ids": [5, 6], "labels": [-100, 6], "prompt_ids": [5], "teacher_prompt_ids": [99999]}
     with pytest.raises(ValueError, match="teacher_prompt_ids hold token 99999"):
         prepared([row], tokenizer)
+    other = special_first()  # it was made here, and has no path
+    with pytest.raises(ValueError, match=f"the teacher's tokenizer {type(other).__name__} has {len(other)} tokens"):
+        prepared([row], tokenizer, teacher_tokenizer=other)

@@ -10,7 +10,14 @@ import pytest
 import torch
 from observe import logged, same_runs, weights
 from server import HANG_UP, serving
-from tiny import messages_dataset, multi_turn_dataset, save_tiny, tiny_llama, tiny_tokenizer
+from tiny import (
+    messages_dataset,
+    multi_turn_dataset,
+    prompt_completion_dataset,
+    save_tiny,
+    tiny_llama,
+    tiny_tokenizer,
+)
 from transformers import TrainerCallback
 
 from amid_trl import OBJECTIVES, AMiDConfig, AMiDTrainer, cli
@@ -196,24 +203,34 @@ def test_padding_of_the_teachers_vocabulary_is_not_cached(run, cache, tokenizer)
     same_runs(cached, run(padded, folder="memory", lmbda=0.0))
 
 
-def test_rows_of_a_collator_that_pads_on_the_left_are_found(tmp_path, tokenizer, teacher):
-    def left(rows):
-        batch = DistillationCollator(tokenizer.pad_token_id)(rows)
-        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-            shift = len(mask) - int(mask.sum())
-            for column in (ids, labels, mask):
-                column.copy_(column.roll(shift))
-        return batch
+def pads_on_the_left(rows, end):
+    batch = DistillationCollator(0)(rows)
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        shift = len(mask) - int(mask.sum())
+        for column in (ids, labels, mask):
+            column.copy_(column.roll(shift))
+    return batch
 
+
+def hides_ends(rows, end):
+    """Padding is EOS, and all of it is hidden: the last one of a row too, which is trained."""
+    batch = DistillationCollator(end)(rows)
+    return {**batch, "attention_mask": (batch["input_ids"] != end).long()}
+
+
+@pytest.mark.parametrize(
+    ("collate", "dataset"), [(pads_on_the_left, messages_dataset), (hides_ends, prompt_completion_dataset)]
+)
+def test_rows_of_a_collator_of_ones_own_are_found(tmp_path, tokenizer, teacher, collate, dataset):
     settings = {name: value for name, value in CONFIG.items() if not name.startswith("eval")}
-    prepared = prepare_dataset(messages_dataset(8), tokenizer, DataSettings(), name="train")
+    prepared = prepare_dataset(dataset(8), tokenizer, DataSettings(), name="train")
 
     def run(teacher_model, folder, **more):
         trainer = AMiDTrainer(
             tiny_llama(tokenizer),
             teacher_model,
             AMiDConfig(str(tmp_path / folder), **{**settings, **more, "lmbda": 0.0}),
-            data_collator=left,
+            data_collator=partial(collate, end=tokenizer.eos_token_id),
             train_dataset=prepared,
             processing_class=tokenizer,
         )

@@ -12,7 +12,8 @@ from amid_trl import OBJECTIVES
 from amid_trl.data.batches import row_key
 from amid_trl.maths.sparse import SparseTeacher, SparseTokenLoss, sparse_top_k
 from amid_trl.maths.token_loss import DistillationTokenLoss
-from amid_trl.teacher.cache import CacheWriter, TeacherCache, tokenizer_fingerprint
+from amid_trl.models.tokenizers import tokenizer_fingerprint
+from amid_trl.teacher.cache import CacheWriter, TeacherCache
 from amid_trl.teacher.cache_about import CacheAbout
 
 

@@ -11,7 +11,7 @@ from states_server import changing, hosting, opened, wire
 from tiny import tiny_llama, tiny_tokenizer
 
 from amid_trl.data.batches import PromptTokens, completion_batch
-from amid_trl.teacher.cache import tokenizer_fingerprint
+from amid_trl.models.tokenizers import tokenizer_fingerprint
 from amid_trl.teacher.connection import Connection
 from amid_trl.teacher.exchange import question_bytes
 from amid_trl.teacher.head_files import kept_head

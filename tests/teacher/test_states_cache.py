@@ -8,6 +8,7 @@ import torch
 from families import family_model
 from observe import logged, weights
 from safetensors.torch import load_file, save_file
+from small_tokenizers import special_first
 from tiny import messages_dataset, save_tiny, tiny_llama
 from transformers import TrainerCallback
 
@@ -292,6 +293,19 @@ def test_the_command_writes_what_a_filling_run_would(command, tmp_path):
 
 
 # ---- Refused ----
+
+
+@pytest.mark.parametrize("holds_states", [False, True], ids=["lists", "states"])
+def test_the_command_refuses_a_teacher_with_another_tokenizer(command, tmp_path, capsys, holds_states):
+    """By the names of both, before there is a folder."""
+    student, teacher, cache = (str(tmp_path / name) for name in ("student", "other", "cache"))
+    save_tiny(tmp_path / "other", tiny_llama(special_first(), seed=1), special_first())
+    asked = {"teacher_model_name_or_path": teacher, "teacher_cache_states": holds_states}
+    assert command("cache-teacher", **asked) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    needs = f"teacher_cache={cache!r} needs a teacher with the student's tokenizer: the student's is {student}"
+    assert said == f"amid-trl cache-teacher: {needs}, and the teacher reads in its own, {teacher}"
+    assert not (tmp_path / "cache").exists()
 
 
 def test_another_head_or_dtype_is_refused(build, run, tmp_path, teacher, tokenizer):

@@ -12,10 +12,12 @@ import torch
 from observe import LORA, logged
 from peft import LoraConfig
 from processes import run_ranks
-from tiny import tiny_llama
+from small_tokenizers import special_first
+from tiny import save_tiny, tiny_llama
 from torch import nn
 from transformers import TrainerCallback
 
+from amid_trl.models.vocabulary import first_tokens
 from amid_trl.training.memory import (
     GIB,
     MIB,
@@ -148,10 +150,25 @@ def test_logits_of_both_models_have_the_dtype_of_their_products(train, capsys, s
     trainer = train(logits_chunk_size=4096, max_steps=1, **settings)
     trainer.train()
     assert rows(capsys.readouterr().out)["a chunk of logits"] == mib(4096 * 360 * bytes_per_logit)
-    trainer._parts.memory._are_sparse = {"": True}  # as of a cache, from which come no logits
+    trainer._parts.memory._vocabularies = {}  # as of a cache, from which come no logits
     assert rows(trainer._parts.memory.table(trainer.args))["a chunk of logits"] == mib(
         4096 * 360 * bytes_per_logit // 2
     )
+
+
+@pytest.mark.parametrize("student_has", [330, 483])
+def test_logits_of_two_vocabularies_are_those_of_both(train, tmp_path, capsys, student_has):
+    """Projected are as many tokens at a time as the larger one allows."""
+    large = special_first()
+    small = first_tokens(large, 330).tokenizer
+    assert (len(small), len(large)) == (330, 483)
+    tokenizer, others = (small, large) if student_has == 330 else (large, small)
+    save_tiny(tmp_path / "teacher", tiny_llama(others, vocab_size=500), others)
+    given = {"model": tiny_llama(tokenizer), "processing_class": tokenizer, "max_steps": 1}
+    train(**given, teacher_model=str(tmp_path / "teacher")).train()
+    printed, tokens = capsys.readouterr().out, 24 * 2**20 // 483
+    assert rows(printed)["a chunk of logits"] == mib(tokens * (330 + 483) * 4)
+    assert f"at most {tokens:,} tokens at a time" in printed
 
 
 @pytest.mark.parametrize(
