@@ -26,8 +26,8 @@ NO_EXPONENT = -(2.0**-66)
 SMALL_EXPONENT = 0.25
 
 
-# |x| below which e^x - 1 is taken from its series: the difference would lose more than two bits.
-SMALL_POWER = 0.25
+# |x| below which e^x - 1 is taken from its series: the difference would lose more than a bit.
+SMALL_POWER = 0.5
 
 
 def alpha_mixture(
@@ -172,7 +172,7 @@ def expm1(x: Tensor) -> Tensor:
     with torch.no_grad():
         small = x.clamp(min=-SMALL_POWER)
         series = torch.ones_like(x)
-        for power in range(6 if x.dtype == torch.float32 else 12, 1, -1):
+        for power in range(8 if x.dtype == torch.float32 else 15, 1, -1):
             series = 1 + series * small / power
         correction = torch.where(x > -SMALL_POWER, series * small - difference, 0)
     return difference + correction
