@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.rows import tokenizer_name
 from amid_trl.models.spelling import byte_alphabet, token_bytes
 
 
@@ -104,7 +105,7 @@ class Spelled:
     @property
     def name(self) -> str:
         """Its name or path."""
-        return self.tokenizer.name_or_path or type(self.tokenizer).__name__
+        return tokenizer_name(self.tokenizer)
 
     def written(self, ids: Sequence[int]) -> bytes | None:
         """The bytes of a row of tokens; None where one of them writes none."""

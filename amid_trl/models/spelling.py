@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.rows import tokenizer_name
+
 
 # Short texts of many kinds, in the composed form (NFC) in which text is usually written: how each of them comes back
 # shows whether a tokenizer changes text.
@@ -37,7 +39,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, silent: Collection[int] | No
             text loses something all the same, its bytes are not those of its tokens.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    who = f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+    who = f"the tokenizer {tokenizer_name(tokenizer)}"
     if backend is None:
         raise ValueError(f"{who} is a {type(tokenizer).__name__}, whose tokens cannot be read as bytes")
     spec = json.loads(backend.to_str())
