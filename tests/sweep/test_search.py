@@ -98,6 +98,13 @@ def test_a_trial_that_was_killed_while_it_was_proposed_gets_what_it_lacks(
     assert [*made, *make(resumed)] == whole
 
 
+def test_axes_of_one_range_are_drawn_apart(tmp_path):
+    axis = {"low": 0, "high": 1}
+    found = search(tmp_path, space={"x": axis, "y": axis}, sampler="random", trials=4)
+    drawn = [found.next_trial().parameters for _ in range(4)]
+    assert len({value for parameters in drawn for value in parameters.values()}) == 8
+
+
 @pytest.mark.parametrize("seed", [4295, 2**32 - 1])
 def test_any_seed_is_a_seed(tmp_path, seed):
     assert len(make(search(tmp_path, seed=seed), 2)) == 2
