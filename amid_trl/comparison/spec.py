@@ -7,8 +7,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,15 +220,31 @@ def check_configs(comparison: Comparison) -> None:
     if comparison.evaluate:
         _check_evaluation(comparison)
     seed = comparison.seeds[0]
-    check_each([(f"runs.{name}", comparison.settings(name, seed)["config"]) for name in comparison.runs])
+    named = [(f"runs.{name}", comparison.settings(name, seed)["config"]) for name in comparison.runs]
+    check_each(named, evaluates=comparison.evaluates, all_of_them="every run")
 
 
-def check_each(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Parse each named configuration as a process of its own will; a ValueError begins with the name."""
-    for check in (_check_quickly, _check_as_its_process_will):
+def check_each(configs: Sequence[tuple[str, Mapping[str, Any]]], *, evaluates: bool, all_of_them: str) -> None:
+    """Parse each named configuration as a process of its own will, and look at its data.
+
+    A ValueError begins with the name; with `all_of_them` where the others are refused for the same.
+    """
+    for check in (_check_quickly, partial(_check_as_its_process_will, evaluates=evaluates)):
         for name, config in configs:
-            with _command_line(name, config) as argv:
-                check(argv)
+            if (error := _refusal(check, config)) is not None:
+                others = [other for _, other in configs if other is not config]
+                is_shared = bool(others) and all(str(_refusal(check, other)) == str(error) for other in others)
+                raise ValueError(f"{all_of_them if is_shared else name}: {error}") from error
+
+
+def _refusal(check: Callable[[list[str]], None], config: Mapping[str, Any]) -> Exception | None:
+    """What is wrong with a configuration; None where nothing is found."""
+    try:
+        with _command_line(config) as argv:
+            check(argv)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _check_quickly(argv: list[str]) -> None:
@@ -236,25 +253,26 @@ def _check_quickly(argv: list[str]) -> None:
     flags.check_flags(argv, "train")
 
 
-def _check_as_its_process_will(argv: list[str]) -> None:
+def _check_as_its_process_will(argv: list[str], evaluates: bool) -> None:
     from amid_trl.launch import accelerate_configs
     from amid_trl.launch.launcher import launch_arguments
-    from amid_trl.launch.script import make_parser, parse_with, require_model
+    from amid_trl.launch.script import check_data, make_parser, parse_with, require_model
 
-    *_, model_args, _, from_config, from_flags = parse_with(make_parser(), argv)
+    script_args, training_args, model_args, dataset_args, from_config, from_flags = parse_with(make_parser(), argv)
     launch_arguments(accelerate_configs.resolve([*from_config, *from_flags]), "amid_trl.comparison.run", [])
     require_model(model_args)
+    check_data(script_args, training_args, dataset_args, evaluates)
 
 
 @contextlib.contextmanager
-def _command_line(name: str, config: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The arguments of a run, in the environment of its process; a mistake in them is a ValueError with its name.
+def _command_line(config: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The arguments of a run, in the environment of its process; a mistake in them is a ValueError or TypeError.
 
     A configuration may set variables, for its own process.
     """
     objective = config.get("objective", "amid")
     if not isinstance(objective, str) or objective not in OBJECTIVE_NAMES:
-        raise ValueError(f"{name}: unknown objective {objective!r}; there are {', '.join(OBJECTIVE_NAMES)}")
+        raise ValueError(f"unknown objective {objective!r}; there are {', '.join(OBJECTIVE_NAMES)}")
     before = dict(os.environ)
     try:
         os.environ.clear()
@@ -263,8 +281,6 @@ def _command_line(name: str, config: Mapping[str, Any]) -> Iterator[list[str]]:
             file = Path(folder, "run.yaml")
             file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
             yield ["--config", str(file)]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
     finally:
         os.environ.clear()
         os.environ.update(before)

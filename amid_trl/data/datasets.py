@@ -111,15 +111,10 @@ def prepare_dataset(
             teacher that there is not, or one whose teacher_prompt leaves no room for the completion.
     """
     plain = dataset if _is_transformed(dataset) else dataset.with_format(None)
-    first = next(iter(plain), None)
-    if first is None:
-        raise ValueError(f"the {name} dataset has no rows")
+    first, columns, format = first_row(plain, settings, name)
     if _is_transformed(dataset):
         _warn_if_random(dataset, name)
-    columns = columns_of(plain)
-    format = _format(columns, settings, name)
     _warn_if_misspelt(columns, name)
-    _check_prompts(columns, format, settings, name)
     if format == "prompt" and "completion" not in columns and settings.without_answers is not None:
         settings = settings.without_answers
     make_row = partial(
@@ -142,6 +137,23 @@ def prepare_dataset(
     if reasons == {NO_ANSWER} and settings.without_answers is not None:
         return prepare_dataset(dataset, tokenizer, settings.without_answers, name=name)
     raise ValueError(said + (_remedy(columns, format, settings) if NO_ANSWER in reasons else ""))
+
+
+def first_row(
+    dataset: Dataset | IterableDataset, settings: DataSettings, name: str
+) -> tuple[dict[str, Any], list[str], Format]:
+    """The first row, the columns that rows have, and the format that they are in.
+
+    Raises:
+        ValueError: no rows, columns of no format, or text without prompts although text is generated.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"the {name} dataset has no rows")
+    columns = columns_of(dataset)
+    format = _format(columns, settings, name)
+    _check_prompts(columns, format, settings, name)
+    return first, columns, format
 
 
 # Rows, or None where none can be used; why, and what is said of that.

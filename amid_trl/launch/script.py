@@ -5,13 +5,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from amid_trl.fields import loading_kwargs
+from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.launch import recipes
 from amid_trl.launch.names import unknown_arguments
 from amid_trl.models.names import HUB_NAME
 from amid_trl.training.named_teachers import settings_of_teachers
+
+
+# What `path` of a part of a mixture may be, beside a folder: how its `data_files` are read.
+FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 
 
 def make_parser(prog: str | None = None) -> Any:
@@ -68,13 +73,12 @@ def build_trainer(
                 **loading_kwargs(own, "teacher_model_init_kwargs"),
             }
 
-    dataset = load_splits(script_args, dataset_args)
-    evaluates = evaluates or training_args.eval_strategy != "no"
+    datasets = _datasets(script_args, dataset_args, evaluates or training_args.eval_strategy != "no")
     return (trainer_class or AMiDTrainer)(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
-        eval_dataset=_split(dataset, script_args.dataset_test_split, "dataset_test_split") if evaluates else None,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
         peft_config=peft_config_of(model_args),
         quantization_config=get_quantization_config(model_args),
     )
@@ -150,6 +154,45 @@ def require_dataset_name(name: str | None) -> None:
         raise ValueError(f"dataset_name {name!r} is neither a folder with data nor a name on the Hub")
 
 
+def check_data(script_args: Any, training_args: Any, dataset_args: Any, evaluates: bool) -> None:
+    """Refuse data without a split, a row or the columns that the run needs, as far as it lies here.
+
+    Of `dataset_name` the first row of each split is read, and no more. What is on the Hub shows when it is asked.
+    """
+    from datasets.table import CastError
+    from pyarrow.lib import ArrowInvalid
+
+    from amid_trl.data.datasets import first_row
+    from amid_trl.data.rows import DataSettings
+
+    require_one_dataset(script_args, dataset_args)
+    if not _lies_here(script_args, dataset_args):
+        return
+    streamed = replace(script_args, dataset_streaming=True)
+    for name, dataset in _datasets(streamed, dataset_args, evaluates or training_args.eval_strategy != "no").items():
+        if not json_dict(training_args.dataset_kwargs).get("skip_prepare_dataset"):
+            settings = DataSettings(
+                generates=training_args.generates if name == "train" else training_args.eval_generate,
+                completion_only_loss=training_args.completion_only_loss,
+                text_field=training_args.dataset_text_field,
+            )
+            try:
+                first_row(dataset, settings, name)
+            except (ArrowInvalid, CastError) as error:
+                raise ValueError(f"the {name} dataset cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _lies_here(script_args: Any, dataset_args: Any) -> bool:
+    """Whether no part of the data is somewhere else than in files of this machine."""
+    if not dataset_args.datasets:
+        return os.path.exists(script_args.dataset_name)
+    return all(
+        os.path.exists(part.path)
+        or (part.path in FILE_FORMATS and part.data_files and "://" not in f"{part.data_files}")
+        for part in dataset_args.datasets
+    )
+
+
 def load_splits(script_args: Any, dataset_args: Any) -> Any:
     """The dataset of `dataset_name`, or the mixture `datasets`; a ValueError for both or none."""
     from datasets import load_dataset
@@ -157,8 +200,11 @@ def load_splits(script_args: Any, dataset_args: Any) -> Any:
 
     require_one_dataset(script_args, dataset_args)
     if dataset_args.datasets:
-        with _seeded_numpy():  # which `test_split_size` draws with: the same rows in every process and every run
-            return get_dataset(dataset_args)
+        try:
+            with _seeded_numpy():  # which `test_split_size` draws with: the same rows in every process and every run
+                return get_dataset(dataset_args)
+        except FileNotFoundError as error:
+            raise ValueError(f"datasets: {error}") from error
     name = script_args.dataset_name
     try:
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
@@ -166,6 +212,8 @@ def load_splits(script_args: Any, dataset_args: Any) -> Any:
         raise ValueError(
             f"dataset_name {name!r} is neither a folder with data nor found on the Hub: {error}"
         ) from error
+    except StopIteration:  # what datasets makes of an empty file
+        raise ValueError(f"dataset_name {name!r} has a file without rows") from None
 
 
 @contextmanager
@@ -178,6 +226,13 @@ def _seeded_numpy() -> Iterator[None]:
         yield
     finally:
         np.random.set_state(state)
+
+
+def _datasets(script_args: Any, dataset_args: Any, evaluates: bool) -> dict[str, Any]:
+    """What is trained, "train", and what is evaluated, "eval"."""
+    splits = load_splits(script_args, dataset_args)
+    fields = {"train": "dataset_train_split", **({"eval": "dataset_test_split"} if evaluates else {})}
+    return {name: _split(splits, getattr(script_args, field), field) for name, field in fields.items()}
 
 
 def _split(dataset: Any, name: str, field: str) -> Any:

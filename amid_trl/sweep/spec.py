@@ -282,7 +282,8 @@ def _check_settings(sweep: Sweep) -> None:
 def check_space(sweep: Sweep) -> None:
     """Parse the settings at both ends of every range, and of every choice, as a trial's process will.
 
-    The other axes are all at their first end, then all at their last. A ValueError names the axis and its value.
+    The other axes are all at their first end, then all at their last. A ValueError names the axis and its value, or
+    says that it is of every trial.
     """
     probes: dict[str, tuple[str, Parameters]] = {}
     for end in (0, -1):
@@ -291,4 +292,5 @@ def check_space(sweep: Sweep) -> None:
             for value in axis.ends:
                 parameters = {**others, name: value}
                 probes.setdefault(repr(parameters), (f"space.{name}={value}", parameters))
-    check_each([(name, sweep.config(parameters)) for name, parameters in probes.values()])
+    named = [(name, sweep.config(parameters)) for name, parameters in probes.values()]
+    check_each(named, evaluates=True, all_of_them="every trial")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import messages_dataset
 
 from amid_trl import cli
 from amid_trl.comparison.spec import check_configs, read_comparison
@@ -18,11 +19,13 @@ from amid_trl.outputs import differences, fingerprint, plain_json
 
 @pytest.fixture
 def content(tmp_path, tiny_dir) -> dict:
+    for split in ("train", "test"):
+        messages_dataset(2).to_json(tmp_path / "data" / f"{split}.jsonl")
     return {
         "base": {
             "model_name_or_path": str(tiny_dir),
             "teacher_model_name_or_path": str(tiny_dir),
-            "dataset_name": str(tmp_path),
+            "dataset_name": str(tmp_path / "data"),
             "use_cpu": True,
             "bf16": False,
         },
@@ -117,8 +120,8 @@ def test_what_cannot_be_compared_is_named(tmp_path, content, change, message):
         ({"output_dir": "out"}, "base may not have output_dir"),
         ({"resume_from_checkpoint": "x"}, "base may not have resume_from_checkpoint"),
         ({"push_to_hub": True}, "base may not have push_to_hub"),
-        ({"model_name_or_path": None}, "runs.kd: model_name_or_path is missing"),
-        ({"num_proceses": 2}, "runs.kd: .*--num_proceses"),
+        ({"model_name_or_path": None}, "every run: model_name_or_path is missing"),
+        ({"num_proceses": 2}, "every run: .*--num_proceses"),
     ],
 )
 def test_a_base_that_cannot_be_trained_is_named(tmp_path, content, change, message):
@@ -211,6 +214,28 @@ def test_the_command_says_so_and_leaves_nothing(tmp_path, content, capsys):
     assert cli.main(["compare", str(file), "--output-dir", str(tmp_path / "out")]) == 2
     assert "amid-trl compare: runs.kd: unknown objective 'kdd'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": {"dataset_test_split": "dev"}}, "every run: the dataset has no split 'dev' (dataset_test_split)"),
+        ({"runs": {"kd": {"dataset_train_split": "all"}}}, "runs.kd: the dataset has no split 'all'"),
+    ],
+)
+def test_data_is_looked_at_before_training(tmp_path, content, change, message):
+    for part, settings in change.items():
+        for name, value in settings.items():
+            content[part][name] = {**content[part].get(name, {}), **value} if isinstance(value, dict) else value
+    assert refused(tmp_path, content).startswith(message)
+
+
+def test_an_evaluation_set_is_needed_by_metrics_of_training_alone(tmp_path, content):
+    (tmp_path / "data" / "test.jsonl").unlink()
+    assert "no split 'test'" in refused(tmp_path, content)
+    check_configs(
+        read_comparison(written(tmp_path, content | {"metrics": ["rougeL"], "evaluate": evaluation(tmp_path)}))
+    )
 
 
 def test_an_environment_of_one_run_is_not_that_of_the_next(tmp_path, content, monkeypatch):

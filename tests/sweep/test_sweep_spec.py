@@ -3,6 +3,7 @@
 import pytest
 from sweeping import BASE, CONTENT, written
 
+from amid_trl import cli
 from amid_trl.sweep.spec import Choice, Range, check_space, read_sweep
 
 
@@ -100,9 +101,90 @@ def test_what_a_sweep_may_not_say(tmp_path, change, message):
         ),
     ],
 )
-def test_a_field_that_is_unknown_or_outside_its_domain_is_named(tmp_path, tiny_dir, space, message):
-    base = {**BASE, "model_name_or_path": str(tiny_dir), "teacher_model_name_or_path": str(tiny_dir)}
-    base["dataset_name"] = str(tmp_path)
+def test_a_field_that_is_unknown_or_outside_its_domain_is_named(tmp_path, base, space, message):
     sweep, _ = read_sweep(written(tmp_path, {**CONTENT, "base": base, "space": space}))
     with pytest.raises(ValueError, match=message):
         check_space(sweep)
+
+
+# ---- What every trial would find ----
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+TEXT = '{"text": "a"}\n'
+HERE = "the dataset has no split"
+
+
+@pytest.fixture
+def base(tmp_path, tiny_dir) -> dict:
+    """Of models and data that there are."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(2 * CHAT)
+    models = {"model_name_or_path": str(tiny_dir), "teacher_model_name_or_path": str(tiny_dir)}
+    return {**BASE, **models, "dataset_name": str(tmp_path / "data")}
+
+
+def check(tmp_path, base: dict, **changes) -> None:
+    check_space(read_sweep(written(tmp_path, {**CONTENT, "base": {**base, **changes}}))[0])
+
+
+def test_data_that_a_trial_can_be_made_of_is_accepted(tmp_path, base):
+    check(tmp_path, base)
+    part = {"path": "json", "data_files": str(tmp_path / "data" / "train.jsonl")}
+    check(tmp_path, {k: v for k, v in base.items() if k != "dataset_name"}, datasets=[part], test_split_size=0.5)
+
+
+@pytest.mark.parametrize(
+    ("files", "changes", "message"),
+    [
+        ({"test": None}, {}, rf"{HERE} 'test' \(dataset_test_split\); there are train"),
+        ({}, {"dataset_train_split": "trian"}, rf"{HERE} 'trian' \(dataset_train_split\); there are train, test"),
+        ({"train": None, "test": None}, {}, "dataset_name .* is neither a folder with data nor found on the Hub"),
+        ({"test": ""}, {}, "the eval dataset has no rows"),
+        (dict.fromkeys(("train", "test"), ""), {}, "dataset_name .* has a file without rows"),
+        ({"test": '{"a": "b"}\n'}, {}, "the eval dataset cannot be read: Couldn't cast a: string "),
+        (dict.fromkeys(("train", "test"), '{"a": "b"}\n'), {}, "the train dataset has the columns 'a'; needed are"),
+        (dict.fromkeys(("train", "test"), TEXT), {"lmbda": 0.5}, "with lmbda > 0.* but the train dataset has none"),
+        ({"train": '{"text": '}, {}, "the train dataset cannot be read: JSON parse error"),
+        ({}, {"dataset_name": "/no/data"}, "dataset_name '/no/data' is neither a folder with data nor a name on"),
+        ({}, {"model_name_or_path": "/no/student"}, "model_name_or_path: /no/student is neither a folder nor a name"),
+        ({}, {"teacher_model_name_or_path": "./t"}, "teacher_model_name_or_path: ./t is neither a folder nor a name"),
+    ],
+)
+def test_a_mistake_of_every_trial_is_found_before_the_first(tmp_path, base, files, changes, message):
+    for split, content in files.items():
+        file = tmp_path / "data" / f"{split}.jsonl"
+        file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ValueError, match=f"^every trial: {message}"):
+        check(tmp_path, base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"path": "json", "data_files": "FOLDER/none.jsonl"}, "datasets: .*none.jsonl"),
+        ({"path": "FOLDER", "split": "tset"}, 'Unknown split "tset"'),
+        ({"path": "FOLDER"}, rf"{HERE} 'test' \(dataset_test_split\); there are train"),
+    ],
+)
+def test_and_of_a_mixture(tmp_path, base, part, message):
+    del base["dataset_name"]
+    part = {key: value.replace("FOLDER", str(tmp_path / "data")) for key, value in part.items()}
+    with pytest.raises(ValueError, match=f"^every trial: {message}"):
+        check(tmp_path, base, datasets=[part])
+
+
+def test_data_that_one_choice_alone_cannot_be_trained_on_is_of_that_choice(tmp_path, base):
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(TEXT)
+    sweep, _ = read_sweep(written(tmp_path, {**CONTENT, "base": base, "space": {"lmbda": [0.0, 1.0]}}))
+    with pytest.raises(ValueError, match=r"^space.lmbda=1.0: with lmbda > 0"):
+        check_space(sweep)
+
+
+def test_a_sweep_that_cannot_be_made_leaves_nothing(tmp_path, base, capsys):
+    (tmp_path / "data" / "test.jsonl").unlink()
+    file, out = written(tmp_path, {**CONTENT, "base": base}), tmp_path / "out"
+    assert cli.main(["sweep", str(file), "--output-dir", str(out)]) == 2
+    said = f"amid-trl sweep: every trial: {HERE} 'test' (dataset_test_split); there are train\n"
+    assert capsys.readouterr().err == said and not out.exists()
