@@ -6,7 +6,7 @@ from pathlib import Path
 from amid_trl.fields import require_package
 from amid_trl.outputs import write_whole
 from amid_trl.parser import OneLineParser
-from amid_trl.report.kinds import READABLE, find
+from amid_trl.report.kinds import READABLE, find_all
 
 
 PROMPTS = 5
@@ -28,7 +28,7 @@ def write_report(argv: Sequence[str]) -> int:
     if args.prompts < 0:
         raise ValueError(f"prompts must be at least 0; got {args.prompts}")
     require_package("matplotlib", "the pictures", "'amid_trl[plot]'")
-    found = [each for path in args.paths for each in find(path)]
+    found = find_all(args.paths)
 
     from amid_trl.report.page import render
     from amid_trl.report.sections import sections_of

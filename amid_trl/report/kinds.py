@@ -1,7 +1,7 @@
 """What lies in a folder: the files of other commands that a page is made of, read and checked."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,34 @@ OF_A_RUN = ("config.json", "adapter_config.json", "training_args.bin", "completi
 
 @dataclass(frozen=True)
 class Found:
-    """A file of a kind with what it holds, and the name that it goes by on the page."""
+    """A file of a kind with what it holds, and the name that it goes by on the page, which may be given."""
 
     kind: Kind
     name: str
     file: Path
     content: Mapping[str, Any]
+    is_named: bool = False
 
     @property
     def folder(self) -> Path:
         """That of the command: of a run its own, whichever checkpoint its logs are in."""
         folder = self.file.parent
         return folder.parent if self.kind is RUN and folder.name.startswith("checkpoint-") else folder
+
+
+def find_all(paths: Sequence[str]) -> list[Found]:
+    """What all paths hold, in their order; a file that is found again is there once, under the name that it was given.
+
+    One that was given two names has both. Raises what `find` does.
+    """
+    found = [each for path in paths for each in find(path)]
+    named = {each.file.resolve() for each in found if each.is_named}
+    once: dict[tuple[Path, str | None], Found] = {}
+    for each in found:
+        file = each.file.resolve()
+        if each.is_named or file not in named:
+            once.setdefault((file, each.name if each.is_named else None), each)
+    return [*once.values()]
 
 
 def find(path: str) -> list[Found]:
@@ -67,18 +83,17 @@ def find(path: str) -> list[Found]:
         kind = next((kind for kind in READABLE if kind.file == place.name), None)
         if kind is None:
             raise ValueError(f"{place} is none of the files that a report is made of: {_readable()}")
-        return [read(kind, place, name or place.resolve().parent.name)]
-    name = name or place.resolve().name
+        return [read(kind, place, name or place.resolve().parent.name, is_named=name is not None)]
+    is_named, name = name is not None, name or place.resolve().name
     files = {kind: place / kind.file for kind in READABLE if (place / kind.file).exists()}
     if RUN not in files and (logs := _last_logs(place)) is not None:
         files[RUN] = logs
-    found = [read(kind, file, name) for kind, file in files.items()]
+    found = [read(kind, file, name, is_named) for kind, file in files.items()]
     if RUN in files or not found:
-        found += [
-            read(EVALUATION, file, name if file.parent.name == "evaluation" else file.parent.name)
-            for file in sorted(place.glob(f"*/{EVALUATION.file}"))
-            if not file.parent.name.startswith("checkpoint-")
-        ]
+        within = sorted(place.glob(f"*/{EVALUATION.file}"))
+        for file in [file for file in within if not file.parent.name.startswith("checkpoint-")]:
+            of_run = file.parent.name == "evaluation"
+            found.append(read(EVALUATION, file, name if of_run else file.parent.name, is_named and of_run))
     if RUN not in files and not found:
         if any(any(place.glob(sign)) for sign in OF_A_RUN):
             raise ValueError(
@@ -89,7 +104,7 @@ def find(path: str) -> list[Found]:
     return found
 
 
-def read(kind: Kind, file: Path, name: str) -> Found:
+def read(kind: Kind, file: Path, name: str, is_named: bool = False) -> Found:
     """What a file of a kind holds; ValueError where it is not of that kind."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -104,7 +119,7 @@ def read(kind: Kind, file: Path, name: str) -> Found:
         raise ValueError(f"{file} has no run in it: its runs are empty")
     if kind is SWEEP and not content["trials"]:
         raise ValueError(f"{file} has no trial in it: its trials are empty")
-    return Found(kind, name, file, content)
+    return Found(kind, name, file, content, is_named)
 
 
 def check_keys(content: Mapping[str, Any], keys: tuple[str, ...], where: str, kind: Kind) -> None:

@@ -43,10 +43,11 @@ def side_by_side(evaluations: Mapping[str, Mapping[str, Any]], prompts: int) -> 
     """The first prompts, each with its first reference and what every model has answered with its first seed."""
     first = next(iter(evaluations.values()))
     texts = {name: _first_texts(content) for name, content in evaluations.items()}
+    reference = f"{REFERENCE} of the set" if REFERENCE in evaluations else REFERENCE
     return [
         PromptAnswers(
             _prompt_text(row["prompt"]),
-            [(REFERENCE, row["references"][0]), *((name, of_model.get(i, "")) for name, of_model in texts.items())],
+            [(reference, row["references"][0]), *((name, of_model.get(i, "")) for name, of_model in texts.items())],
         )
         for i, row in enumerate(first.get("rows", [])[:prompts])
     ]

@@ -1,11 +1,13 @@
 """What a path holds, and what is said of one that holds nothing."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from amid_trl import cli
-from amid_trl.report.kinds import COMPARISON, EVALUATION, LANDSCAPE, RUN, SWEEP, find
+from amid_trl.report.kinds import COMPARISON, EVALUATION, LANDSCAPE, RUN, SWEEP, find, find_all
 from amid_trl.report.sections import sections_of, told_apart
 
 
@@ -37,9 +39,59 @@ def test_a_run_has_the_logs_of_its_last_checkpoint_and_the_evaluations_within_it
     assert [(each.kind, each.name) for each in evaluations] == [(EVALUATION, "dolly"), (EVALUATION, "kl=0.5")]
 
 
-def test_the_same_name_twice_becomes_the_paths(run_folder, evaluated):
-    one, two, other = told_apart([*find(str(run_folder)), *find(str(run_folder)), *find(str(evaluated[1]))])
-    assert one.name == two.name == str(run_folder) and other.name == evaluated[1].name
+def test_folders_of_the_same_name_are_told_apart_by_as_much_of_their_paths_as_it_takes(
+    run_folder, evaluated, tmp_path
+):
+    folders = [tmp_path / name for name in ("a/x/run", "a/y/run", "b/y/run", "b/z/run/checkpoint-5", "c/other")]
+    for folder in folders:
+        shutil.copytree(run_folder, folder)
+    paths = [*map(str, folders[:3]), str(folders[3].parent), str(folders[4]), str(evaluated[1])]
+    names = ["x/run", "a/y/run", "b/y/run", "z/run", "other", evaluated[1].name]
+    runs = [each for each in find_all(paths) if each.kind is RUN]
+    assert [each.name for each in told_apart(runs)] == names[:-1]
+    shutil.copytree(run_folder, tmp_path / "x" / "a" / "y" / "run")  # the end of a path may be all of another
+    assert [each.name for each in told_apart(find_all([str(folders[1]), str(tmp_path / "x/a/y/run")]))] == [
+        str(Path(tmp_path.name, "a/y/run")),
+        "x/a/y/run",
+    ]
+
+
+def test_the_page_calls_folders_of_the_same_name_by_different_ones(run_folder, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr("amid_trl.report.of_runs.drawn", lambda *_: None)
+    for place in ("x", "y"):
+        shutil.copytree(run_folder, tmp_path / place / "run")
+        (tmp_path / place / "run" / "evaluation").mkdir()
+        (tmp_path / place / "run" / "evaluation" / "results.json").write_text(json.dumps(evaluated[0]))
+    training, answers = sections_of(find_all([str(tmp_path / "x/run"), str(tmp_path / "y/run")]), prompts=1)
+    assert [name for name, _ in training.facts] == training.tables[0].headings[1:] == ["x/run", "y/run"]
+    assert answers.tables[0].headings[1:] == ["x/run/evaluation", "y/run/evaluation"]
+    assert [who for who, _ in answers.answers[0].texts][1:] == ["x/run/evaluation", "y/run/evaluation"]
+
+
+def test_what_is_given_twice_is_there_once(run_folder, evaluated, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(run_folder)
+    monkeypatch.chdir(run_folder)
+    again = [".", str(run_folder / "trainer_state.json"), str(tmp_path / "link")]
+    [once] = find_all([str(run_folder), *again])
+    assert once.name == run_folder.name
+    assert [each.name for each in find_all([str(run_folder), f"kd={run_folder}", *again])] == ["kd"]
+    assert [each.name for each in find_all([f"a={run_folder}", f"b={run_folder}"])] == ["a", "b"]
+
+
+def test_a_name_that_is_given_stays_and_is_given_once(run_folder, evaluated, tmp_path):
+    for place in ("x", "y"):
+        shutil.copytree(run_folder, tmp_path / place / "run")
+    paths = [str(tmp_path / "x" / "run"), f"run={tmp_path / 'y' / 'run'}"]
+    assert [each.name for each in told_apart(find_all(paths))] == ["x/run", "run"]
+    with pytest.raises(
+        ValueError, match=r"the name run is given to .*x/run/trainer_state.json and to .*y/run/trainer"
+    ):
+        told_apart(find_all([f"run={paths[0]}", paths[1]]))
+
+
+def test_a_model_may_be_called_reference(evaluated):
+    [section] = sections_of(find_all([f"reference={evaluated[1]}"]), prompts=1)
+    assert [who for who, _ in section.answers[0].texts] == ["reference of the set", "reference"]
 
 
 SWEPT = (
