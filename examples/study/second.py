@@ -1,12 +1,13 @@
 """The second part of the study: a small sweep for each run of second.yaml, then one comparison with what they found.
 
     python examples/study/second.py [OUTPUT_DIR]     # runs/study/second
+    python examples/study/second.py --runs kd rkl    # these alone for now; others join them later
 
 needs what prepare.py has written. Ctrl-C stops it at any time; the same command goes on.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from amid_trl.sweep.sweep import sweep
 
 
 SPEC = Path(__file__).with_name("second.yaml")
+
+
+def chosen(spec: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The spec with these runs alone and the baseline, in the spec's order: a comparison to which others can be added.
+
+    ValueError where there is no such run.
+    """
+    if unknown := [name for name in names if name not in spec["runs"]]:
+        raise ValueError(f"runs: unknown {unknown[0]!r}; there are {', '.join(spec['runs'])}")
+    kept = {*names, spec["compare"]["baseline"]}
+    return {**spec, "runs": {name: run for name, run in spec["runs"].items() if name in kept}}
 
 
 def sweeps(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -45,8 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output_dir", nargs="?", default="runs/study/second", type=Path)
     parser.add_argument("--spec", default=SPEC, type=Path, help="another file of this form")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="these and the baseline alone; default: all")
     args = parser.parse_args()
     spec, best = yaml.safe_load(args.spec.read_text(encoding="utf-8")), {}
+    if args.runs is not None:
+        spec = chosen(spec, args.runs)
     for name, content in sweeps(spec).items():
         found = sweep(
             _written(args.output_dir / "sweeps" / f"{name}.yaml", content), args.output_dir / "sweeps" / name
