@@ -37,6 +37,17 @@ def test_mixture_is_the_power_mean_of_the_probabilities(alpha, lam):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.8, 1.0])
+def test_vetos_target_is_the_geometric_mixture_sharpened(beta):
+    """docs/objectives.md: p q^β, and a student that is its own target is p^(1/(1-β))."""
+    log_p, log_q = pair()
+    mixed = alpha_mixture(log_p, log_q, alpha=1.0, lam=1 / (1 + beta))
+    torch.testing.assert_close((log_p + beta * log_q).softmax(-1), ((1 + beta) * mixed).softmax(-1))
+    if beta < 1:
+        at_rest = (log_p / (1 - beta)).log_softmax(-1)
+        torch.testing.assert_close((log_p + beta * at_rest).log_softmax(-1), at_rest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_error_is_a_few_eps_next_to_every_limit(dtype):
     for row in GOLDEN["mixtures"]:
