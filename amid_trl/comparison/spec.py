@@ -130,19 +130,35 @@ class Comparison:
         return {"config": config, "budget": budget, "evaluates": self.evaluates}
 
 
-def read_comparison(file: str | Path) -> Comparison:
-    """The comparison that a YAML file describes; ValueError where it asks for what does not exist."""
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice: the last one would stand, and nobody would miss the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if any((key.tag, key.value) == (other.tag, other.value) for other in keys[:place]):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(file: str | Path, needed: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
+    """What a YAML file holds; ValueError where it lacks a key, has one that there is not, or one twice."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must contain a YAML mapping")
-    needed, optional = ("base", "runs", "seeds", "metrics", "budget"), ("baseline", "evaluate")
     if unknown := sorted(map(str, set(content) - {*needed, *optional})):
         raise ValueError(f"{file}: unknown keys {', '.join(unknown)}; there are {', '.join((*needed, *optional))}")
     if missing := [name for name in needed if not content.get(name)]:
         raise ValueError(f"{file}: {', '.join(missing)} must be given")
+    return content
+
+
+def read_comparison(file: str | Path) -> Comparison:
+    """The comparison that a YAML file describes; ValueError where it asks for what does not exist."""
+    content = read_mapping(file, ("base", "runs", "seeds", "metrics", "budget"), ("baseline", "evaluate"))
     for name, (kind, called) in KINDS.items():
         if content.get(name) is not None and not isinstance(content[name], kind):
             raise ValueError(f"{name} must be a {called}; got {content[name]!r}")

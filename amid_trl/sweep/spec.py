@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from amid_trl.comparison.spec import OWN, check_each
+from amid_trl.comparison.spec import OWN, check_each, read_mapping
 from amid_trl.evaluation.metrics import METRICS, OF_TRAININGS_TEACHER, TRAINING_METRICS
 from amid_trl.outputs import plain_json
 
@@ -187,16 +185,7 @@ def read_sweep(file: str | Path) -> tuple[Sweep, dict[str, Any]]:
 
     ValueError where it asks for what does not exist.
     """
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must contain a YAML mapping")
-    if unknown := sorted(map(str, set(content) - {*NEEDED, *OPTIONAL})):
-        raise ValueError(f"{file}: unknown keys {', '.join(unknown)}; there are {', '.join((*NEEDED, *OPTIONAL))}")
-    if missing := [name for name in NEEDED if not content.get(name)]:
-        raise ValueError(f"{file}: {', '.join(missing)} must be given")
+    content = read_mapping(file, NEEDED, OPTIONAL)
     given = {**DEFAULTS, **{name: value for name, value in content.items() if value is not None}}
     for name, (kind, called) in KINDS_OF_SWEEP.items():
         value = given.get(name)

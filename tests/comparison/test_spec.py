@@ -195,6 +195,19 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path, capsys):
     assert f"amid-trl compare: {file} is not YAML: " in capsys.readouterr().err
 
 
+def test_a_key_that_is_there_twice_is_named(tmp_path, content):
+    file = written(tmp_path, content)
+    text = file.read_text()
+    file.write_text(text.replace("  amid: {}", "  kd: {objective: rkl}"))
+    with pytest.raises(ValueError, match=r"compare.yaml is not YAML: 'kd' is there twice in .* line \d+"):
+        read_comparison(file)
+    file.write_text(
+        text.replace("runs:", "x: &one {objective: kd}\nruns:").replace("amid: {}", "amid: {<<: *one, a: 1}")
+    )
+    with pytest.raises(ValueError, match="unknown keys x"):  # it is read, anchors and merged keys too
+        read_comparison(file)
+
+
 @pytest.mark.parametrize("max_steps", [-1, "many"])
 def test_the_schedules_of_every_run_need_max_steps(tmp_path, content, max_steps):
     content["base"]["max_steps"] = 9
