@@ -1,11 +1,10 @@
-"""Every `python SCRIPT …` of the docs, the examples, the recorded results and the Makefile is one that SCRIPT takes."""
+"""Every `python SCRIPT …` of docs, examples, recorded results and the Makefile is one that SCRIPT takes."""
 
 import argparse
 import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 from docs_commands import PAGES, ROOT
