@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
-# With lm-eval-harness, Ray and the trackers, without which their tests are skipped: they slow every start a little.
+# With lm-eval-harness, Ray, wandb and trackio, without which their tests are skipped: they slow every start a little.
 test-all: $(INSTALLED)
 	$(BIN)/pip install -c constraints.txt -e '.[eval-harness,ray,trackers]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -20,7 +20,7 @@ EXTRAS = {
     "compare": ["matplotlib", "scipy>=1.15"],
     "sweep": ["optuna>=5"],
     "ray": ["optuna>=5", "ray[tune]>=2.50"],  # apart from sweep: 250 MB
-    "trackers": ["tensorboard", "trackio", "wandb"],  # apart from test: TRL imports them at each start
+    "trackers": ["tensorboard", "trackio", "wandb"],  # test has the first: TRL imports the others at each start
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material", "mkdocstrings[python]"],
 }
 TEST = [
@@ -36,6 +36,7 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    "tensorboard",
     *EXTRAS["deepspeed"],
     *EXTRAS["eval"],
     *EXTRAS["compare"],

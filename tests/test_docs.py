@@ -41,6 +41,13 @@ def in_place_of(tmp_path, student, teacher, models, rows_file, measured, tokeniz
     (tmp_path / "sweep.json").write_text(json.dumps({**of_sweep, "trials": [swept], "best": swept}))
     return {
         "migrating.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
+        "migrating.md 1": (
+            {**trainer, "prompts": prompt_only_dataset(8)},
+            {
+                'AMiDConfig(\n        "out"': f"AMiDConfig({str(tmp_path / 'out')!r}, {SETTINGS}",
+                "max_completion_length=512": "max_completion_length=8",
+            },
+        ),
         "trainer.md 0": ({**trainer, "rows": messages_dataset(8)}, config),
         "trainer.md 1": ({**trainer, "rows": messages_dataset(8)}, {**config, "batch_size=8": "batch_size=4"}),
         "trainer.md 2": ({**trainer, "prompts": prompt_only_dataset(8)}, config),

@@ -14,10 +14,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import yaml
 from packaging.specifiers import SpecifierSet
 from tiny import messages_dataset
 
 import amid_trl
+from amid_trl import cli
 
 
 ROOT = Path(__file__).parents[1]
@@ -122,12 +124,19 @@ def installed(built, tmp_path_factory) -> Path:
     return python.parent
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment of a process that finds no checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def outside(tmp_path: Path, *command: str | Path) -> str:
     """What a command says, run where there is no checkout; it has to succeed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=tmp_path, env=elsewhere(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+OF_US = [name for name in (*cli.COMMANDS, *cli.LAUNCHED) if name != "compared-run"]
 
 
 def test_an_installed_wheel_is_what_runs_outside_the_checkout(installed, tmp_path):
@@ -135,27 +144,87 @@ def test_an_installed_wheel_is_what_runs_outside_the_checkout(installed, tmp_pat
     file, version = outside(tmp_path, installed / "python", "-c", where).split()
     assert Path(file).is_relative_to(installed.parent) and version == amid_trl.__version__
     said = outside(tmp_path, installed / "amid-trl", "--help")
-    assert all(command in said for command in ("train", "evaluate", "compare", "landscape", "merge", "env"))
+    assert all(f"\n    {command} " in said for command in OF_US)
+    assert f"- amid_trl: {amid_trl.__version__}\n" in outside(tmp_path, installed / "amid-trl", "env")
+
+
+@pytest.mark.parametrize("command", OF_US)
+def test_a_command_of_an_installed_wheel_has_its_help(command, installed, tmp_path):
+    """That of train names the recipes, that of evaluate the sets, each the files of a folder."""
+    said = outside(tmp_path, installed / "amid-trl", command, "--help")
+    assert f"usage: amid-trl {command}" in said
+    folders = {"train": "launch/recipes", "evaluate": "evaluation/sets"}
+    files = (ROOT / "amid_trl" / folders[command]).glob("*.yaml") if command in folders else ()
+    assert all(file.stem in said for file in files)
+
+
+def test_an_installed_wheel_has_its_page(installed, tmp_path):
+    state = {"global_step": 2, "log_history": [{"step": step, "loss": 1 / step, "kl": 1 / step} for step in (1, 2)]}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_state.json").write_text(json.dumps(state))
+    outside(tmp_path, installed / "amid-trl", "report", "out")
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, models, rows_file) -> Path:
+    """A folder of what the commands read: models, rows, and a file for each command that takes one."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("student", "teacher"):
+        (place / name).symlink_to(models[name])
+    (place / "rows.jsonl").symlink_to(rows_file)
+    for split in ("train", "test"):
+        messages_dataset(4).to_json(place / "data" / f"{split}.jsonl")
+    run = {"model_name_or_path": "student", "teacher_model_name_or_path": "teacher", "dataset_name": "data"}
+    run |= {"use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 2}
+    searched = {"space": {"assistant_alpha": [-3.0, 0.5]}, "metric": "eval_kl", "trials": 1, "evaluations": 1}
+    compared = {"runs": {"kd": {"objective": "kd"}}, "seeds": [0]}
+    files = {"run": {**run, "max_steps": 1, "output_dir": "out"}}
+    files["compare"] = {"base": run, **compared, "metrics": ["eval_kl"], "budget": {"steps": 1}}
+    files["sweep"] = {"base": run, **searched, "budget": {"steps": 1}}
+    for name, content in files.items():
+        (place / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return place
+
+
+# Each in its shortest form, and a file that it leaves behind.
+SHORTEST = {
+    "env": ("", "run.yaml"),
+    "init-student": ("teacher smaller --drop-layers 0", "smaller/model.safetensors"),
+    "cache-teacher": ("--config run.yaml --lmbda 0 --teacher_cache cache", "cache"),
+    "train": (
+        # The recipe asks for an evaluation, which is left out here as a user would.
+        "--config abkd --accelerate_config single --model_name_or_path student --teacher_model_name_or_path teacher "
+        "--dataset_name data --output_dir out --use_cpu --bf16=False --max_steps=1 --eval_strategy=no "
+        "--per_device_train_batch_size=2 --gradient_accumulation_steps=1 --use_peft --lora_target_modules q_proj",
+        "out/adapter_model.safetensors",
+    ),
+    "merge": ("out merged", "merged/model.safetensors"),
+    "evaluate": (
+        "merged --teacher teacher --seeds 0 --output-dir measured --evaluation-set rows.jsonl --max-new-tokens 4",
+        "measured/results.json",
+    ),
+    "landscape": ("--config run.yaml --output_dir runs/grid --rows 2", "runs/grid/landscape.png"),
+    "compare": ("compare.yaml --output-dir runs/compare", "runs/compare/comparison.png"),
+    "sweep": ("sweep.yaml --output-dir runs/sweep", "runs/sweep/best.yaml"),
+    "report": ("out runs/compare runs/sweep runs/grid measured --output page.html", "page.html"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_commands_of_an_installed_wheel_find_their_files(installed, tmp_path, models, rows_file):
-    """A recipe, a configuration for accelerate and a set: files that only an installation can lack."""
-    command = installed / "amid-trl"
-    assert f"- amid_trl: {amid_trl.__version__}\n" in outside(tmp_path, command, "env")
-    messages_dataset(8).to_json(tmp_path / "data" / "train.jsonl")
-    flags = ["--model_name_or_path", models["student"], "--teacher_model_name_or_path", models["teacher"]]
-    flags += ["--dataset_name", "data", "--output_dir", "out", "--use_cpu", "--bf16=False", "--max_steps=1"]
-    # The recipe asks for an evaluation, which is left out here as a user would.
-    flags += ["--eval_strategy=no", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1"]
-    outside(tmp_path, command, "train", "--config", "abkd", "--accelerate_config", "single", *flags)
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    evaluation = ["--output-dir", "measured", "--evaluation-set", rows_file, "--max-new-tokens", "4"]
-    outside(tmp_path, command, "evaluate", "out", "--teacher", models["teacher"], "--seeds", "0", *evaluation)
-    assert "rougeL" in (tmp_path / "measured" / "results.json").read_text()
-    sets = "from amid_trl.evaluation import sets; print(len(list(sets.FOLDER.glob('*.yaml'))))"
-    assert outside(tmp_path, installed / "python", "-c", sets) == "5\n"
+@pytest.mark.timeout(1800)
+def test_every_command_of_an_installed_wheel_does_its_work(installed, place):
+    """In this order, for some read what those before have written."""
+    assert {*SHORTEST, "serve-teacher"} == {*OF_US}
+    for command, (arguments, left) in SHORTEST.items():
+        outside(place, installed / "amid-trl", command, *arguments.split())
+        assert (place / left).exists(), command
+    server = [installed / "amid-trl", "serve-teacher", "teacher", "--port", "0"]
+    with subprocess.Popen(server, cwd=place, env=elsewhere(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and "http://127.0.0.1:" in process.stdout.readline()
+        finally:
+            process.terminate()
 
 
 @pytest.mark.slow
