@@ -75,6 +75,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/moving_objectives.py
 	$(BIN)/python benchmarks/first_minute.py
 	$(BIN)/python benchmarks/trainer_step.py
+	$(BIN)/python benchmarks/step_floor.py
+	$(BIN)/python benchmarks/cached_teacher.py
+	$(BIN)/python benchmarks/writing.py
 	$(BIN)/python benchmarks/padding_free.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/engine_memory.py

@@ -34,10 +34,10 @@ GROWING = ("products", "trl_chunked", "liger", "gkd", "amid")
 # How far the loss and the norms of the gradients may lie apart between methods with the same objective.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
+# Ours at most so many times the matrix products, at every size of `beside_products`.
+TO_PRODUCTS = {"gkd": 1.05, "amid": 1.2, "amid_kl": 1.2}
 # (ours, figure, peer, share): ours is at most this share of the peer's. Of several of ours the worst one counts.
 TARGETS = [
-    (("amid", "amid_kl"), "seconds", "products", 1.2),
-    (("gkd",), "seconds", "products", 1.05),
     (("gkd",), "seconds", "trl_chunked", 0.35),
     (("gkd",), "seconds", "liger", 0.45),
     (("gkd",), "seconds", "liger_eager", 0.45),
@@ -54,24 +54,40 @@ Size = tuple[int, int]  # tokens, vocabulary
 
 @dataclass(frozen=True)
 class Grid:
-    """The size at which all methods are compared, and those at which growth is shown."""
+    """The size at which all methods are compared, those at which growth is shown, and more for ours alone."""
 
     compared: Size
     tokens: tuple[int, ...]  # at the vocabulary of `compared`
     vocabularies: tuple[int, ...]
     vocabulary_tokens: int
+    beside_products: tuple[Size, ...]
+    largest: Size
 
     def sizes_of(self, method: str) -> set[Size]:
         """Every size at which this method is measured."""
-        if method not in GROWING:
-            return {self.compared}
-        tokens = {(tokens, self.compared[1]) for tokens in self.tokens}
-        return {self.compared} | tokens | {(self.vocabulary_tokens, vocabulary) for vocabulary in self.vocabularies}
+        sizes = {self.compared}
+        if method in GROWING:
+            sizes |= {(tokens, self.compared[1]) for tokens in self.tokens}
+            sizes |= {(self.vocabulary_tokens, vocabulary) for vocabulary in self.vocabularies}
+        if method in ("products", *TO_PRODUCTS):
+            sizes |= {*self.beside_products}
+        return sizes | {self.largest} if method in ("products", "amid") else sizes
+
+    def is_timed(self, size: Size) -> bool:
+        """Whether seconds are medians; elsewhere what grows is the memory, and one call is enough."""
+        return size in (self.compared, *self.beside_products)
 
 
-FULL = Grid((2048, 49152), (1024, 2048, 4096), (32000, 49152, 151936), 1024)
-QUICK = Grid((256, 16384), (128, 256), (16384,), 256)
-TINY = Grid((8, 64), (8,), (64,), 8)
+FULL = Grid(
+    (2048, 49152),
+    (1024, 2048, 4096),
+    (32000, 49152, 151936),
+    1024,
+    tuple((tokens, vocabulary) for vocabulary in (49152, 151936) for tokens in (512, 2048, 8192)),
+    (8192, 262144),
+)
+QUICK = Grid((256, 16384), (128, 256), (16384,), 256, ((256, 16384),), (256, 16384))
+TINY = Grid((8, 64), (8,), (64,), 8, ((8, 64), (16, 64)), (16, 128))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -134,7 +150,7 @@ def measured_or_refused(name: str, size: Size, records: list[Record], args: argp
     if needed > free_mb(args.device):
         return record | {"failure": f"out of memory (needs about {needed / 1000:.0f} GB)"}
     try:
-        repeats = args.repeats if size == args.grid.compared else 1  # what grows elsewhere is the memory
+        repeats = args.repeats if args.grid.is_timed(size) else 1
         measured = in_new_process(args.threads, measure, name, size, repeats, args.dtype, args.device)
     except (BrokenProcessPool, torch.OutOfMemoryError) as error:
         return record | {"failure": f"ended by {type(error).__name__}"}
@@ -202,8 +218,14 @@ def find(records: list[Record], method: str, size: Size) -> Record | None:
 
 
 def targets(records: list[Record], grid: Grid) -> list[Record]:
-    """The rows of TARGETS that were measured."""
+    """Those that were measured: of TO_PRODUCTS at each of their sizes, and of TARGETS."""
     rows = []
+    for size in grid.beside_products:
+        for name, at_most in TO_PRODUCTS.items():
+            own, products = find(records, name, size), find(records, "products", size)
+            if own and products:
+                what = f"{METHODS[name].title}, {size[0]} × {size[1]}: time / {METHODS['products'].title}"
+                rows.append({"what": what, "at_most": at_most, "measured": own["seconds"] / products["seconds"]})
     for names, key, peer, at_most in TARGETS:
         found = [record for name in names if (record := find(records, name, grid.compared))]
         other = find(records, peer, grid.compared)

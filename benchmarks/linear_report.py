@@ -46,6 +46,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     for axis, sizes, title in axes_of_growth(settings):
         lines += ["", f"## {title}", "", *growth_table(results["records"], axis, sizes)]
+    lines += ["", "## Beside the matrix products", "", *products_table(results["records"], settings)]
     lines += ["", "![Peak memory by tokens and by vocabulary](linear_loss.png)", "", about_line(results["about"]), ""]
     return "\n".join(lines)
 
@@ -96,6 +97,22 @@ def growth_table(records: list[Record], axis: str, sizes: list[tuple[int, int]])
     lines.append("|---" * (1 + 2 * len(sizes)) + "|")
     for name in growing(records, sizes):
         lines.append(f"| {METHODS[name].title} | " + " | ".join(both(cells[name, size]) for size in sizes) + " |")
+    return lines
+
+
+def products_table(records: list[Record], settings: dict[str, Any]) -> list[str]:
+    """At each size the products' seconds, ours as their multiples, and MB. The largest is last, with one of ours."""
+    cells = {(r["method"], (r["tokens"], r["vocabulary"])): r for r in records if "failure" not in r}
+    names = [name for name in ("gkd", "amid", "amid_kl") if any(method == name for method, _ in cells)]
+    titles = "".join(f" {METHODS[name].title}, × products | MB |" for name in names)
+    lines = [f"| tokens × vocabulary | products, s |{titles}", "|---" * (2 + 2 * len(names)) + "|"]
+    for size in (*settings["beside_products"], settings["largest"]):
+        products = cells.get(("products", tuple(size)), {})
+        line = f"| {size[0]} × {size[1]} | " + (f"{products['seconds']:.3g} |" if products else " |")
+        for name in names:
+            own = cells.get((name, tuple(size)))
+            line += f" {ratio(own, products, 'seconds')} | {own['added_mb']:.0f} |" if own else " | |"
+        lines.append(line)
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: real runs at tiny sizes, memory of a known size, invented records."""
+"""The benchmarks but those of the loss measure what they say: real runs at tiny sizes, invented records."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +19,8 @@ from amid_trl.maths.kernel import COMPILE_FROM_VOCAB
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SIZE = {"tokens": 8, "vocabulary": 64}
-
-
-@pytest.fixture
-def linear_loss(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import linear_loss
-
-    return linear_loss
+ABOUT = {"date": "", "command": "", "revision": "", "device": "cpu", "cpu": "", "threads": 1, "cores": 1}
+ABOUT |= {"logical_cpus": 1, "ram_gb": 1, "versions": {}}
 
 
 @pytest.fixture
@@ -35,51 +29,6 @@ def engine_memory(monkeypatch):
     import engine_memory
 
     return engine_memory
-
-
-@pytest.fixture
-def measure(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import measure
-
-    return measure
-
-
-def test_the_script_measures_and_writes_its_three_files(tmp_path):
-    methods = ("products", "dense_gkd", "gkd", "gkd_frozen", "amid_kl")
-    settings = ("--repeats", "2", "--threads", "1", "--output", tmp_path)
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "linear_loss.py", "--tiny", "--methods", *methods, *settings],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {"linear_loss.md", "linear_loss.json", "linear_loss.png"}
-    records = json.loads((tmp_path / "linear_loss.json").read_text())["records"]
-    assert [record["method"] for record in records] == list(methods)
-    for record in records:
-        assert len(record["all_seconds"]) == 2
-        assert record["seconds"] > 0
-    products, dense, ours, frozen, _ = (record["values"] for record in records)
-    assert not products
-    assert ours.keys() == dense.keys() == {"loss", "hidden_gradient", "weight_gradient"}
-    assert frozen.keys() == {"loss", "hidden_gradient"}
-    report = (tmp_path / "linear_loss.md").read_text()
-    assert "| ours, JSD: time / four matrix products | 1.05 |" in report
-    assert (tmp_path / "linear_loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_moves_is_measured_beside_what_is_fixed(tmp_path):
-    sizes = ("--tokens", "8", "--vocabulary", "64", "--repeats", "2", "--output", tmp_path)
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "moving_objectives.py", *sizes], check=True, stdout=subprocess.DEVNULL
-    )
-    results = json.loads((tmp_path / "moving_objectives.json").read_text())
-    report = (tmp_path / "moving_objectives.md").read_text()
-    for record in results["records"]:
-        counts = {way: len(seconds) for way, seconds in record["all_seconds"].items()}
-        assert counts == {"fixed": 2, "moving": 2, "moving, not compiled": 1}
-        assert record["ratio"] > 0 and f"| {record['case']} |" in report
-        assert record["compilations"] == 0  # so small a vocabulary is not compiled
 
 
 def test_without_a_gpu_its_benchmark_says_so_in_a_line(monkeypatch, capsys, tmp_path):
@@ -117,18 +66,63 @@ def test_the_first_minute_is_told_as_it_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import first_minute
 
-    about = {"date": "", "command": "", "revision": "", "device": "cpu", "cpu": "", "threads": 1, "cores": 1}
-    about |= {"logical_cpus": 1, "ram_gb": 1, "versions": {}}
     runs = [
         {"way": way, "again": again, "prepared": 2.0, "steps": [9.0, 5.0, 3.0, 4.0, 5.0], "seconds": 28.0}
         for way, again in first_minute.RUNS
     ]
     line = {"line": "begins", "seconds": 1.0, "processor_seconds": 0.5}
     imports = {"SFTTrainer": [4.0, 5.0, 4.5], "AMiDTrainer": [4.5, 4.0, 5.4]}
-    results = {"imports": imports, "first_line": line, "runs": runs, "steps": 5, "rows": 8, "about": about}
+    results = {"imports": imports, "first_line": line, "runs": runs, "steps": 5, "rows": 8, "about": ABOUT}
     text = first_minute.report(results)
     assert "The ratio of the medians is 1.00" in text and "says “begins” after 1.0 s" in text
     assert "| compiled ahead, second start | 2.0 | 9.0 | 5.0 | 4.0 | 2.25 | 28 |" in text
+
+
+def test_a_floor_is_measured_on_what_the_step_was_made_of(monkeypatch, tmp_path, tokenizer, teacher):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step_floor
+    import trainer_step
+
+    monkeypatch.setattr(trainer_step, "load_teacher", lambda models: (copy.deepcopy(teacher), tokenizer))
+    monkeypatch.setattr(trainer_step, "conversations", lambda tokenizer, count, long: messages_dataset(count))
+    monkeypatch.setattr(trainer_step, "DROPPED_LAYERS", "1")
+    made, build = [], step_floor.build
+    monkeypatch.setattr(step_floor, "build", lambda *args, **more: made.append(build(*args, **more)) or made[-1])
+    moving = next(name for name in step_floor.OBJECTIVES if "TAID" in name)
+    record = step_floor.measure(moving, True, 2, tmp_path)
+    assert len(record["all_steps"]) == len(record["all_floors"]) == 3
+    assert record["parts"].keys() == {"teacher", "student", "products", "optimizer"}
+    assert min(record["parts"].values()) > 0
+    # Of each step, and the floor adds nothing to what is trained or counted.
+    (trainer,) = made
+    assert sum(record["tokens"]) == trainer.state.num_input_tokens_seen
+    plain = build(
+        trainer_step.OURS_DEFAULT, "off-policy", True, 3, tmp_path, tmp_path / "plain", **step_floor.OBJECTIVES[moving]
+    )
+    plain.train()
+    ours, theirs = (dict(one.model.named_parameters()) for one in (trainer, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    text = step_floor.report(
+        {"about": ABOUT, "at_most": 1.05, "records": [{"objective": moving, "checkpointing": True, **record}]}
+    )
+    assert f"| {moving}, with gradient checkpointing | " in text and f"| {record['ratio']:.2f} | 1.05 |" in text
+
+
+def test_every_way_of_writing_writes_the_same(monkeypatch, tmp_path, tokenizer, teacher):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import writing
+
+    monkeypatch.setattr(writing, "load_teacher", lambda models: (teacher, tokenizer))
+    rows = [{"prompt": [{"role": "user", "content": "word " * count}]} for count in (1, 3, 2, 5)]
+    monkeypatch.setattr(writing, "questions", lambda: SimpleNamespace(train=rows))
+    monkeypatch.setattr(writing, "PIECE", 3)
+    records = writing.measure(4, 8, 1, tmp_path, {"static cache, compiled"})
+    ways = [writing.BARE, writing.OURS, writing.SEVERAL, writing.READ_ONCE, *writing.OTHERS]
+    assert [record["way"] for record in records] == [way for way in ways if "compiled" not in way]
+    assert all(record["equal"] == 1 and len(record["all_seconds"]) == 2 for record in records)
+    assert len({record["tokens"] for record in records if record["beside"] == writing.BARE}) == 1
+    text = writing.report({"about": ABOUT, "at_most": 1.05, "records": records})
+    assert all(f"| {record['way']} | " in text for record in records)
 
 
 def test_what_reads_the_cache_trains_as_the_teacher_says_and_without_it(monkeypatch, tmp_path, tokenizer, teacher):
@@ -137,7 +131,7 @@ def test_what_reads_the_cache_trains_as_the_teacher_says_and_without_it(monkeypa
     import trainer_step
 
     monkeypatch.setattr(trainer_step, "load_teacher", lambda models: (copy.deepcopy(teacher), tokenizer))
-    monkeypatch.setattr(trainer_step, "conversations", lambda tokenizer, count: messages_dataset(count))
+    monkeypatch.setattr(trainer_step, "conversations", lambda tokenizer, count, long: messages_dataset(count))
     monkeypatch.setattr(trainer_step, "DROPPED_LAYERS", "1")
     built, build = [], cached_teacher.build
     monkeypatch.setattr(cached_teacher, "build", lambda *args, **more: built.append(build(*args, **more)) or built[-1])
@@ -156,91 +150,6 @@ def test_the_models_of_a_measured_step_have_a_loss_that_is_compiled(monkeypatch)
     assert padding_free.FULL.vocabulary >= COMPILE_FROM_VOCAB
 
 
-def test_the_peak_counts_memory_that_is_freed_before_the_call_ends(measure):
-    mebibytes = 2**20 / measure.MB
-    torch.ones(64, 2**20)  # an earlier, higher peak
-    added = [measure.cost(lambda: torch.ones(16, 2**20), "cpu").added_mb for _ in range(2)]
-    assert added == pytest.approx([64 * mebibytes] * 2, abs=4)
-
-
-def test_matrix_products_are_those_of_a_head_and_its_gradient(linear_loss, monkeypatch):
-    import linear_methods
-
-    monkeypatch.setattr(linear_methods, "PRODUCT_SLICE", 24)  # 64 entries: the last slice is shorter
-    inputs = linear_methods.Inputs.random(8, 64, "float32", "cpu", frozen_head=False)
-    linear_methods.METHODS["products"].load()(inputs)
-    hidden, weight = inputs.student_hidden.detach(), inputs.student_weight.detach()
-    logits = hidden @ weight.T
-    torch.testing.assert_close(inputs.student_hidden.grad, logits @ weight, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(inputs.student_weight.grad, logits.T @ hidden, rtol=1e-4, atol=1e-4)
-
-
-def test_methods_that_disagree_are_refused(linear_loss):
-    def records(**changed):
-        agreed = {"loss": 0.5, "hidden_gradient": 0.1, "weight_gradient": 0.2}
-        return [
-            {"method": "trl_dense", **SIZE, "values": agreed},
-            {"method": "kd", **SIZE, "values": {"loss": 7.0}},  # another objective
-            {"method": "gkd_frozen", **SIZE, "values": {"loss": 0.5, "hidden_gradient": 0.1}},
-            {"method": "gkd", **SIZE, "values": agreed | changed},
-        ]
-
-    linear_loss.check_values(records(loss=0.50004), 1e-4)
-    for changed in ({"loss": 0.5001}, {"hidden_gradient": 0.11}, {"weight_gradient": 0.0}, {"loss": float("nan")}):
-        with pytest.raises(RuntimeError, match="of gkd is"):
-            linear_loss.check_values(records(**changed), 1e-4)
-
-
-def test_after_a_disagreement_nothing_is_written(linear_loss, monkeypatch, tmp_path):
-    disagreeing = [{"method": name, **SIZE, "values": {"loss": loss}} for name, loss in (("gkd", 1.0), ("liger", 2.0))]
-    monkeypatch.setattr(linear_loss, "measure_all", lambda args: disagreeing)
-    with pytest.raises(RuntimeError, match="loss of liger is"):
-        linear_loss.main(["--methods", "gkd", "--output", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_target_counts_the_worst_of_ours(linear_loss):
-    def record(method, seconds, megabytes):
-        return {"method": method, **SIZE, "seconds": seconds, "added_mb": megabytes}
-
-    records = [
-        record("products", 1.0, 10.0),
-        record("trl_chunked", 10.0, 100.0),
-        record("gkd", 1.2, 12.0),
-        record("amid", 1.3, 11.0),
-        record("amid_kl", 1.4, 11.5),
-        {"method": "liger", **SIZE, "failure": "out of memory"},
-    ]
-    rows = [(row["what"], row["at_most"], row["measured"]) for row in linear_loss.targets(records, linear_loss.TINY)]
-    assert rows == [
-        ("ours, AMiD's KL(p‖r), α = -5: time / four matrix products", 1.2, 1.4),
-        ("ours, JSD: time / four matrix products", 1.05, 1.2),
-        ("ours, JSD: time / TRL DistillationTrainer, chunked JSD", 0.35, 0.12),
-        ("ours, JSD: memory / TRL DistillationTrainer, chunked JSD", 0.12, 0.12),
-    ]
-
-
-def test_growth_is_counted_in_hidden_states_of_both_models(linear_loss):
-    state = 4 * (576 + 960) / 1e6  # float32, in MB
-    records = [
-        {"method": "gkd", "tokens": tokens, "vocabulary": 49152, "added_mb": 100 + 3 * state * tokens}
-        for tokens in (1024, 4096)
-    ]
-    (row,) = linear_loss.growth(records, linear_loss.FULL, "float32")
-    assert row["measured"] == pytest.approx(3)
-
-
-def test_what_cannot_fit_is_reported_and_not_run(linear_loss, monkeypatch):
-    args = linear_loss.parse(["--methods", "dense_gkd"])
-    records = [{"method": "dense_gkd", "tokens": 512, "vocabulary": 49152, "added_mb": 2000.0}]
-    monkeypatch.setattr(linear_loss, "free_mb", lambda device: 16_000.0)
-    monkeypatch.setattr(linear_loss, "in_new_process", lambda *args: {"added_mb": 1.0})
-    # Eight times the logits, and 327 MB of inputs: 4096 tokens and 49152 entries of 576 + 960 numbers each.
-    refused = linear_loss.measured_or_refused("dense_gkd", (4096, 49152), records, args)
-    assert refused["failure"] == "out of memory (needs about 16 GB)"
-    assert "failure" not in linear_loss.measured_or_refused("dense_gkd", (2048, 49152), records, args)
-
-
 def test_the_process_that_holds_most_stands_for_its_engine(engine_memory):
     def rank(megabytes):
         size = megabytes * 10**6
@@ -248,9 +157,7 @@ def test_the_process_that_holds_most_stands_for_its_engine(engine_memory):
         counted = engine_memory.COUNTED
         return dict.fromkeys(counted, size) | others | {"said": dict.fromkeys(counted, 2 * size)}
 
-    about = {"date": "", "command": "", "revision": "", "device": "cpu", "cpu": "", "threads": 1, "cores": 1}
-    about |= {"logical_cpus": 1, "ram_gb": 1, "versions": {}}
-    text = engine_memory.report({"about": about, "records": [{"engine": "zero1", "ranks": [rank(12), rank(10)]}]})
+    text = engine_memory.report({"about": ABOUT, "records": [{"engine": "zero1", "ranks": [rank(12), rank(10)]}]})
     assert "| zero1 | 12 (24) | 12 (24) | 12 (24) | 12 (24) | 48 (96) | 84 | 96 |" in text
     assert "all 3,000,000 weights" in text and "take up to 5." in text
 
