@@ -37,6 +37,23 @@ class Content(NamedTuple):
     again: int = 0
 
 
+class Opened(NamedTuple):
+    """Where the text of an answer begins behind a prompt of the teacher's.
+
+    Attributes:
+        prompt: the teacher's tokens in front of it.
+        skipped: how many of the answer's tokens these stand for too.
+        again: the last tokens of the student's prompt that the answer writes anew, and those of the teacher's that may
+            be; None where the templates do not say how it begins.
+        is_compared: whether what stands in front of it is the same in both.
+    """
+
+    prompt: Sequence[int]
+    skipped: int = 0
+    again: tuple[int, int] | None = None
+    is_compared: bool = True
+
+
 @dataclass(frozen=True)
 class AnswerLead:
     """How answers begin in the chats of a tokenizer.
@@ -44,7 +61,9 @@ class AnswerLead:
     Attributes:
         opening: the text behind a question, in which a prompt for an answer ends.
         again: the last tokens of such a prompt, if they are other ones where an answer follows.
-        content: the bytes that stand before the answer's text in the tokens that the answer begins with.
+        header: the tokens that the answer begins with, up to the last special one in front of its text.
+        title: what these write, special tokens by their names.
+        content: the bytes that stand before the answer's text in the tokens behind that.
         behind: those that stand there behind all of the prompt, if that is what the answer follows.
         mark: what opens a thought, if the template writes any.
         thought: the bytes from there to the end of the prompt, if that opens one.
@@ -52,6 +71,8 @@ class AnswerLead:
 
     opening: str
     again: list[int]
+    header: list[int]
+    title: str
     content: bytes
     behind: bytes
     mark: bytes
@@ -59,9 +80,8 @@ class AnswerLead:
 
     def follows(self, ids: Sequence[int], tokenizer: Any) -> bool:
         """Whether a prompt of these tokens is one for an answer."""
-        last = list(ids[-len(self.opening.encode()) - 1 :])  # each writes a byte, and the first may show no space
-        text = str(tokenizer.decode(last, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        return text.endswith(self.opening)
+        last = ids[-len(self.opening.encode()) - 1 :]  # each writes a byte, and the first may show no space
+        return _decoded(tokenizer, last).endswith(self.opening)
 
     def thinks(self, answer: bytes) -> bool:
         """Whether an answer begins with a thought that it opens itself."""
@@ -79,19 +99,50 @@ def answer_lead(spelled: Spelled) -> AnswerLead | None:
     texts = _rendered(tokenizer)
     opening, lead = _behind_question(*texts)
     prompt, whole = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    start = common_prefix_length(prompt, whole)
-    ends = [len(whole)] + [i for i in range(start, len(whole)) if spelled.written(whole[i : i + 1]) is None]
-    content, found, _ = (spelled.written(whole[start : min(ends[1:] or ends)]) or b"").partition(ANSWER.encode())
-    if not found or not opening:
-        return None
-    behind = lead.removeprefix(opening) if lead.startswith(opening) else ""
-    return AnswerLead(opening, prompt[start:], content, behind.encode(), *_thought(opening, lead))
+    begin = start = common_prefix_length(prompt, whole)
+    silent = [i for i in range(start, len(whole)) if spelled.written(whole[i : i + 1]) is None]
+    for end in [*silent, len(whole)]:
+        content, found, _ = (spelled.written(whole[begin:end]) or b"").partition(ANSWER.encode())
+        header, title = whole[start:begin], _decoded(tokenizer, whole[start:begin])
+        if found and opening and QUESTION not in title:  # else the whole chat is another one
+            behind = lead.removeprefix(opening).encode() if lead.startswith(opening) else b""
+            behind = content if header else behind
+            return AnswerLead(opening, prompt[start:], header, title, content, behind, *_thought(opening, lead))
+        begin = end + 1
+    return None
 
 
 def thought_marks(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """What its chat template writes around a thought."""
     mark, _ = _thought(*_behind_question(*_rendered(tokenizer)))
     return {mark.decode(), f"</{mark.decode()[1:]}"} if mark else set()
+
+
+def opened_answer(
+    ours: AnswerLead | None,
+    theirs: AnswerLead | None,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    again: int,
+) -> Opened:
+    """Behind a prompt of the teacher's the header of its answers, in place of the student's own.
+
+    An answer without the header of the student's template is read as it stands there, as is one with a header that
+    both templates write. `again` are the last tokens of the student's prompt that the answer writes anew.
+    """
+    if ours is None or theirs is None or not theirs.follows(prompt, tokenizer):
+        return Opened(prompt)
+    if ours.header and ours.title == theirs.title:
+        return Opened(prompt)
+    kept = len(prompt) - len(theirs.again)
+    ends_so = list(prompt[kept:]) == theirs.again
+    own = list(answer[: len(ours.header)])
+    if own != ours.header[: len(own)] or (theirs.header and not ends_so):
+        return Opened(prompt, is_compared=False)
+    if theirs.header:
+        return Opened([*prompt[:kept], *theirs.header], len(own), (again, 0))
+    return Opened(prompt, len(own), (again, len(theirs.again) if ends_so else 0))
 
 
 def answered(ours: AnswerLead, theirs: AnswerLead, plain: bytes, again: int, teachers_again: int) -> Content:
@@ -131,6 +182,11 @@ def kind_of_place(ours: bool, theirs: bool) -> int:
 def bytes_before(plain: bytes, again: bytes, text: bytes) -> tuple[int, int]:
     """How many bytes of either stand in front of the text that both write."""
     return len(plain) - len(text), len(again) - len(text)
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """With the names of special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -9,11 +9,21 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl._trl import common_prefix_length
 from amid_trl.data.rows import UNTRAINED
 from amid_trl.maths.outcomes import BOUNDARY, ENDS, INSIDE, STUDENTS_SPACE, TEACHERS_SPACE, UNPAIRED
-from amid_trl.models.answer_leads import Content, answer_lead, answered, bytes_before, kind_of_place, thought_marks
+from amid_trl.models.answer_leads import (
+    Content,
+    Opened,
+    answer_lead,
+    answered,
+    bytes_before,
+    kind_of_place,
+    opened_answer,
+    thought_marks,
+)
 from amid_trl.models.paired_tokens import PairedTokens, paired_tokens
-from amid_trl.models.same_tokens import beginning, opening, partners, silent_tokens, special_pairs
+from amid_trl.models.same_tokens import beginning, closings, opening, partners, silent_tokens, special_pairs
 from amid_trl.models.spelled import Space, Spelled
 from amid_trl.models.spelling import boundaries_before_change, shared_boundaries
 
@@ -91,15 +101,18 @@ class Retokeniser:
         ends: Sequence[Sequence[int]] = ((), ()),
     ):
         marks = thought_marks(student) | thought_marks(teacher)
-        roles = special_pairs(student, teacher, ends, marks)
+        roles, closing = special_pairs(student, teacher, ends, marks), closings(student, teacher)
         self.student, self.teacher = (
-            Spelled(each, silent_tokens(each, marks).union(pair[side] for pair in roles))
+            Spelled(each, silent_tokens(each, marks).union(closing[side], (pair[side] for pair in roles)))
             for side, each in enumerate((student, teacher))
         )
         specials: dict[int, int] = {s: t for s, t in reversed(roles)}  # the first of several
         if not self.teacher.loses:  # it would know what the student's unknown token stands for
             specials = {s: t for s, t in specials.items() if s != self.student.unknown}
         self._specials = specials
+        closed = [specials.get(token) for token in closing[0]]
+        one_by_one = closed == closing[1] or closed[:1] != closing[1][:1]
+        self._closing, self._teachers_closing = ([], []) if one_by_one else closing
         self._opens, self._teachers_opening = opening(student, teacher)
         self._partners = partners(self.student, self.teacher)
         self._beginning, self._teachers_beginning = beginning(student), beginning(teacher)
@@ -134,18 +147,21 @@ class Retokeniser:
         answer that writes the last `again` tokens of the student's own prompt anew.
         """
         marked = False  # the row begins with a token that its tokenizer does not write in front of a text
+        opened = None
         if teacher_prompt is None:
             prompt, made = self._opening(ids)
             marked = list(ids[:prompt]) not in ([], self._beginning)
         else:
-            made = list(teacher_prompt)
+            opened = opened_answer(*self._leads, self.teacher.tokenizer, teacher_prompt, ids[prompt:], again)
+            prompt, made = prompt + opened.skipped, list(opened.prompt)
         written = WrittenAgain(made, {prompt: len(made)}, {}, [0] * prompt, {})
         for start, end in self._pieces(ids, prompt):
             before = ids[start - 1] if start > prompt or marked else None
-            answers = None if teacher_prompt is None else again
-            if not self._write_piece(list(ids[start:end]), start, written, before, answers):
+            if not self._write_piece(list(ids[start:end]), start, written, before, opened):
                 break
         boundaries = written.boundaries
+        if opened is not None and not opened.is_compared:
+            boundaries.pop(prompt, None)
         if longest is not None and len(made) > longest:
             boundaries = {s: t for s, t in boundaries.items() if t < longest}
         return written._replace(ids=made[:longest], boundaries=boundaries)
@@ -170,7 +186,7 @@ class Retokeniser:
         return 0, [] if same else list(theirs)
 
     def _pieces(self, ids: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
-        """Every special token alone, and what is between them together.
+        """Every special token alone, or those that close an answer, and what is between them together.
 
         So is an added word, if the student writes a space of its own behind it as behind a special token.
         """
@@ -178,33 +194,34 @@ class Retokeniser:
         apart = known if self.student.behind_special.written else ()
         begin = start
         for i in range(start, len(ids)):
-            if ids[i] in apart or self.student.written(ids[i : i + 1]) is None:
+            if i >= begin and (ids[i] in apart or self.student.written(ids[i : i + 1]) is None):
                 if begin < i:
                     yield begin, i
-                yield i, i + 1
-                begin = i + 1
+                closing = common_prefix_length(list(ids[i : i + len(self._closing)]), self._closing)
+                begin = i + max(1, closing)
+                yield i, begin
         if begin < len(ids):
             yield begin, len(ids)
 
     def _write_piece(
-        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, answers: int | None
+        self, ids: list[int], start: int, written: WrittenAgain, before: int | None, opened: Opened | None
     ) -> bool:
-        """Append a special token, or the tokens between two; whether there was a way to write all of it.
+        """Append special tokens, or the tokens between two; whether there was a way to write all of it.
 
-        `before` is the student's token that it follows; None of the row's first, or of an answer's. `answers` are the
-        tokens of the student's prompt that an answer writes anew; None where the row is no answer.
+        `before` is the student's token that it follows; None of the row's first, or of an answer's. `opened` is None
+        where the row is no answer.
         """
         plain, state = self.student.written(ids), len(written.ids)
         if plain is None:
-            again = self._special(ids[0])
+            again = self._special(ids)
             if again is None:
                 return False
             written.ids.extend(again)
-            written.counts.append(len(again))
-            written.boundaries[start + 1] = len(written.ids)
+            written.counts.extend([len(again)] + [0] * (len(ids) - 1))
+            written.boundaries[start + len(ids)] = len(written.ids)
             return True
-        content = None if before is not None or answers is None else self._answer(plain, written.ids, answers)
-        content = content or self._content(plain, before, written.ids, is_answer=answers is not None)
+        content = None if before is not None or opened is None else self._answer(plain, opened)
+        content = content or self._content(plain, before, written.ids, is_answer=opened is not None)
         again, end = self._again(ids, plain, content)
         if plain[: content.before[0]] == b" ":
             written.unsaid[start] = content.before[0]
@@ -244,8 +261,14 @@ class Retokeniser:
                 return [self._partners[token] for token in ids], len(plain)
         return theirs, end
 
-    def _special(self, token: int) -> list[int] | None:
-        """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for."""
+    def _special(self, ids: list[int]) -> list[int] | None:
+        """The teacher's token for a special one, or its name as text; None where it is unknown what it stands for.
+
+        For those that close an answer it is all that closes one in the teacher's template.
+        """
+        token = ids[0]
+        if ids[:1] == self._closing[:1]:
+            return self._teachers_closing
         own = self._specials.get(token)
         if own is not None:
             return [own]
@@ -268,16 +291,15 @@ class Retokeniser:
         again = text if ours.written and not plain.startswith(b" ") else theirs.before(text)
         return Content(again, bytes_before(plain, again, text), kind_of_place(ours.written, theirs.written))
 
-    def _answer(self, plain: bytes, prompt: Sequence[int], again: int) -> Content | None:
+    def _answer(self, plain: bytes, opened: Opened) -> Content | None:
         """What it writes for an answer to a prompt of its template, which begins as that template lets it begin.
 
-        None where it is another prompt.
+        None where it is another prompt, or begins in another way.
         """
         ours, theirs = self._leads
-        if ours is None or theirs is None or not theirs.follows(prompt, self.teacher.tokenizer):
+        if ours is None or theirs is None or opened.again is None:
             return None
-        ends_so = list(prompt[-len(theirs.again) :]) == theirs.again
-        return answered(ours, theirs, plain, again, len(theirs.again) if ends_so else 0)
+        return answered(ours, theirs, plain, *opened.again)
 
     def _counts(self, ids: Sequence[int], again: Sequence[int], content: Content) -> list[int]:
         """How many of the teacher's tokens end in each of the student's."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from amid_trl.models.paired_tokens import same_words
 from amid_trl.models.spelled import Spelled
-from amid_trl.models.turn_ends import turn_end
+from amid_trl.models.turn_ends import closing_tokens
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -27,9 +27,10 @@ def special_pairs(
 ) -> list[tuple[int, int]]:
     """The special tokens that mean the same: those of one name, the ends of a turn, the ends of a text.
 
-    `ends` are the tokens at which either model stops: of these all that have no partner yet end a text. An added token
-    that is special in one of them, or an end, is it in both; the `spoken` are text in both. Where one model has
-    one token for several ends, they all are one outcome.
+    Where one template closes an answer in more tokens than the other, the first of them is the end of a turn: a model
+    says that there. `ends` are the tokens at which either model stops: of these all that have no partner yet end a
+    text. An added token that is special in one of them, or an end, is it in both; the `spoken` are text in both. Where
+    one model has one token for several ends, they all are one outcome.
     """
     names = [{token.content: i for i, token in each.added_tokens_decoder.items()} for each in (student, teacher)]
     special = {
@@ -37,10 +38,10 @@ def special_pairs(
         for each in (student, teacher)
         for i in silent_tokens(each, spoken) & each.added_tokens_decoder.keys()
     }
-    turns = [(turn_end(each, []), each.eos_token_id) for each in (student, teacher)]
-    ours, theirs = (eos if end is None else end for end, eos in turns)
+    ours, theirs = closings(student, teacher)
+    count = len(ours) if len(ours) == len(theirs) else 1
     pairs: list[tuple[Any, Any]] = [
-        (ours, theirs),
+        *zip(ours[:count], theirs[:count], strict=False),
         (student.eos_token_id, teacher.eos_token_id),
         *((i, names[1][name]) for name, i in names[0].items() if name in names[1] and name in special),
     ]
@@ -51,6 +52,15 @@ def special_pairs(
     ]
     pairs += product(*left)
     return [*dict.fromkeys((s, t) for s, t in pairs if s is not None and t is not None)]
+
+
+def closings(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that close an answer, in either: the end of a text where no template says more."""
+    ours, theirs = (
+        closing_tokens(each) or [end for end in (each.eos_token_id,) if isinstance(end, int)]
+        for each in (student, teacher)
+    )
+    return ours, theirs
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase, spoken: Collection[str]) -> set[int]:

@@ -1,4 +1,4 @@
-"""The token that a chat template writes at the end of an assistant's turn, whatever the tokenizer calls its EOS."""
+"""The tokens that a chat template writes at the end of an assistant's turn, whatever the tokenizer calls its EOS."""
 
 from typing import Any
 
@@ -11,29 +11,42 @@ QUESTION, ANSWER, NEXT = "amidquestion", "amidanswer", "amidnext"
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, known: list[int]) -> int | None:
-    """The last of the added tokens that directly follow an answer, at the end of a chat or before the next question.
+    """The last of the tokens that close an answer: behind it a model has nothing to say.
 
-    What opens the next question is none of them. `known` end a turn already: where one of them is among these tokens,
-    or where none follows, it is None.
+    `known` end a turn already: where one of them is among these tokens, or where there are none, it is None.
+    """
+    ends = closing_tokens(tokenizer)
+    return None if not ends or set(ends) & set(known) else ends[-1]
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The added tokens that directly follow an answer, at the end of a chat or before the next question.
+
+    What opens that question is none of them. Nor is what opens an answer: some templates end every chat with a prompt
+    for one. There it is what stands before a question that tells.
     """
     if tokenizer.chat_template is None:
-        return None
+        return []
     contents = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    ends = list[str]()
     for next_question in ("", NEXT):
-        opening, following = _around(tokenizer, next_question)
+        opening, lead, following = _around(tokenizer, next_question)
         tokens = _added_tokens(following, contents)
-        if tokens:
-            ends = [contents[token] for token in _without_opening(tokens, following, opening)]
-            return None if set(ends) & set(known) else ends[-1]
-    return None
+        if next_question or _up_to(lead, tokens, following) == tokens:
+            ends = _up_to(opening, tokens, following, least=1) or ends
+            if ends:
+                break
+        else:
+            ends = _up_to(lead, tokens, following, least=1)
+    return [contents[token] for token in ends]
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, next_question: str) -> tuple[str, str]:
-    """What the template writes before a question, and between its answer and the next; nothing if it refuses both."""
+def _around(tokenizer: PreTrainedTokenizerBase, next_question: str) -> tuple[str, str, str]:
+    """What the template writes before a question, before its answer, and behind that; nothing if it refuses both."""
     chat = [_message("user", QUESTION), _message("assistant", ANSWER)]
     chat += [_message("user", next_question)] if next_question else []
     in_parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
@@ -48,18 +61,21 @@ def _around(tokenizer: PreTrainedTokenizerBase, next_question: str) -> tuple[str
             ValueError,
         ):  # also: several templates, none default
             continue
-        opening, _, _ = text.partition(QUESTION)
-        _, found, after = text.rpartition(ANSWER)
+        before, found, after = text.rpartition(ANSWER)
+        opening, _, lead = before.partition(QUESTION)
         if found:
-            return opening, after.partition(next_question)[0].strip() if next_question else after.strip()
-    return "", ""
+            behind = after.partition(next_question)[0] if next_question else after
+            return opening.rstrip(), lead.rstrip(), behind.strip()
+    return "", "", ""
 
 
-def _without_opening(tokens: list[str], following: str, opening: str) -> list[str]:
-    """The first of the tokens, up to where the rest of the text is how a question begins; all where it never is."""
-    for count in range(1, len(tokens)):
-        rest = following[sum(map(len, tokens[:count])) :]
-        if opening.rstrip().endswith(rest):
+def _up_to(opening: str, tokens: list[str], following: str, least: int = 0) -> list[str]:
+    """The first of the tokens, up to where the rest of the text is an opening; all where it never is.
+
+    At `least` one where a token may be both: what opens a question, and what ends the turn before it.
+    """
+    for count in range(least, len(tokens)):
+        if opening.endswith(following[sum(map(len, tokens[:count])) :]):
             return tokens[:count]
     return tokens
 

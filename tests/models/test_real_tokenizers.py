@@ -10,7 +10,9 @@ from real_tokenizers import PACKAGES, fetch
 from small_tokenizers import CHAT, TEXTS
 from transformers import AutoTokenizer
 
+from amid_trl.models.same_tokens import special_pairs
 from amid_trl.models.spelling import TRIALS, shared_boundaries, token_bytes
+from amid_trl.models.turn_ends import closing_tokens
 from amid_trl.models.vocabulary import first_tokens
 
 
@@ -113,6 +115,15 @@ def test_the_first_tokens_are_a_tokenizer_of_which_each_old_token_is_whole_ones(
         assert [kept[i] for i in ids(new, chat) if i in new.all_special_ids] == [
             i for i in ids(old, chat) if i in old.all_special_ids
         ]
+
+
+def test_the_prompt_that_llama_3_writes_behind_every_chat_ends_no_turn(load):
+    student, teacher = load("qwen3"), load("llama3")
+    assert "assistant" in teacher.apply_chat_template(CHAT, tokenize=False).rpartition("408")[2]
+    end = teacher.convert_tokens_to_ids("<|eot_id|>")
+    assert closing_tokens(teacher) == [end]
+    ours = student.convert_tokens_to_ids("<|im_end|>")
+    assert special_pairs(student, teacher)[0] == special_pairs(teacher, student)[0][::-1] == (ours, end)
 
 
 def test_every_package_is_tried():

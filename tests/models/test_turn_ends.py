@@ -8,7 +8,7 @@ from tiny import CHATML, tiny_tokenizer
 from tokenizers import AddedToken
 
 from amid_trl.models.generation import eos_token_ids
-from amid_trl.models.turn_ends import turn_end
+from amid_trl.models.turn_ends import closing_tokens, turn_end
 
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -29,6 +29,7 @@ ENDS = {
     "llama3_1": "<|eot_id|>",
     "llama3_2": "<|eot_id|>",
     "llava_next": "</s>",
+    "muse_glimmer": "<|eot|>",
     "nemotron_3_nano": "<|im_end|>",
     "phi3": "<|end|>",
     "phi3_5": "<|end|>",
@@ -92,6 +93,35 @@ def test_what_opens_the_next_question_is_not_the_end_of_an_answer(bos, ends):
     names = ["<|close|>", "<|user|>", "<|system|>", "<|bos|>"]
     tokenizer.add_tokens([AddedToken(each, special=True) for each in names])
     assert turn_end(tokenizer, [tokenizer.eos_token_id]) == tokenizer.convert_tokens_to_ids(ends[-1])
+
+
+def with_names(template: str, *names: str):
+    tokenizer = base_tokenizer(template)
+    tokenizer.add_tokens([AddedToken(each, special=True) for each in names])
+    return tokenizer
+
+
+@pytest.mark.parametrize("ends", [["<|eot|>"], ["<|close|>", "<|eot|>"]])
+def test_a_prompt_that_a_template_writes_behind_every_chat_is_not_the_end_of_an_answer(ends):
+    """As in the first template of Llama 3."""
+    tokenizer = with_names(
+        "{% for m in messages %}<|open|>{{ m['role'] }}<|head|>\n{{ m['content'] }}"
+        + "".join(ends)
+        + "{% endfor %}<|open|>assistant<|head|>\n",
+        *("<|open|>", "<|head|>", "<|close|>", "<|eot|>"),
+    )
+    assert tokenizer.convert_ids_to_tokens(closing_tokens(tokenizer)) == ends
+    end = tokenizer.convert_tokens_to_ids("<|eot|>")
+    assert eos_token_ids(tokenizer) == [tokenizer.eos_token_id, end]
+
+
+@pytest.mark.parametrize("end", ["", "</turn>"])
+def test_such_a_prompt_alone_ends_nothing(end):
+    """What opens a question ends the answer, if it is a token: so does GLM 4."""
+    template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}" + end + "{% endfor %}<|assistant|>"
+    tokenizer = with_names(template, "<|user|>")
+    expected = [] if end else ["<|user|>"]
+    assert tokenizer.convert_ids_to_tokens(closing_tokens(tokenizer)) == expected
 
 
 def test_several_templates_without_a_default_say_nothing(tokenizer):
