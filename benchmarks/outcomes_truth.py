@@ -183,6 +183,7 @@ class CaseBuilder:
         counts = torch.tensor([len(of_row) for of_row in unlikely])
         own = torch.tensor([own_token(row) for row in self.rows], dtype=torch.float64)
         kinds = torch.tensor([place.kind for place in places])
+        parts = torch.tensor([numbers.get(place.outcome, 0) for place in places])
         return Case(
             weights=torch.tensor([row["weight"] for row in self.rows], dtype=torch.float64),
             truth=truth,
@@ -197,7 +198,7 @@ class CaseBuilder:
                 numbers[rest],
                 torch.zeros(len(students), dtype=torch.long),
             ),
-            places=Places(kinds, own, lengths.cumsum(0) - lengths, lengths, counts.cumsum(0) - counts, counts),
+            places=Places(kinds, own, parts, lengths.cumsum(0) - lengths, lengths, counts.cumsum(0) - counts, counts),
             begun=begun,
             words=_same_bytes(pair, students, teachers, self.ends),
             first_tokens=_first_tokens(pair, students, teachers, self.ends),

@@ -95,6 +95,7 @@ class Places(NamedTuple):
     Attributes:
         kind: UNPAIRED, INSIDE, or one of AT_BOUNDARY.
         log_chain: the teacher's log-probability of the student's token, or NOT_SPLIT.
+        outcome: which of the teacher's outcomes that is a part of.
         start, entries: where in `Begun` its range is and how long; empty at a boundary whose last token has no longer
             one to go on in.
         unlikely_start, unlikely_count: where in `Begun` what hardly follows is.
@@ -102,6 +103,7 @@ class Places(NamedTuple):
 
     kind: Int[Tensor, " tokens"]
     log_chain: Float[Tensor, " tokens"]
+    outcome: Int[Tensor, " tokens"]
     start: Int[Tensor, " tokens"]
     entries: Int[Tensor, " tokens"]
     unlikely_start: Int[Tensor, " tokens"]
@@ -120,7 +122,8 @@ class OutcomeTokenLoss(DistillationTokenLoss):
         e · p(o) + c(o) + Σ over s in o of c(s)
 
     Where the student's token spans several of the teacher's it is an outcome of its own, of e · exp(log_chain), taken
-    from the one that it belongs to.
+    from the one that it belongs to. Where the row shows that it goes with tokens of the teacher's of another outcome
+    than the vocabularies say, it has that much more in its own outcome, and the other one less.
 
     With one vocabulary it is the dense loss. Probabilities of sums are known at temperature 1: an objective with
     another one is a ValueError.
@@ -162,6 +165,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
         labels: Int[Tensor, " tokens"],
         kind: Int[Tensor, " tokens"],
         log_chain: Float[Tensor, " tokens"],
+        outcome: Int[Tensor, " tokens"],
         start: Int[Tensor, " tokens"],
         entries: Int[Tensor, " tokens"],
         unlikely_start: Int[Tensor, " tokens"],
@@ -187,7 +191,7 @@ class OutcomeTokenLoss(DistillationTokenLoss):
             "bytes": written.to(nll),
             "teachers_bytes": (written * (teachers_tokens >= 0)).to(nll),
         }
-        places = Places(kind, log_chain, start, entries, unlikely_start, unlikely_count)
+        places = Places(kind, log_chain, outcome, start, entries, unlikely_start, unlikely_count)
         for rows, p, q in self._compared(log_p, log_q, labels, places):
             distilled = distilled.index_add(0, rows, self.objective.from_log_probs(p, q, mixed))
             with torch.no_grad():
@@ -248,16 +252,18 @@ def at_boundaries(
     if len(rows):
         tokens = rows, begun.unlikely[at]
         log_p = log_p.index_put(tokens, log_p[tokens] + math.log(KEPT)).log_softmax(-1)
-    size, split = outcomes.rest + 1, (places.log_chain <= 0)[:, None]
-    own, label = outcomes.student[labels][:, None], labels[:, None]
+    size, label = outcomes.rest + 1, labels[:, None]
+    own, source, known = outcomes.student[label], places.outcome[:, None], (places.log_chain <= 0)[:, None]
+    split, moved = known & (own == source), known & (own != source)
     log_label = log_q.gather(-1, label)
     own_q = log_label.masked_fill(~split, low)
     q = log_sums(log_q.scatter(-1, label, log_label.masked_fill(split, low)), outcomes.student, size)
 
     p = log_sums(log_p, outcomes.teacher, size)
-    chain = torch.minimum(places.log_chain[:, None].to(p), p.gather(-1, own)).masked_fill(~split, low)
-    p = p.scatter(-1, own, log_difference(p.gather(-1, own), chain))
-    p = torch.cat([p[:, :-1], chain, p[:, -1:]], -1)
+    chain = torch.minimum(places.log_chain[:, None].to(p), p.gather(-1, source)).masked_fill(~known, low)
+    p = p.scatter(-1, source, log_difference(p.gather(-1, source), chain))
+    p = p.scatter(-1, own, torch.where(moved, torch.logaddexp(p.gather(-1, own), chain), p.gather(-1, own)))
+    p = torch.cat([p[:, :-1], chain.masked_fill(~split, low), p[:, -1:]], -1)
     rows, student, shares = _entries(places.start, places.entries, begun)
     if len(rows):
         ends = shares.new_zeros(len(labels)).index_add(0, rows, shares * (student == ENDS))
@@ -344,8 +350,13 @@ def log_difference(
 def with_floor(
     log_p: Float[Tensor, "tokens outcomes"], log_rest: Float[Tensor, "tokens 1"]
 ) -> Float[Tensor, "tokens outcomes"]:
-    """The teacher's rest has REST_FLOOR where it has no token in it and the student does: nothing is impossible."""
+    """The rest of a teacher that has no token in it where the student does, REST_FLOOR, and the other way round none.
+
+    What the student has no token for it cannot learn: the teacher's distribution is that of all else.
+    """
     low = torch.finfo(log_p.dtype).min
-    lacks = (log_p[:, -1:] <= low / 2) & (log_rest > low / 2)
+    has, students_has = log_p[:, -1:] > low / 2, log_rest > low / 2
     filled = torch.cat([log_p[:, :-1] + math.log1p(-REST_FLOOR), torch.full_like(log_rest, math.log(REST_FLOOR))], -1)
-    return torch.where(lacks, filled.clamp(min=low), log_p)
+    emptied = torch.cat([log_p[:, :-1], torch.full_like(log_rest, low)], -1).log_softmax(-1)
+    log_p = torch.where(~has & students_has, filled, log_p)
+    return torch.where(has & ~students_has, emptied, log_p).clamp(min=low)

@@ -32,7 +32,7 @@ class PairedStates(NamedTuple):
     Attributes:
         hidden, head: as in `States`, at the places that are asked about.
         at: for each of the student's tokens the state that predicts what follows; any where it is not at a boundary.
-        kind, start, entries, unlikely_start, unlikely_count: as in `Places`.
+        kind, outcome, start, entries, unlikely_start, unlikely_count: as in `Places`.
         student: the student's tokens of `Begun`; `begun` are the teacher's, at the states where they began.
         teachers_tokens: how many of the teacher's tokens end in it; -1 where that is not known.
         unsaid: how many bytes of it are a space that is not in the text.
@@ -46,6 +46,7 @@ class PairedStates(NamedTuple):
     head: Head
     at: Int[Tensor, " tokens"]
     kind: Int[Tensor, " tokens"]
+    outcome: Int[Tensor, " tokens"]
     start: Int[Tensor, " tokens"]
     entries: Int[Tensor, " tokens"]
     student: Int[Tensor, " entries_of_all"]
@@ -76,8 +77,8 @@ def paired_token_loss(
     sizes = [len(each.states) for each in queries]
     found, *others = torch.split(log_probs_at(states, where, which, chunk_size), sizes)
     own = log_own(others, teacher, len(labels))
-    columns = (teacher.kind, own, teacher.start, teacher.entries, teacher.unlikely_start, teacher.unlikely_count)
-    columns = (*columns, teacher.teachers_tokens, teacher.unsaid)
+    columns = (teacher.kind, own, teacher.outcome, teacher.start, teacher.entries)
+    columns = (*columns, teacher.unlikely_start, teacher.unlikely_count, teacher.teachers_tokens, teacher.unsaid)
     # A teacher that is split over devices may have its head on another one than the student.
     columns = (labels, *(column.to(labels.device) for column in columns))
     begun = Begun(*(entry.to(labels.device) for entry in (teacher.student, found, teacher.unlikely.tokens)))

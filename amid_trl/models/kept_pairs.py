@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Of fewer tokens, in both vocabularies together, it is found as fast as it would be read.
 KEPT_FROM = 50_000
 # What is in a file; another number where it is found in another way.
-FORMAT = 2
+FORMAT = 3
 
 
 def pairs_folder() -> Path:

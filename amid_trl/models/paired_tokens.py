@@ -2,23 +2,27 @@
 
 Texts that go on in different ways differ in the first token of either tokenizer. Which of the student's first tokens
 go with which of the teacher's is known from the vocabularies: a token that both spell is one outcome, and any other
-goes with the first token that the other tokenizer writes for its bytes. Tokens that hang together in this way are one
-outcome, and its probability in either model is the sum over its tokens: the same event in both, whatever follows. A
-token that goes with none is in the rest.
+goes with the first token that the other tokenizer writes for its bytes. How a run of spaces is written depends on what
+stands behind it, so there it is the first token for the run and what its own tokenizer lets follow. Tokens that hang
+together in this way are one outcome, and its probability in either model is the sum over its tokens: the same event in
+both, whatever follows. A token that goes with none is in the rest.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
 
 from amid_trl.maths.outcomes import ENDS, Outcomes
 from amid_trl.models.kept_pairs import kept_pair
-from amid_trl.models.spelled import Spelled, completed
+from amid_trl.models.spelled import BEFORE, Spelled, completed
 
 
 Path = tuple[int, ...]
+# At the end of a path in place of a token that reaches farther.
+OPEN = -2
 
 
 class PairedTokens(NamedTuple):
@@ -54,22 +58,55 @@ def paired_tokens(
 
 def _find(student: Spelled, teacher: Spelled, roles: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """The outcome of every token, and the tokens of either for each of the other's, one row after the other."""
-    same = list(same_words(student, teacher))
-    students, teachers = ({pair[side] for pair in same} for side in (0, 1))
+    runs = runs_of_spaces(student, teacher), runs_of_spaces(teacher, student)
+    same = [(s, t) for s, t in same_words(student, teacher) if s not in runs[0] and t not in runs[1]]
+    students, teachers = ({*(pair[side] for pair in same), *runs[side]} for side in (0, 1))
     in_student = student.words([None if t in teachers else word for t, word in enumerate(teacher.bytes)])
     in_teacher = teacher.words([None if s in students else word for s, word in enumerate(student.bytes)])
     pairs = [*same, *roles]
+    pairs += [(s, t) for s, (t, _) in runs[0].items()] + [(s, t) for t, (s, _) in runs[1].items()]
     pairs += [(path[0], t) for t, path in enumerate(in_student) if path]
     pairs += [(s, path[0]) for s, path in enumerate(in_teacher) if path]
     pairs += parts_of_characters(student, teacher)
     of_student, of_teacher, count = _hanging_together(pairs, len(student.bytes), len(teacher.bytes))
     for s, t in same:
         in_student[t], in_teacher[s] = (s,), (t,)
+    for paths, found in zip((in_teacher, in_student), runs, strict=True):
+        for token, (_, path) in found.items():
+            paths[token] = path
     columns = {"student": of_student, "teacher": of_teacher, "rest": count}
     for name, paths in {"paths": in_student, "teachers_paths": in_teacher}.items():
         columns[name] = [token for path in paths for token in path or ()]
         columns[f"{name}_lengths"] = [len(path or ()) for path in paths]
     return {name: torch.tensor(values, dtype=torch.long) for name, values in columns.items()}
+
+
+def runs_of_spaces(own: Spelled, other: Spelled) -> dict[int, tuple[int, Path]]:
+    """For its tokens of several spaces, tabs or ends of lines the other's first token, and all of them for the run.
+
+    Behind it stands a letter, or a letter behind one more of these, whichever its own tokenizer lets follow: `ĠĠĠ` is
+    written where four spaces are, `▁▁▁` where three are. A path is OPEN where the next token reaches farther.
+    """
+    runs = {t: word.decode() for t, word in enumerate(own.bytes) if word and len(word) > 1 and word.isspace()}
+    found = dict[int, tuple[int, Path]]()
+    if own.is_behind_space:
+        return found
+    for before in BEFORE:
+        for behind in ("a", " a", "\ta", "\na"):
+            tried = [t for t in runs if t not in found]
+            texts = [runs[t] + behind for t in tried]
+            rows = zip(tried, own.behind(before, texts), other.behind(before, texts), strict=True)
+            for t, ours, theirs in rows:
+                if ours and theirs and ours[0] == t:
+                    found[t] = theirs[0], _up_to(len(runs[t]), theirs, other)
+    return found
+
+
+def _up_to(size: int, path: Path, spelled: Spelled) -> Path:
+    """The tokens of so many bytes; none where the first has more."""
+    ends = [0, *accumulate(len(spelled.bytes[token] or b"") for token in path)]
+    count = bisect_right(ends, size) - 1
+    return path[:count] if ends[count] == size else (*path[:count], OPEN) if count else ()
 
 
 def _rows(tokens: torch.Tensor, lengths: torch.Tensor) -> list[Path]:
@@ -159,9 +196,9 @@ def _begun(paths: Sequence[Path], outcomes: Outcomes) -> dict[Path, tuple[list[i
     for t, path in enumerate(paths):
         for length in range(1, len(path) + 1):
             found = begun.get(path[:length])
-            if found is not None:
+            token = path[length] if length < len(path) else ENDS
+            if found is not None and token != OPEN:
                 found[0].append(t)
-                token = path[length] if length < len(path) else ENDS
                 is_last = length == len(path) - 1
                 found[1].append(vocab + of_student[token] if is_last and members[of_student[token]] > 1 else token)
     return begun
@@ -171,7 +208,7 @@ def _longer(paths: Sequence[Path]) -> dict[Path, list[int]]:
     """From the teacher's tokens for each of the student's."""
     found: dict[Path, set[int]] = {}
     for path in paths:
-        if len(path) > 1:
+        if len(path) > 1 and path[-1] != OPEN:
             found.setdefault(path[:-1], set()).add(path[-1])
     return {path: sorted(tokens) for path, tokens in found.items()}
 

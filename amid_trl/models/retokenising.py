@@ -54,6 +54,7 @@ class _Side(NamedTuple):
     teacher: Spelled
     pairs: PairedTokens
     outcome: list[int]
+    teachers_outcome: list[int]
     several: list[bool]
 
 
@@ -68,7 +69,8 @@ class Place:
         begun: the teacher's tokens, and what of the student's goes on in each, as `Begun` has it.
         teachers_tokens: how many of the teacher's tokens end in the student's; -1 where it could not be written.
         chain: states, and the teacher's tokens there, of which the student's consists; none where it is not told apart
-            from the others of its outcome.
+            from the others of its outcome. The last may reach farther where the two are of different outcomes.
+        outcome: that of the first of them, which the student's token is a part of.
         longer: the state behind them, and the teacher's tokens with which the student's would have been a longer one.
         within: the teacher's tokens at `state` that begin with the student's and are longer.
         unlikely: those at `state` with which the student's last token would have been a longer one.
@@ -80,6 +82,7 @@ class Place:
     began: int = 0
     begun: tuple[list[int], list[int]] = ([], [])
     chain: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    outcome: int = 0
     longer: tuple[int, list[int]] = (0, [])
     within: list[int] = field(default_factory=list[int])
     unlikely: list[int] = field(default_factory=list[int])
@@ -340,18 +343,25 @@ class Retokeniser:
         began = backwards.get(state - 1)
         if began is not None and state > 1 and kind == BOUNDARY:
             begun = self._sides[written.spaced.get(began, BOUNDARY)].pairs.begun.get(tuple(ids[began:i]))
-            if begun and ENDS in begun[1]:
+            if begun and (written.ids[state - 1], ENDS) in zip(*begun, strict=True):
                 place.began, place.begun = state - 1, begun
         last = written.boundaries.get(i - 1, state)
         unlikely = self._longer(i - 1, tuple(written.ids[last:state]), written)
         if written.ids[state] not in unlikely:  # else the student has written it in its own way
             place.unlikely = unlikely
         token, end = ids[i], written.boundaries.get(i + 1, 0)
-        if end > state and side.several[side.outcome[token]] and self.student.bytes[token] is not None:
-            longer = self._longer(i, tuple(written.ids[state:end]), written) if end < len(written.ids) else []
-            if longer or end > state + 1:
-                place.chain = [(at, written.ids[at]) for at in range(state, end)]
-                place.longer, place.within = (end, longer), side.pairs.within.get(token, [])
+        place.outcome = side.teachers_outcome[written.ids[state]]
+        if self.student.bytes[token] is None:
+            return place
+        longer = self._longer(i, tuple(written.ids[state:end]), written) if state < end < len(written.ids) else []
+        if longer and written.ids[end] in longer:
+            longer = []  # the student has written it in its own way
+        if place.outcome != side.outcome[token]:  # what stands behind it decides how it is written: the row shows it
+            end = end if end > state else min(state + written.counts[i] + 1, len(written.ids))
+            place.chain = [(at, written.ids[at]) for at in range(state, end)]
+        elif end > state and side.several[side.outcome[token]] and (longer or end > state + 1):
+            place.chain = [(at, written.ids[at]) for at in range(state, end)]
+            place.longer, place.within = (end, longer), side.pairs.within.get(token, [])
         return place
 
     def _longer(self, i: int, path: tuple[int, ...], written: WrittenAgain) -> list[int]:
@@ -365,6 +375,11 @@ class Retokeniser:
         begun = side.pairs.begun.get(path)
         if begun is None or not 0 < state < len(written.ids):
             return Place()
+        # The row shows what goes on in its own token of the teacher's: another one is not known there.
+        of_student = self._sides[BOUNDARY].outcome
+        own = {ids[i], len(of_student) + of_student[ids[i]]}
+        if not own & {s for t, s in zip(*begun, strict=True) if t == written.ids[state]}:
+            return Place()
         word, so_far = side.teacher.bytes[written.ids[state]], side.student.written(path)
         if word is None or so_far is None or len(word) <= len(so_far) or not word.startswith(so_far):
             return Place()
@@ -372,5 +387,6 @@ class Retokeniser:
 
 
 def _side(student: Spelled, teacher: Spelled, pairs: PairedTokens) -> _Side:
-    several = (pairs.outcomes.student.bincount(minlength=pairs.outcomes.rest + 1) > 1).tolist()
-    return _Side(student, teacher, pairs, pairs.outcomes.student.tolist(), several)
+    of_student, of_teacher = pairs.outcomes.student, pairs.outcomes.teacher
+    several = (of_student.bincount(minlength=pairs.outcomes.rest + 1) > 1).tolist()
+    return _Side(student, teacher, pairs, of_student.tolist(), of_teacher.tolist(), several)

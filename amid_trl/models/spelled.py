@@ -165,12 +165,16 @@ class Spelled:
             return spelled
         for before in BEFORE:
             tried = list(texts)
-            for i, ids in zip(tried, self.write_texts([before + texts[i] for i in tried]), strict=True):
-                found = self._behind(ids, before.encode(), words[i] or b"")
+            for i, found in zip(tried, self.behind(before, [texts[i] for i in tried]), strict=True):
                 if found is not None:
                     spelled[i] = found
                     del texts[i]
         return spelled
+
+    def behind(self, before: str, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
+        """The tokens of each text, written behind another one; None where they hang together."""
+        rows = self.write_texts([before + text for text in texts])
+        return [self._behind(ids, before.encode(), text.encode()) for ids, text in zip(rows, texts, strict=True)]
 
     def _fragment(self, word: bytes) -> tuple[int, ...] | None:
         """A part of a character, of which only byte-level merges know how it is written."""

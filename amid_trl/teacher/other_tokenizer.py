@@ -183,6 +183,7 @@ def _paired(states: States, rows: Sequence[Sequence[Place]], asked: Sequence[Seq
         states.head,
         at=tensor([number[place.state] if place.kind in AT_BOUNDARY else 0 for place, number in places]),
         kind=tensor([place.kind for place, _ in places]),
+        outcome=tensor([place.outcome for place, _ in places]),
         start=lengths.cumsum(0) - lengths,
         entries=lengths,
         unlikely_start=unlikely.cumsum(0) - unlikely,

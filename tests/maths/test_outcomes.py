@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amid_trl.maths.divergences import kl
 from amid_trl.maths.linear import Head, States, log_probs_at
 from amid_trl.maths.objective import Objective
 from amid_trl.maths.outcomes import (
@@ -18,6 +19,8 @@ from amid_trl.maths.outcomes import (
     Begun,
     Outcomes,
     OutcomeTokenLoss,
+    Places,
+    at_boundaries,
 )
 from amid_trl.maths.paired import PairedStates, Queries, QueriesOf, log_own, paired_token_loss
 from amid_trl.maths.published import kd, rkl
@@ -40,7 +43,7 @@ def ints(*values: int) -> Tensor:
 def boundaries(tokens: int) -> tuple[Tensor, ...]:
     """Columns of tokens that begin at shared boundaries, and of which no more is known."""
     zeros = torch.zeros(tokens, dtype=torch.long)
-    return torch.full((tokens,), BOUNDARY), torch.full((tokens,), NOT_SPLIT), *(zeros,) * 6
+    return torch.full((tokens,), BOUNDARY), torch.full((tokens,), NOT_SPLIT), *(zeros,) * 7
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -98,6 +101,7 @@ def test_it_is_what_probabilities_added_up_say(name):
     columns = (
         ints(BOUNDARY, BOUNDARY, INSIDE, UNPAIRED),
         torch.tensor([NOT_SPLIT, -4.0, NOT_SPLIT, NOT_SPLIT]),
+        ints(0, 1, 0, 0),
         ints(0, 0, 0, 0),
         ints(0, 5, 5, 0),
         ints(0, 0, 0, 0),
@@ -122,12 +126,57 @@ def test_it_is_what_probabilities_added_up_say(name):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_what_the_student_has_no_token_for_is_left_out(objective):
+    """The teacher's last token is in the rest, in which the student has none."""
+    student, teacher = normal(3, 4).requires_grad_(), normal(3, 5, seed=1)
+    outcomes = Outcomes(ints(0, 1, 2, 3), ints(0, 1, 2, 3, 4), 4, torch.ones(4))
+    losses = [
+        OutcomeTokenLoss(objective, outcomes=outcomes, begun=NOTHING_BEGUN)(
+            student, teacher, ints(0, 1, 2), *boundaries(3)
+        )[0],
+        DistillationTokenLoss(objective)(student, teacher[:, :4], ints(0, 1, 2))[0],
+    ]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(each.sum(), student)[0] for each in losses]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", [0, 2, 3])
+def test_what_the_row_shows_is_moved_to_the_tokens_own_outcome(source):
+    """Label 3 is alone in outcome 2, label 2 is one of outcome 1: neither is an outcome of its own then."""
+    log_p, log_q = (normal(2, size, seed=size, dtype=torch.float64).log_softmax(-1) for size in (5, 6))
+    outcomes = Outcomes(torch.tensor(STUDENT_OUTCOMES), torch.tensor(TEACHER_OUTCOMES), 3, torch.ones(6))
+    labels = ints(3 if source != 2 else 2, 2)
+    # The second is more than all of the outcome; of the rest something stays.
+    chain = torch.tensor([-5.0, -0.01 if source != 3 else -6.0], dtype=torch.float64)
+    places = Places(ints(BOUNDARY, BOUNDARY), chain, ints(source, source), *(ints(0, 0),) * 4)
+    said, students = at_boundaries(outcomes, log_p, log_q, labels, places, NOTHING_BEGUN)
+    for row in range(2):
+        p, own = log_p[row].exp(), STUDENT_OUTCOMES[labels[row]]
+        expected = [sum(float(p[t]) for t in range(5) if TEACHER_OUTCOMES[t] == o) for o in range(4)]
+        moved = min(math.exp(chain[row]), expected[source])
+        expected[source] -= moved
+        expected[own] += moved
+        torch.testing.assert_close(said[row].exp(), torch.tensor([*expected[:3], 0.0, expected[3]]).double())
+        q = [sum(float(log_q[row, s].exp()) for s in range(6) if STUDENT_OUTCOMES[s] == o) for o in range(4)]
+        torch.testing.assert_close(students[row].exp(), torch.tensor([*q[:3], 0.0, q[3]]).double())
+    assert kl(said, students).isfinite().all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_what_the_teacher_has_no_token_for_is_not_impossible(objective):
     """The student's last token is in the rest, in which the teacher has none; inside a token nothing ends."""
     student = normal(2, 4).requires_grad_()
     outcomes = Outcomes(ints(0, 1, 2, 3), ints(0, 1, 2), 3, torch.ones(4))
     begun = Begun(ints(1, 2), torch.tensor([-1.0, -1.0]), NONE)
-    columns = (ints(BOUNDARY, INSIDE), torch.full((2,), NOT_SPLIT), ints(0, 0), ints(0, 2), *(ints(0, 0),) * 4)
+    columns = (
+        ints(BOUNDARY, INSIDE),
+        torch.full((2,), NOT_SPLIT),
+        ints(0, 0),
+        ints(0, 0),
+        ints(0, 2),
+        *(ints(0, 0),) * 4,
+    )
     token_loss = OutcomeTokenLoss(objective, outcomes=outcomes, begun=begun)
     losses, figures = token_loss(student, normal(2, 3, seed=1), ints(0, 1), *columns)
     [gradient] = torch.autograd.grad(losses.sum(), student)
@@ -148,6 +197,7 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
     outcomes = Outcomes(torch.tensor(STUDENT_OUTCOMES), torch.tensor(TEACHER_OUTCOMES), 3, torch.ones(6))
     paired = PairedStates(
         *(teacher, Head(head), ints(0, 1, 1, 2, 3, 4), ints(BOUNDARY, BOUNDARY, INSIDE, UNPAIRED, BOUNDARY, BOUNDARY)),
+        ints(0, 3, 0, 0, 0, 0),
         *(ints(0, 0, 3, 6, 6, 6), ints(0, 3, 3, 0, 0, 0), ints(2, 3, ENDS, 1, 3, ENDS)),
         begun=Queries(ints(0, 0, 0, 1, 1, 1), ints(0, 1, 2, 1, 2, 3)),
         chain=QueriesOf(ints(3, 4, 1), ints(0, 2, 3), ints(4, 4, 1)),
@@ -176,8 +226,8 @@ def test_from_hidden_states_it_is_the_same_whatever_the_chunks():
     queries = (paired.chain, paired.longer, paired.within, paired.unlikely)
     found = log_own([log_p[each.states, each.tokens] for each in queries], paired, len(labels))
     torch.testing.assert_close(found.detach(), chain)
-    columns = (paired.kind, chain, paired.start, paired.entries, paired.unlikely_start, paired.unlikely_count)
-    columns += (paired.teachers_tokens, paired.unsaid)
+    columns = (paired.kind, chain, paired.outcome, paired.start, paired.entries, paired.unlikely_start)
+    columns += (paired.unlikely_count, paired.teachers_tokens, paired.unsaid)
     plain, figures = token_loss.of(begun)(hidden @ weight.T, teacher[paired.at] @ head.T, labels, *columns)
     expected = torch.autograd.grad(plain.sum(), (hidden, weight))
     for chunk_size in (1, 2, 4, None):

@@ -69,7 +69,7 @@ def test_the_teachers_outcomes_are_those_of_all_texts(name):
                 log_p[max(1, place.began)][torch.tensor(place.begun[0]).long()],
                 torch.tensor(place.unlikely).long(),
             )
-            columns = (place.kind, own(place, log_p), 0, len(begun.student), 0, len(place.unlikely))
+            columns = (place.kind, own(place, log_p), place.outcome, 0, len(begun.student), 0, len(place.unlikely))
             places = Places(*(torch.tensor([value]) for value in columns))
             if place.kind == BOUNDARY:
                 label = torch.tensor([ids[i]])

@@ -6,10 +6,12 @@ import subprocess
 from itertools import pairwise
 
 import pytest
+from certain_models import disagreements
 from real_tokenizers import PACKAGES, fetch
-from small_tokenizers import CHAT, TEXTS
+from small_tokenizers import CHAT, CODE, TEXTS
 from transformers import AutoTokenizer
 
+from amid_trl.models.retokenising import Retokeniser
 from amid_trl.models.same_tokens import special_pairs
 from amid_trl.models.spelling import TRIALS, shared_boundaries, token_bytes
 from amid_trl.models.turn_ends import closing_tokens
@@ -124,6 +126,18 @@ def test_the_prompt_that_llama_3_writes_behind_every_chat_ends_no_turn(load):
     assert closing_tokens(teacher) == [end]
     ours = student.convert_tokens_to_ids("<|im_end|>")
     assert special_pairs(student, teacher)[0] == special_pairs(teacher, student)[0][::-1] == (ours, end)
+
+
+@pytest.mark.parametrize("student", LEAST)
+@pytest.mark.parametrize("teacher", LEAST)
+def test_two_that_are_certain_of_a_text_agree_wherever_they_are_compared(load, student, teacher):
+    ours, theirs = load(student), load(teacher)
+    pair = Retokeniser(ours, theirs)
+    for text in (*TEXTS, *CODE):
+        row = ids(ours, f"\n{text}")
+        found = disagreements(pair, row)
+        assert {ours.decode(row[max(0, i - 2) : i + 1]): kl for i, kl in found.items() if not kl < 0.01} == {}
+        assert len(found) == len(row) - 1 if student == teacher else len(found) > 0
 
 
 def test_every_package_is_tried():

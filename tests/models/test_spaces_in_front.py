@@ -166,14 +166,14 @@ def test_such_a_place_is_compared_by_outcomes_of_its_own():
     whole = Outcomes(torch.arange(5), torch.tensor([3, 2, 1, 0]), 5, torch.full((5,), 3), {TEACHERS_SPACE: there})
     begun = Begun(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.long))
     zeros, labels = torch.zeros(2, dtype=torch.long), torch.tensor([1, 0])
-    columns = (torch.tensor([BOUNDARY, TEACHERS_SPACE]), torch.full((2,), NOT_SPLIT), *(zeros,) * 4)
+    columns = (torch.tensor([BOUNDARY, TEACHERS_SPACE]), torch.full((2,), NOT_SPLIT), *(zeros,) * 5)
     losses, figures = OutcomeTokenLoss(kd(), outcomes=whole, begun=begun)(
         student, teacher, labels, *columns, torch.tensor([2, -1]), torch.tensor([0, 1])
     )
     for row, outcomes in enumerate((whole, there)):
         here = slice(row, row + 1)
         log_p, log_q = (logits.log_softmax(-1)[here] for logits in (teacher, student))
-        places = Places(columns[0][here], columns[1][here], *(zeros[here],) * 4)
+        places = Places(columns[0][here], columns[1][here], *(zeros[here],) * 5)
         p, q = at_boundaries(outcomes, log_p, log_q, labels[here], places, begun)
         assert losses[row] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-6)
     named = dict(zip(OutcomeTokenLoss.figures, figures.T.tolist(), strict=True))

@@ -28,6 +28,10 @@ TEXTS = [
     "a\u00a0b\u2009c\tZ  and   spaces   behind   ",
     "it's, don't ,  I'LL .",
 ]
+CODE = (
+    "\ndef f(a):\n    if a:\n        return a\n     # five\n\n\nclass A:\n   x = 1\n\t\ttabs\n  \n end",
+    "a  b   c    d     e      1      (x)\n\n    y",
+)
 CHAT = [
     {"role": "system", "content": "Answer in one short sentence."},
     {"role": "user", "content": "Where is Москва, and what is 12 * 34?\n"},
