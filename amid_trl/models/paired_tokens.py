@@ -22,7 +22,7 @@ from amid_trl.models.spelled import BEFORE, Spelled, completed
 
 Path = tuple[int, ...]
 # At the end of a path in place of a token that reaches farther.
-OPEN = -2
+FARTHER = -2
 
 
 class PairedTokens(NamedTuple):
@@ -85,7 +85,7 @@ def runs_of_spaces(own: Spelled, other: Spelled) -> dict[int, tuple[int, Path]]:
     """For its tokens of several spaces, tabs or ends of lines the other's first token, and all of them for the run.
 
     Behind it stands a letter, or a letter behind one more of these, whichever its own tokenizer lets follow: `ĠĠĠ` is
-    written where four spaces are, `▁▁▁` where three are. A path is OPEN where the next token reaches farther.
+    written where four spaces are, `▁▁▁` where three are. At the end of a path is FARTHER where the next token reaches farther.
     """
     runs = {t: word.decode() for t, word in enumerate(own.bytes) if word and len(word) > 1 and word.isspace()}
     found = dict[int, tuple[int, Path]]()
@@ -106,7 +106,7 @@ def _up_to(size: int, path: Path, spelled: Spelled) -> Path:
     """The tokens of so many bytes; none where the first has more."""
     ends = [0, *accumulate(len(spelled.bytes[token] or b"") for token in path)]
     count = bisect_right(ends, size) - 1
-    return path[:count] if ends[count] == size else (*path[:count], OPEN) if count else ()
+    return path[:count] if ends[count] == size else (*path[:count], FARTHER) if count else ()
 
 
 def _rows(tokens: torch.Tensor, lengths: torch.Tensor) -> list[Path]:
@@ -197,7 +197,7 @@ def _begun(paths: Sequence[Path], outcomes: Outcomes) -> dict[Path, tuple[list[i
         for length in range(1, len(path) + 1):
             found = begun.get(path[:length])
             token = path[length] if length < len(path) else ENDS
-            if found is not None and token != OPEN:
+            if found is not None and token != FARTHER:
                 found[0].append(t)
                 is_last = length == len(path) - 1
                 found[1].append(vocab + of_student[token] if is_last and members[of_student[token]] > 1 else token)
@@ -208,7 +208,7 @@ def _longer(paths: Sequence[Path]) -> dict[Path, list[int]]:
     """From the teacher's tokens for each of the student's."""
     found: dict[Path, set[int]] = {}
     for path in paths:
-        if len(path) > 1 and path[-1] != OPEN:
+        if len(path) > 1 and path[-1] != FARTHER:
             found.setdefault(path[:-1], set()).add(path[-1])
     return {path: sorted(tokens) for path, tokens in found.items()}
 
