@@ -85,7 +85,7 @@ def runs_of_spaces(own: Spelled, other: Spelled) -> dict[int, tuple[int, Path]]:
     """For its tokens of several spaces, tabs or ends of lines the other's first token, and all of them for the run.
 
     Behind it stands a letter, or a letter behind one more of these, whichever its own tokenizer lets follow: `ĠĠĠ` is
-    written where four spaces are, `▁▁▁` where three are. At the end of a path is FARTHER where the next token reaches farther.
+    written where four spaces are, `▁▁▁` where three are. FARTHER ends a path whose next token has more than the run.
     """
     runs = {t: word.decode() for t, word in enumerate(own.bytes) if word and len(word) > 1 and word.isspace()}
     found = dict[int, tuple[int, Path]]()
