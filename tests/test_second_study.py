@@ -70,7 +70,7 @@ def test_the_comparison_has_what_the_sweeps_have_found(second, spec, tmp_path):
     check_configs(comparison)
     assert len(comparison.seeded_runs) == 3 * len(spec["runs"]) == 21
     assert comparison.settings("rkl", 1)["config"] == {
-        **{**spec["base"], "objective": "rkl", "learning_rate": 2e-3, "seed": 1, "max_steps": 60},
+        **{**spec["base"], "objective": "rkl", "learning_rate": 2e-3, "seed": 1, "max_steps": 100},
     }
 
 
