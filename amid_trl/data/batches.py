@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from amid_trl.data.known_tokens import PairsTokens
 from amid_trl.data.packing import rows_of
 from amid_trl.data.row_teachers import TEACHER, teacher_of
 from amid_trl.data.rows import UNTRAINED, DataSettings, Row, completion_length, teachers_row, tokens_row
@@ -84,16 +85,21 @@ class DistillationCollator:
     `prompt_attention_mask` (rows, prompt tokens) on the left; without prompts they have no columns. Rows with a
     `teacher_prompt_ids` add `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels`, `teacher_prompts` and
     `teacher_prompt_attention_mask` likewise. With several `teachers` there is `teacher`, the number of each row's. A
-    row that was not prepared here, without `prompt_ids`, is read as `tokens_row` does.
+    row that was not prepared here, without `prompt_ids`, is read as `tokens_row` does. One with a token that is
+    not `known` is a ValueError.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     teachers: tuple[str, ...] = ()
+    known: PairsTokens | None = None
 
     def __call__(self, rows: Iterable[Row]) -> Batch:
         made = [self._row(row) for example in rows for row in rows_of(example)]
-        return _batch(made, self.pad_token_id, self.pad_to_multiple_of)
+        batch = _batch(made, self.pad_token_id, self.pad_to_multiple_of)
+        if self.known is not None:
+            self.known.check_batch(batch)
+        return batch
 
     def _row(self, given: Row) -> TokenRow:
         row = _token_row(given if "prompt_ids" in given else tokens_row(given, DataSettings()))

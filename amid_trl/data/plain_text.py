@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from amid_trl.data.fields import DataFields
+from amid_trl.data.known_tokens import KnownTokens
 from amid_trl.fields import without_effect
 from amid_trl.run import Run
 
@@ -26,8 +27,8 @@ class PlainText:
     a shuffle buffer is not part of its state: neither here nor in a stream that was given one is it resumed exactly.
 
     Raises:
-        ValueError: no EOS token, no rows, no text column, a document that is not text, or less than one block of text
-            in this process's first pass, which is read up to there.
+        ValueError: no EOS token, no rows, no text column, a document that is not text or has a token that is not
+            `known`, or less than one block of text in this process's first pass, which is read up to there.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class PlainText:
         rank: int,
         world_size: int,
         weight: float = 1.0,
+        known: KnownTokens | None = None,
     ):
         _check(dataset, tokenizer, text_field)
         self.weight = weight  # of its mean cross-entropy in the loss
         self._dataset = dataset.with_format(None).select_columns(text_field)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._known = tokenizer, known
         self._text_field = text_field
         self._block_size, self._blocks = block_size, blocks
         self._seed, self._rank, self._world_size = seed, rank, world_size
@@ -88,6 +90,8 @@ class PlainText:
         eos: Any = self._tokenizer.eos_token_id
         while len(self._tokens) < self._block_size:
             ids = self._tokenizer(self._next_document(), verbose=False)["input_ids"]  # no warning of long documents
+            if self._known is not None:
+                self._known.check(ids, "a document of the plain text")
             self._tokens += ids
             if ids[-1:] != [eos]:  # some tokenizers append it
                 self._tokens.append(eos)
@@ -156,4 +160,5 @@ def open_plain_text(run: Run[DataFields], dataset: Dataset | IterableDataset | N
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         weight=config.pretrain_weight,
+        known=KnownTokens(run.tokenizer, run.vocabulary, "student"),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from amid_trl.data.conversations import conversation_row
+from amid_trl.data.known_tokens import KnownTokens
 from amid_trl.data.rendering import training_template
 from amid_trl.data.rows import UNTRAINED, DataSettings, text_row
 from amid_trl.evaluation.sets import EvaluationSet, Example
@@ -91,13 +92,18 @@ class EvaluationModels:
         """Every example in tokens; ValueError for one that the models have no room or no template for."""
         data = DataSettings(eos_token_ids=tuple(self.ends))
         template = training_template(self.tokenizer)
-        room = common_positions(self.student, self.teacher)
+        room, known = (
+            common_positions(self.student, self.teacher),
+            KnownTokens(self.tokenizer, self.vocabulary, "model"),
+        )
         rows = []
         for number, example in enumerate(examples.examples, start=1):
             where = f"{examples.name}, row {number}"
             try:
                 row = _row(example, self.tokenizer, template, data, examples.prompt_tokens, max_new_tokens)
-                self.renamed.check(torch.cat([row.prompt, row.context, row.reference]))
+                read = torch.cat([row.prompt, row.context, row.reference])
+                self.renamed.check(read)
+                known.check(read, "its text")
             except (ValueError, TemplateError) as error:
                 raise ValueError(f"{where}: {error}") from error
             if not len(row.reference):

@@ -28,7 +28,7 @@ def init_student(argv: Sequence[str]) -> int:
     _check_new(args.output_dir)
     check_model_name("teacher", args.teacher)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from amid_trl.models.multimodal import text_loader
     from amid_trl.models.pruning import drop_layers, keep_tokens
@@ -37,7 +37,8 @@ def init_student(argv: Sequence[str]) -> int:
     source = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     tokenizer, ids = AutoTokenizer.from_pretrained(args.teacher, **source), None
     if args.vocabulary is not None:  # before the weights are read: it may be refused
-        tokenizer, ids = first_tokens(tokenizer, args.vocabulary)
+        rows = AutoConfig.from_pretrained(args.teacher, **source).get_text_config().vocab_size
+        tokenizer, ids = first_tokens(tokenizer, args.vocabulary, rows)
     loader: Any = text_loader(args.teacher, source) or AutoModelForCausalLM
     teacher = loader.from_pretrained(args.teacher, dtype="auto", **source)
     student = drop_layers(teacher, layers) if layers else teacher

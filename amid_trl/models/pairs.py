@@ -10,36 +10,47 @@ from transformers import PreTrainedTokenizerBase
 from amid_trl.data.rows import tokenizer_name
 from amid_trl.models.heads import causal_lm, language_model_head
 from amid_trl.models.multimodal import has_text_inside
+from amid_trl.models.vocabulary import added_behind
 
 
 def common_vocabulary(student: nn.Module, teacher: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of tokens that all models and the tokenizer know: what lies behind is padding of the weight matrices.
+    """Number of tokens that all models and the tokenizer know.
 
-    Raises a ValueError if a model has fewer rows than the tokenizer has tokens.
+    What lies behind is padding of the weight matrices, or has been added to the tokenizer and has no row in the
+    student, as Gemma 3's <image_soft_token>: no text may have it.
+
+    Raises:
+        ValueError: the student has no row for a token that is not added, or that is in every text or batch; or the
+            teacher has none for one that the student has a row for.
     """
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    for role, model, option in (
-        ("student", student, "processing_class"),
-        ("teacher", teacher, "teacher_tokenizer_name_or_path"),
-    ):
-        if model is not None:
-            _check_rows(model, tokens, "the tokenizer", role, option)
+    tokens = _known_tokens(student, tokenizer, "the tokenizer", "student", "processing_class")
+    if teacher is not None and (rows := _rows(teacher)) < tokens:
+        raise _too_small(rows, tokens, "the tokenizer", "teacher", "teacher_tokenizer_name_or_path")
     return tokens
 
 
-def check_own_tokenizer(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A ValueError if a teacher with another tokenizer than the student's has fewer rows than that has tokens."""
-    tokens, named = max(tokenizer.get_vocab().values()) + 1, tokenizer_name(tokenizer)
-    _check_rows(teacher, tokens, f"the teacher's tokenizer {named}", "teacher", "teacher_tokenizer_name_or_path")
+def own_vocabulary(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of tokens that a teacher with another tokenizer than the student's knows; a ValueError likewise."""
+    whose = f"the teacher's tokenizer {tokenizer_name(tokenizer)}"
+    return _known_tokens(teacher, tokenizer, whose, "teacher", "teacher_tokenizer_name_or_path")
 
 
-def _check_rows(model: nn.Module, tokens: int, whose: str, role: str, option: str) -> None:
-    rows = causal_lm(model).config.get_text_config().vocab_size
-    if rows < tokens:
-        raise ValueError(
-            f"{whose} has token ids up to {tokens - 1} but the {role}'s vocab_size is {rows}; resize the {role}'s "
-            f"embeddings, or give {option} the tokenizer it was trained with"
-        )
+def _known_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, whose: str, role: str, option: str) -> int:
+    rows, ids = _rows(model), tokenizer.get_vocab().values()
+    if {i for i in ids if i >= rows} - added_behind(tokenizer, rows).keys():
+        raise _too_small(rows, max(ids) + 1, whose, role, option)
+    return max(i for i in ids if i < rows) + 1
+
+
+def _rows(model: nn.Module) -> int:
+    return causal_lm(model).config.get_text_config().vocab_size
+
+
+def _too_small(rows: int, tokens: int, whose: str, role: str, option: str) -> ValueError:
+    return ValueError(
+        f"{whose} has token ids up to {tokens - 1} but the {role}'s vocab_size is {rows}; resize the {role}'s "
+        f"embeddings, or give {option} the tokenizer it was trained with"
+    )
 
 
 def common_positions(*models: nn.Module | None) -> int | None:

@@ -1,13 +1,18 @@
 """A smaller vocabulary: the first tokens of a BPE tokenizer, which with their merges are a tokenizer of their own."""
 
 import json
+import logging
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amid_trl.data.rows import tokenizer_name
+
+
+logger = logging.getLogger(__name__)
 
 
 class FirstTokens(NamedTuple):
@@ -17,7 +22,34 @@ class FirstTokens(NamedTuple):
     ids: list[int]
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> FirstTokens:
+def added_behind(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[int, str]:
+    """The tokens that have been added to a tokenizer with ids from `rows` on, which a text can do without.
+
+    None that its own model makes, and none that is in every text or batch: the end, padding, what it writes around a
+    text.
+    """
+    made: Any = tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = {} if backend is None else backend.get_vocab(with_added_tokens=False)
+    behind = {i: token for token, i in made.get_added_vocab().items() if i >= rows and token not in own}
+    everywhere = {made.pad_token_id, made.eos_token_id, *made("a")["input_ids"]} if behind else set()
+    return {i: token for i, token in behind.items() if i not in everywhere}
+
+
+def without_added(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer without the tokens that have been added behind a model's `rows`: their names are text in it."""
+    gone = added_behind(tokenizer, rows)
+    if not gone:
+        return tokenizer
+    backend: Any = tokenizer
+    spec = json.loads(backend.backend_tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] not in gone]
+    cut = _reloaded(tokenizer, spec, {*gone.values()})
+    cut.name_or_path = tokenizer.name_or_path
+    return cut
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, count: int, rows: int | None = None) -> FirstTokens:
     """The tokenizer of `count` of the tokens of a BPE `tokenizer`, all told, with the merges that make them.
 
     Kept are the added tokens (special ones among them), what no merge makes (the alphabet: bytes or characters) and
@@ -27,11 +59,22 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> FirstTokens:
     BPE applies its merges in their order, and the kept ones are its first: the new tokens of a text are what the old
     tokenizer has before it goes on, so each old token is one or several whole new ones.
 
+    Tokens that have been added behind the `rows` of the model, which knows nothing of them, are left out; a warning
+    names them.
+
     Raises:
         ValueError: `count` is less than what has to stay or more than there is, the tokenizer is no BPE with merges,
-            or another one when it has been saved and loaded.
+            or another one when it has been saved and loaded, or has other tokens behind the `rows`.
     """
     spec = _specification(tokenizer)
+    gone = {} if rows is None else added_behind(tokenizer, rows)
+    last = max({*tokenizer.get_vocab().values()} - gone.keys())
+    if rows is not None and last >= rows:
+        raise ValueError(f"{_name(tokenizer)} has token ids up to {last} but the model's vocab_size is {rows}")
+    if gone:
+        logger.warning("%s loses tokens that the model has no row for: %s", _name(tokenizer), [*gone.values()])
+        tokenizer = without_added(tokenizer, rows or 0)
+        spec = _specification(tokenizer)
     model = spec["model"]
     vocabulary: dict[str, int] = {
         **model["vocab"],
@@ -90,13 +133,19 @@ def _renumber_processor(processor: dict[str, Any], place: dict[int, int]) -> Non
             processor[role] = [token, place[old]]
 
 
-def _reloaded(tokenizer: Any, spec: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _reloaded(tokenizer: Any, spec: dict[str, Any], gone: Collection[str] = ()) -> PreTrainedTokenizerBase:
     """A tokenizer with the same settings: what it saves, with `spec` in its place, is read again.
+
+    Settings that name a token that is `gone` are left out, or it would be added anew.
 
     Some classes make another tokenizer out of their own file than they were; the general one reads it as it is.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        if gone:
+            for file in {*Path(folder).glob("*.json")} - {Path(folder, "tokenizer.json")}:
+                kept = _not_naming(gone, json.loads(file.read_text(encoding="utf-8")))
+                file.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
         Path(folder, "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         for kind in (type(tokenizer), PreTrainedTokenizerFast):
             loaded = kind.from_pretrained(folder)
@@ -106,3 +155,15 @@ def _reloaded(tokenizer: Any, spec: dict[str, Any]) -> PreTrainedTokenizerBase:
     raise ValueError(
         f"{_name(tokenizer)}, a {type(tokenizer).__name__}, is not what it is when saved and loaded again"
     )
+
+
+def _not_naming(gone: Collection[str], value: Any) -> Any:
+    """Settings without the entries that are one of these tokens, in whichever way they are written."""
+
+    def names(entry: Any) -> bool:
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        return isinstance(content, str) and content in gone
+
+    if isinstance(value, dict):
+        return {key: _not_naming(gone, entry) for key, entry in value.items() if not names(entry) and key not in gone}
+    return [_not_naming(gone, entry) for entry in value if not names(entry)] if isinstance(value, list) else value

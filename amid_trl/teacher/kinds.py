@@ -10,6 +10,8 @@ from amid_trl.maths.linear import States
 from amid_trl.maths.paired import PairedStates
 from amid_trl.maths.sparse import SparseTeacher
 from amid_trl.models.generation import eos_token_ids, generation_config_of
+from amid_trl.models.pairs import own_vocabulary
+from amid_trl.models.vocabulary import without_added
 from amid_trl.run import Run
 from amid_trl.teacher.adapter import AdapterTeacher
 from amid_trl.teacher.cache import LOAD_IT, CachedTeacher, open_cache, whole_cache
@@ -90,7 +92,9 @@ def open_teacher(
         if other is not None:
             known: Any = (run.tokenizer, student), (other, run.accelerator.unwrap_model(model))
             ends = [eos_token_ids(tokenizer, generation_config_of(each)) for tokenizer, each in known]
-            teacher = OtherTokenizerTeacher(own, run.tokenizer, other, datasets, ends)
+            ours = without_added(run.tokenizer, run.vocabulary)
+            theirs = without_added(other, own_vocabulary(known[1][1], other))
+            teacher = OtherTokenizerTeacher(own, ours, theirs, datasets, ends)
     if not run.args.teacher_cache_fill:
         return teacher
     if teacher.is_sparse:

@@ -17,6 +17,7 @@ from trl import DistillationConfig
 from amid_trl._trl import AcceleratorConfig, GKDConfig
 from amid_trl.data.batches import DistillationCollator
 from amid_trl.data.datasets import TAKE_CHOSEN, all_datasets, columns_of, has_prompts_alone, has_turns
+from amid_trl.data.known_tokens import PairsTokens
 from amid_trl.data.rows import DataSettings
 from amid_trl.evaluation.scores import rouge_scorer
 from amid_trl.fields import described, json_dict, json_fields
@@ -302,10 +303,10 @@ def _prompt_budget(config: AMiDConfig, positions: int | None) -> int | None:
     return min(room, default=None)
 
 
-def own_collator(config: AMiDConfig, tokenizer: PreTrainedTokenizerBase) -> DistillationCollator:
-    """What makes batches of the rows that are prepared here."""
-    padding: Any = (tokenizer.pad_token_id, config.pad_to_multiple_of)
-    return DistillationCollator(*padding, teachers=tuple(json_dict(config.teachers)))
+def own_collator(config: AMiDConfig, known: PairsTokens) -> DistillationCollator:
+    """What makes batches of the rows that are prepared here, which have `known` tokens."""
+    padding: Any = (known.student.tokenizer.pad_token_id, config.pad_to_multiple_of)
+    return DistillationCollator(*padding, teachers=tuple(json_dict(config.teachers)), known=known)
 
 
 def for_sft(args: AMiDConfig, student: nn.Module, *, has_collator: bool) -> AMiDConfig:

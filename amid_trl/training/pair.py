@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from amid_trl.data.known_tokens import KnownTokens, PairsTokens
 from amid_trl.data.row_teachers import SINGLE
 from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.models.deepspeed import is_sharded, loaded_whole
@@ -56,6 +57,15 @@ class LoadedPair(NamedTuple):
     def vocabulary(self, student: nn.Module) -> int:
         """How many tokens all know; the student may have got rows for new ones."""
         return min(teacher.vocabulary(student, self.tokenizer) for teacher in self.teachers.values())
+
+    def known(self, student: nn.Module) -> PairsTokens:
+        """The tokens that may be in the texts of the student and of the teacher.
+
+        Asked for only when rows are prepared: chat_template_path may have given both new tokens.
+        """
+        own = KnownTokens(self.tokenizer, self.vocabulary(student), "student")
+        teachers = self.teachers[SINGLE].known if SINGLE in self.teachers else None
+        return PairsTokens(own, teachers or own, self.renamed)
 
     @property
     def renamed(self) -> RenamedTokens:

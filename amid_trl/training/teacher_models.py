@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from amid_trl.data.known_tokens import KnownTokens
 from amid_trl.data.row_teachers import SINGLE
 from amid_trl.data.rows import tokenizer_name
 from amid_trl.fields import json_dict
 from amid_trl.models.gguf import warn_of_gguf
 from amid_trl.models.heads import causal_lm
 from amid_trl.models.loading import load_tokenizer, named_tokenizer
-from amid_trl.models.pairs import check_own_tokenizer, check_text_only, common_positions, common_vocabulary, freeze
+from amid_trl.models.pairs import check_text_only, common_positions, common_vocabulary, freeze, own_vocabulary
 from amid_trl.models.spelling import token_bytes
 from amid_trl.models.tokenizers import OtherTokenizer, renamed_tokens
 from amid_trl.run import RenamedTokens, Run
@@ -47,12 +48,16 @@ class LoadedTeacher(NamedTuple):
     awaits_data: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
 
+    @property
+    def known(self) -> KnownTokens | None:
+        """The tokens that it knows of a tokenizer of its own; None where that is the student's."""
+        if self.model is None or self.tokenizer is None:
+            return None
+        return KnownTokens(self.tokenizer, own_vocabulary(self.model, self.tokenizer), "teacher")
+
     def vocabulary(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many tokens the student as it is trained knows, and the teacher, if they are the same for it."""
-        if self.model is None or self.tokenizer is None:
-            return common_vocabulary(student, self.model, tokenizer)
-        check_own_tokenizer(self.model, self.tokenizer)
-        return common_vocabulary(student, None, tokenizer)
+        return common_vocabulary(student, self.model if self.known is None else None, tokenizer)
 
 
 def given_model(model: TeacherModel, args: AMiDConfig) -> TeacherModel:

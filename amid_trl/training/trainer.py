@@ -5,7 +5,7 @@ saving and logging are SFTTrainer's, and what distillation adds lives in the mod
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -111,8 +111,8 @@ class AMiDTrainer(GKDTrainer):
         pair = load_pair(model, teacher_model, args, processing_class, quantization_config, peft_config=peft_config)
         reads_plain_text = pretrain_dataset is not None or args.pretrain_dataset is not None
         compile_ahead(args, pair, evaluates=eval_dataset is not None, reads_plain_text=reads_plain_text)
-        tokenizer, self._renamed, self._positions = pair.tokenizer, pair.renamed, pair.positions
-        self._student_generation, self._teacher_tokenizer = pair.generation, pair.teacher_tokenizer
+        tokenizer, self._positions, self._teacher_tokenizer = pair.tokenizer, pair.positions, pair.teacher_tokenizer
+        self._student_generation, self._known = pair.generation, cache(partial(pair.known, pair.student))
         with own_router_fields(pair.student), padded_for_sft(args):
             SFTTrainer.__init__(
                 self,
@@ -128,14 +128,13 @@ class AMiDTrainer(GKDTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        # Only now: chat_template_path may have given the tokenizer new tokens and the student rows for them.
-        self.vocabulary = pair.vocabulary(self.model)
-        self.data_collator = data_collator or own_collator(args, tokenizer)
+        self.vocabulary = self._known().student.count
+        self.data_collator = data_collator or own_collator(args, self._known())
         # The loss divides by the window's token count, whatever the model takes.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         prepare_student(self.model, args, self.accelerator, tokenizer, is_mixture=self.aux_loss_enabled)
         datasets = known_datasets(self.train_dataset, self.eval_dataset, self.data_collator)
-        run = Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, self._renamed)
+        run = Run(args, self.accelerator, tokenizer, self.vocabulary, self._positions, pair.renamed)
         teachers, run = placed_teachers(pair.teachers, run, self.model, datasets)
         self._parts = open_parts(
             run,
@@ -178,7 +177,8 @@ class AMiDTrainer(GKDTrainer):
             teacher_tokenizer=self._teacher_tokenizer,
         )
         with global_then_local_main_first():
-            rows = self._renamed.checked(prepare_dataset(dataset, processing_class, settings, name=dataset_name))
+            made = prepare_dataset(dataset, processing_class, settings, name=dataset_name)
+            rows = self._known().checked(made, dataset_name)
             warn_of_endless(rows, processing_class, settings, name=dataset_name)
             return arranged_dataset(rows, settings, seed=args.seed if args.shuffle_dataset else None, packs=packing)
 

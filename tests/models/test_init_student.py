@@ -117,3 +117,15 @@ def test_a_real_model_loses_a_seventh_of_its_weights_with_two_thirds_of_its_toke
     with torch.no_grad():
         row = torch.tensor([rows[0][1]])
         torch.testing.assert_close(student(row).logits, teacher(row).logits[..., :16384], rtol=1e-4, atol=1e-4)
+
+
+def test_an_added_token_that_the_model_has_no_row_for_is_left_out(tmp_path):
+    """As of Gemma 3's text models, whose tokenizer has one for images."""
+    model, tokenizer = tiny_llama(tiny_tokenizer()), tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    save_tiny(tmp_path / "teacher", model, tokenizer)
+    assert init_student(tmp_path / "teacher", tmp_path / "student", "--vocabulary", 300) == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    new = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert student.config.vocab_size == len(new) == max(new.get_vocab().values()) + 1 == 300
+    assert "<image>" not in new.get_vocab()

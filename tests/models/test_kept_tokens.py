@@ -187,3 +187,15 @@ def test_a_model_that_reads_ids_elsewhere_is_refused():
     with pytest.raises(ValueError, match=r"keep_tokens\(Hashed\): .* would be others, as of a model that reads ids"):
         keep_tokens(Hashed(tiny_llama(tiny_tokenizer()).config), KEPT)
     keep_tokens(Hashed(tiny_llama(tiny_tokenizer()).config), range(300))  # whose ids stay
+
+
+@pytest.mark.parametrize("family", ["phi", "gptj"])
+def test_the_bias_of_a_head_loses_the_same_rows(family, tokenizer):
+    """Where it is no zero, as it is when a model is made."""
+    teacher = family_model(family, tokenizer)
+    bias = teacher.get_output_embeddings().bias
+    bias.data.normal_(generator=torch.Generator().manual_seed(0))
+    student = keep_tokens(teacher, KEPT)
+    assert torch.equal(student.get_output_embeddings().bias, bias[KEPT])
+    new = torch.arange(24)[None]
+    torch.testing.assert_close(logits_of(student, new), logits_of(teacher, torch.tensor(KEPT)[new])[..., KEPT])

@@ -157,6 +157,30 @@ def test_a_normalizer_that_leaves_common_text_alone_is_none():
     assert written(table, ids(tokenizer, "e\u0301")) == "é".encode()
 
 
+COLLAPSING = normalizers.Replace(Regex(" {2,}"), " ")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "example"),
+    [
+        (COLLAPSING, r"'(\w+)  \1 ' becomes ' ?\1 \1 '"),
+        (normalizers.Sequence([normalizers.NFKC(), COLLAPSING]), "becomes"),
+        (normalizers.Lowercase(), "becomes"),
+        (normalizers.Strip(), "becomes"),
+    ],
+)
+def test_a_small_vocabulary_is_tried_with_words_of_its_own(normalizer, example):
+    """As T5's: every other trial has a token that is unknown to it."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator(4 * ["hello the cat sat on the mat and sang"], trainer)
+    assert len(token_bytes(wrapped(backend, ["<unk>", "</s>"]))) <= 62
+    backend.normalizer = normalizer
+    with pytest.raises(ValueError, match=f"changes text: .*{example}"):
+        token_bytes(wrapped(backend, ["<unk>", "</s>"]))
+
+
 def word_pieces() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()

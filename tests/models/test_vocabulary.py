@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from amid_trl.models.spelling import token_bytes
-from amid_trl.models.vocabulary import first_tokens
+from amid_trl.models.vocabulary import first_tokens, without_added
 
 
 def specification(tokenizer) -> dict:
@@ -242,3 +242,47 @@ def test_merges_with_a_mark_inside_words_are_understood():
     assert len(new) == 350
     assert "".join(new.tokenize("sleeps")).replace("##", "") == "sleeps"
     assert len(new.tokenize("sleeps until")) >= len(old.tokenize("sleeps until"))
+
+
+def with_image(special: bool) -> PreTrainedTokenizerFast:
+    """Of tokens that are added behind the 483 others; the settings name the special one."""
+    tokenizer = special_behind()
+    if special:
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    else:
+        tokenizer.add_tokens(["<image>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_without_a_row_are_left_out(special, caplog, tmp_path):
+    """As Gemma 3's <image_soft_token>, which its text models have no row for."""
+    old = special_behind()
+    new = first_tokens(with_image(special), 300, len(old))
+    assert "loses tokens that the model has no row for: ['<image>']" in caplog.text
+    assert new.ids == first_tokens(old, 300).ids
+    new.tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert specification(loaded) == specification(first_tokens(old, 300).tokenizer)
+    assert sorted(loaded.get_vocab().values()) == list(range(300))
+    assert decoded(loaded, ids(loaded, "a <image>")) == "a <image>"
+
+
+def test_without_them_a_tokenizer_is_the_one_that_it_was():
+    old, new = special_behind(), with_image(special=True)
+    new.name_or_path = "some/model"
+    assert without_added(new, len(new)) is new
+    cut = without_added(new, len(old))
+    assert specification(cut) == specification(old) and cut.name_or_path == "some/model"
+    assert cut.special_tokens_map == old.special_tokens_map and cut.chat_template == old.chat_template
+
+
+@pytest.mark.parametrize("role", ["pad_token", "eos_token"])
+def test_other_tokens_without_a_row_are_refused(role):
+    old = with_image(special=True)
+    setattr(old, role, "<image>")
+    for rows in (len(old) - 1, 400):
+        with pytest.raises(
+            ValueError, match=rf"has token ids up to {len(old) - 1} but the model's vocab_size is {rows}"
+        ):
+            first_tokens(old, 300, rows)
