@@ -144,7 +144,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def read_mapping(file: str | Path, needed: Sequence[str], optional: Sequence[str]) -> dict[str, Any]:
     """What a YAML file holds; ValueError where it lacks a key, has one that there is not, or one twice."""
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), _UniqueKeys)
+        content = _UniqueKeys(Path(file).read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
