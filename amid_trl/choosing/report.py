@@ -57,7 +57,7 @@ def landscape_table(results: Mapping[str, Any]) -> str:
         "",
     ]
     if advice["point"] is not None:
-        lines += ["```yaml", *(f"{name}: {value}" for name, value in suggested_fields(results).items()), "```", ""]
+        lines += ["```yaml", *suggested_yaml(results), "```", ""]
     lines += [
         advice["reason"],
         "",
@@ -73,7 +73,7 @@ def landscape_table(results: Mapping[str, Any]) -> str:
 
 
 def suggested_fields(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The suggestion as fields of a run, values as in YAML; none where nothing is suggested.
+    """The suggestion as fields of AMiDConfig; none where nothing is suggested.
 
     They take the place of all that a run says of its objective.
     """
@@ -81,7 +81,13 @@ def suggested_fields(results: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     of_grid = results.get("about", {}).get("grid", {}).get("divergence_kwargs", {}).get(point["divergence"])
     given = {FIELDS[name]: value for name, value in point.items() if value is not None}
-    return {"objective": "amid", **given, "divergence_kwargs": json.dumps(dict(of_grid)) if of_grid else "null"}
+    return {"objective": "amid", **given, "divergence_kwargs": dict(of_grid) if of_grid else None}
+
+
+def suggested_yaml(results: Mapping[str, Any]) -> list[str]:
+    """The same as lines of a YAML file."""
+    lines = suggested_fields(results).items()
+    return [f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in lines]
 
 
 def point_text(point: Mapping[str, Any], column: str) -> str:

@@ -2,7 +2,7 @@
 
 from amid_trl.choosing.grid import Setting
 from amid_trl.choosing.landscape import POINT_COLUMNS
-from amid_trl.choosing.report import HEADINGS, point_text, suggested_fields
+from amid_trl.choosing.report import HEADINGS, point_text, suggested_yaml
 from amid_trl.choosing.suggestion import setting_of
 from amid_trl.plotting.heat_map import PANELS, heat_map
 from amid_trl.report.kinds import Found, check_keys
@@ -31,7 +31,7 @@ def landscape_section(found: Found) -> PageSection:
             *((name, str(about[name])) for name in ("student", "teacher", "dataset") if about.get(name)),
             ("tokens", f"{results['tokens']:,} of {results['of_tokens']:,}, in {results['rows']:,} rows"),
         ],
-        code="\n".join(f"{name}: {value}" for name, value in suggested_fields(results).items()),
+        code="\n".join(suggested_yaml(results)),
         paragraphs=[results["suggestion"]["reason"]],
         pictures=[] if figure is None else [drawn(figure, alt, "A framed cell is the suggestion.")],
         tables=[

@@ -11,7 +11,7 @@ import yaml
 from amid_trl import AMiDConfig
 from amid_trl.choosing.grid import Setting
 from amid_trl.choosing.landscape import Landscape
-from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table, suggested_fields
+from amid_trl.choosing.report import HEADINGS, landscape_csv, landscape_table, suggested_fields, suggested_yaml
 from amid_trl.choosing.suggestion import setting_of, suggest, suggestion
 
 
@@ -108,7 +108,8 @@ def test_the_table_has_every_setting_and_the_fields_of_the_suggestion(measured):
 def test_the_suggestion_takes_the_place_of_any_objective_that_a_run_had(of_grid):
     chosen = {"point": vars(Setting("ab", "pr", -1.0, 0.1, 1.0))}
     results = {"suggestion": chosen, "about": {"grid": {"divergence_kwargs": of_grid}}}
-    suggested = yaml.safe_load("\n".join(f"{name}: {value}" for name, value in suggested_fields(results).items()))
+    suggested = suggested_fields(results)
+    assert yaml.safe_load("\n".join(suggested_yaml(results))) == suggested
     for before in ({"objective": "kd"}, {"divergence": "alpha", "divergence_kwargs": {"alpha": 0.5}}):
         config = AMiDConfig("unused", use_cpu=True, **{**before, **suggested})
         assert config.divergence_kwargs == of_grid.get("ab") and config.assistant_alpha == -1.0
