@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare once, run what is missing, write the page of what there is."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    # Compiling a loss takes longer than so few steps. PyTorch reads it at its import, in the runs' processes.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     prepare(args.runs)
     trained = [(arm, seed) for seed in args.seeds for arm in args.arms]
     for arm, seed in [*((name, None) for name in UNTRAINED), *trained]:
@@ -142,7 +144,6 @@ def run_folder(runs: Path, arm: str, seed: int | None) -> Path:
 
 def measure(runs: Path, arm: str, seed: int | None, steps: int, limit: int | None) -> Record:
     """Train, if it is an arm, and evaluate."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling a loss takes longer than so few steps
     folder, found = run_folder(runs, arm, seed), Record()
     if seed is None:
         model, tokenizer = loaded(runs, arm)
