@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_tokenizers import TEXTS, byte_fallback, special_first
 from tiny import messages_dataset, save_tiny, tiny_llama, tiny_tokenizer
 
 from amid_trl.maths.kernel import COMPILE_FROM_VOCAB
@@ -259,6 +260,28 @@ def test_rules_of_two_tokenizers_are_measured_beside_the_truth(tmp_path):
     assert first["rules"]["ours"]["nats"] < 1e-9 < 0.1 < first["rules"]["first token"]["nats"]
     assert first["rules"]["ours"]["degrees"] < first["rules"]["the same bytes"]["degrees"] / 2
     assert "| ours | 0.000 / " in (tmp_path / "outcomes_bias.md").read_text()
+
+
+def test_a_pair_of_tokenizers_is_made_and_found_again(monkeypatch, tmp_path, caplog):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import tokenizer_pairs
+
+    for name in ("XDG_CACHE_HOME", "TOKENIZERS_PARALLELISM"):  # the benchmark sets them in a process of its own
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("amid_trl.models.kept_pairs.KEPT_FROM", 0)
+    made = {"a": special_first(), "b": byte_fallback()}
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(tmp_path / name)
+    first = tokenizer_pairs.measure(str(tmp_path), ("a", "b"))
+    assert "Pairing the tokens" in caplog.text
+    caplog.clear()
+    later = tokenizer_pairs.measure(str(tmp_path), ("a", "b"))
+    assert "Pairing the tokens" not in caplog.text
+    assert first["tokens"] == later["tokens"] == [len(tokenizer) for tokenizer in made.values()]
+    assert first["row_tokens"] == len(made["a"]("\n".join(tokenizer_pairs.COPIES * TEXTS))["input_ids"])
+    record = {"pair": ("a", "b"), **later, "seconds": 1.0, "mb": 100, "first_seconds": 2.0, "first_mb": 200}
+    text = tokenizer_pairs.report({"about": ABOUT, "records": [record]})
+    assert f"| a ← b | {' and '.join(map(str, later['tokens']))} | 2.0 | 200 | 1.0 | 100 | " in text
 
 
 def test_the_likelihood_of_chunks_is_that_of_their_tokens(monkeypatch):
