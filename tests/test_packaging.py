@@ -10,12 +10,14 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from tiny import messages_dataset
 
 import amid_trl
@@ -251,6 +253,17 @@ def test_the_pythons_that_are_declared_are_those_that_are_admitted():
     assert declared == ["3.11", "3.12", "3.13"]
     admitted = SpecifierSet(given()["python_requires"])
     assert all(version in admitted for version in declared) and "3.10" not in admitted
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.13.0"])
+def test_what_is_installed_admits_the_first_release_of_every_python(python):
+    """Debian 12 has 3.11.2, and some packages ask for a later 3.11."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    found = [each for each in distributions() if pinned.get(canonicalize_name(each.name)) == each.version]
+    assert len(found) > 100
+    asked = {each.name: each.metadata["Requires-Python"] for each in found}
+    assert not {name: pythons for name, pythons in asked.items() if pythons and python not in SpecifierSet(pythons)}
 
 
 @pytest.mark.slow
