@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from amid_trl.launch.orphans import end_with_starter
 from amid_trl.parser import OneLineParser
 from amid_trl.quiet import hide_old_names
 
@@ -51,6 +52,7 @@ GO_ON = ("evaluate", "compare", "sweep")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     hide_old_names()
+    end_with_starter()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else None
     if name in LAUNCHED:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from amid_trl.launch.orphans import STARTED_BY
+
 
 LOG = "log.txt"
 
@@ -22,8 +24,10 @@ def started(
 ) -> Iterator[subprocess.Popen]:
     """`amid-trl` with these arguments in a process group of its own, which SIGTERM ends where the block is left first.
 
-    So do Ctrl-C and SIGTERM, which raise within it. A training that is ended saves a checkpoint first.
+    So do Ctrl-C and SIGTERM, which raise within it. A training that is ended saves a checkpoint first; one whose
+    starter was killed does not.
     """
+    environment = {**environment, STARTED_BY: str(os.getpid())}
     with (folder / LOG).open("ab") as log, _sigterm_raises():
         command = [sys.executable, "-m", "amid_trl", *arguments]
         process = subprocess.Popen(

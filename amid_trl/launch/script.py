@@ -11,6 +11,7 @@ from typing import Any
 from amid_trl.fields import json_dict, loading_kwargs
 from amid_trl.launch import recipes
 from amid_trl.launch.names import unknown_arguments
+from amid_trl.launch.orphans import end_with_parent
 from amid_trl.models.names import HUB_NAME
 from amid_trl.training.named_teachers import settings_of_teachers
 
@@ -249,8 +250,9 @@ def run(argv: list[str] | None = None, work: Callable[..., None] | None = None) 
 def process(command: str, work: Callable[..., None]) -> None:
     """Be a process that `amid-trl` has started for the command: mistakes are one line, and Ctrl-C is its parent's.
 
-    The parent hands it on as SIGTERM, where a terminal sends it to both.
+    The parent hands it on as SIGTERM, where a terminal sends it to both. It does not outlive the parent.
     """
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # before anything else, and for all that is started from here
     try:
         run(work=work)

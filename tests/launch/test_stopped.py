@@ -14,6 +14,8 @@ from launching import ENVIRONMENT, SETTINGS
 from observe import unwanted
 from tiny import messages_dataset
 
+from amid_trl.comparison.processes import LOG
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory) -> Path:
@@ -105,3 +107,35 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path, tiny_dir, data_dir):
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 130 and are_gone(training)
     assert "Traceback" not in said and "Stopped at step" not in said
+
+
+@pytest.mark.parametrize("launch", [ALONE, pytest.param(TWO, marks=pytest.mark.slow)], ids=" ".join)
+def test_killed_itself_it_leaves_no_training_behind(tmp_path, tiny_dir, data_dir, launch):
+    """Which would go on beside the one that resumes it."""
+    process, training = started(training_command(launch, tmp_path, tiny_dir, data_dir), tmp_path / "checkpoint-5")
+    assert training
+    process.kill()
+    psutil.wait_procs(training, timeout=30)
+    assert are_gone(training)
+    process.communicate(timeout=10)
+
+
+def test_what_a_comparison_or_a_sweep_has_started_ends_with_it(tmp_path, tiny_dir):
+    """Here a teacher's server is started as they start a run, because it would never end by itself."""
+    starts = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from amid_trl.comparison.processes import started\n"
+        "with started(['serve-teacher', sys.argv[1], '--port=0'], Path(sys.argv[2]), os.environ) as process:\n"
+        "    process.wait()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", starts, tiny_dir, tmp_path], env=ENVIRONMENT)
+    end = time.monotonic() + 120
+    while not ((tmp_path / LOG).exists() and (tmp_path / LOG).read_text()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    [server] = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    psutil.wait_procs([server], timeout=30)
+    assert are_gone([server])
