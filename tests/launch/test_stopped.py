@@ -48,6 +48,14 @@ def started(command: list[str], checkpoint: Path) -> tuple[subprocess.Popen, lis
     return process, psutil.Process(process.pid).children(recursive=True)
 
 
+def end_by_themselves(processes: list[psutil.Process]) -> bool:
+    """Whether all of them end; those that do not are killed, for they would never."""
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    for each in alive:
+        each.kill()
+    return not alive
+
+
 def are_gone(processes: list[psutil.Process]) -> bool:
     return not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes)
 
@@ -115,8 +123,7 @@ def test_killed_itself_it_leaves_no_training_behind(tmp_path, tiny_dir, data_dir
     process, training = started(training_command(launch, tmp_path, tiny_dir, data_dir), tmp_path / "checkpoint-5")
     assert training
     process.kill()
-    psutil.wait_procs(training, timeout=30)
-    assert are_gone(training)
+    assert end_by_themselves(training)
     process.communicate(timeout=10)
 
 
@@ -137,5 +144,4 @@ def test_what_a_comparison_or_a_sweep_has_started_ends_with_it(tmp_path, tiny_di
     [server] = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    psutil.wait_procs([server], timeout=30)
-    assert are_gone([server])
+    assert end_by_themselves([server])
